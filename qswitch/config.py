@@ -1,0 +1,493 @@
+"""What a run can be told: one class per section, every field with its unit and effect.
+
+Knows nothing of files of presets (`presets.py`), of models or of torch. Unknown keys, bad values and settings without
+effect are all reported in one message. Code reads a field as `<section>.<field>` (for example `rollout.decay_rate`);
+tests/test_config.py proves that every field is read somewhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qswitch.errors import ConfigError
+
+ModelReference = str | list[str]
+
+# Hugging Face spelling -> where the setting lives here. Accepted at the top level of a file and in --set.
+ALIASES = {
+    "per_device_train_batch_size": "train.per_device_train_batch_size",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "learning_rate": "train.learning_rate",
+    "weight_decay": "train.weight_decay",
+    "max_grad_norm": "train.max_grad_norm",
+    "max_steps": "train.max_steps",
+    "warmup_steps": "train.warmup_steps",
+    "lr_scheduler_type": "train.lr_scheduler_type",
+    "optim": "train.optimizer",
+    "save_steps": "train.save_steps",
+    "save_total_limit": "train.save_total_limit",
+    "eval_steps": "train.eval_steps",
+    "report_to": "train.report_to",
+    "gradient_checkpointing": "student.gradient_checkpointing",
+    "lora_r": "student.lora.r",
+    "lora_alpha": "student.lora.alpha",
+    "lora_dropout": "student.lora.dropout",
+    "lora_target_modules": "student.lora.target_modules",
+    "use_dora": "student.lora.use_dora",
+    "use_rslora": "student.lora.use_rslora",
+    "max_new_tokens": "rollout.max_new_tokens",
+    "temperature": "rollout.temperature",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "max_completion_length": "rollout.max_new_tokens",
+    "beta": "loss.beta",
+    "teacher_model_name_or_path": "teacher.model",
+    "model_name_or_path": "student.model",
+    "dataset_name": "data.train",
+}
+
+
+class Section(BaseModel):
+    """A block of settings; unknown keys are refused, assignment after loading is too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class AboutSection(Section):
+    """What a preset is for; shown by `qswitch presets`, copied into the model card."""
+
+    name: str = "custom"
+    """Name of the preset the run started from."""
+    description: str = ""
+    """One sentence: which pair, for which machine."""
+    licences: dict[str, str] = Field(default_factory=dict)
+    """Model id -> licence."""
+    gated: bool = False
+    """Whether a model of the pair needs an accepted licence and HF_TOKEN."""
+    twin: str | None = None
+    """For a gated preset: the preset that needs no token."""
+    paper: bool = False
+    """Whether the hyper-parameters are those of the SWITCH paper."""
+
+
+class TeacherSection(Section):
+    """The large model; frozen, usually in 4-bit."""
+
+    model: ModelReference
+    """Hub id, local folder or `package:module/file.gguf`; of a list the first that is available is used and named."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model."""
+    precision: Literal["nf4", "int8", "bf16", "fp32"] = "nf4"
+    """How weights are stored: nf4 is 4-bit with double quantisation, about 0.52 byte per parameter."""
+    shape: dict[str, Any] | None = None
+    """config.json values of the model, so that it can be planned before any download."""
+
+
+class LoraSection(Section):
+    """LoRA adapters of the student (peft LoraConfig)."""
+
+    r: int = Field(default=16, ge=1)
+    """Rank."""
+    alpha: float = Field(default=32, gt=0)
+    """Scale numerator: the update is scaled by alpha / r (alpha / sqrt(r) with use_rslora)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input while training."""
+    target_modules: str | list[str] = "all-linear"
+    """Module names, or `all-linear` for every linear layer but the head."""
+    use_dora: bool = False
+    """Weight-decomposed adapters: better at low rank, slower."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r)."""
+    init_lora_weights: bool | Literal["gaussian", "pissa", "olora", "orthogonal"] = True
+    """How adapters start; True leaves the model unchanged at step 0."""
+    modules_to_save: list[str] = Field(default_factory=list)
+    """Further modules trained in full and saved with the adapter, for example norms."""
+    layers_to_transform: list[int] | None = None
+    """Only adapt these layer indices."""
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    """Module name pattern -> rank that differs from r."""
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    """Module name pattern -> alpha that differs from alpha."""
+
+
+class StudentSection(Section):
+    """The small model; trained through adapters, or in full."""
+
+    model: ModelReference
+    """As teacher.model. With shrink_to_layers, the model that the student is cut from."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model."""
+    precision: Literal["auto", "bf16", "nf4", "fp32"] = "auto"
+    """How frozen weights are stored. auto: bf16 where the device computes in bf16 natively, else fp32."""
+    adapter: Literal["lora", "none"] = "lora"
+    """lora: train adapters. none: train every weight, kept in fp32."""
+    lora: LoraSection = Field(default_factory=LoraSection)
+    """Adapter settings, read when adapter is lora."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    shrink_to_layers: int | None = Field(default=None, ge=1)
+    """Cut the model to this many layers first, dropping those that change the hidden state least."""
+    shape: dict[str, Any] | None = None
+    """config.json values of the model (before shrinking), so that it can be planned before any download."""
+
+
+class DataSection(Section):
+    """Prompts, and ground-truth responses where there are any."""
+
+    train: str | list[str]
+    """jsonl, json, csv or parquet file(s), a hub id, or `package:qswitch/...` for files shipped with a package."""
+    validation: str | list[str] | None = None
+    """Held-out prompts, same formats. None: num_validation records are taken out of train."""
+    split: str = "train"
+    """Split of a hub data set."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our field (prompt, response, system, instruction, input, output, messages, conversations) -> column of the file."""
+    template: str = "teacher"
+    """teacher or student (that tokenizer's chat template), alpaca, plain (the prompt as it is), or a Jinja file."""
+    system_prompt: str | None = None
+    """Put before every conversation that has no system turn of its own."""
+    max_prompt_tokens: int = Field(default=256, ge=1)
+    """Records with a longer prompt are dropped and counted."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first N training records."""
+    num_validation: int = Field(default=32, ge=1)
+    """Number of held-out prompts that are scored."""
+    ground_truth_mix: float = Field(default=0.0, ge=0, le=1)
+    """Probability that a batch is ground truth instead of a rollout (0.5 in the paper)."""
+    lm_corpus: str | list[str] | None = None
+    """Plain text for an added language-model loss; text, jsonl with `text`, or a hub id."""
+
+
+class RolloutSection(Section):
+    """Who writes the training responses, and how they are sampled."""
+
+    policy: Literal["switch", "student", "teacher", "random", "mixture"] = "switch"
+    """switch: the teacher writes where the divergence exceeds the threshold. The others are the rivals' policies."""
+    schedule: Literal["exponential", "linear", "constant", "growth"] = "exponential"
+    """How the threshold moves along the response (policy switch)."""
+    tau_0: float = Field(default=1.0, gt=0, le=1)
+    """Threshold at the first response token, bits (schedules exponential and linear)."""
+    decay_rate: float = Field(default=0.1, gt=0)
+    """Per response token: tau_0 * exp(-decay_rate * t), or 1 - exp(-decay_rate * (t+1)) with growth."""
+    constant_threshold: float = Field(default=0.2, ge=0, le=1)
+    """Threshold of the constant schedule, bits."""
+    teacher_probability: float = Field(default=0.5, ge=0, le=1)
+    """Share of tokens the teacher writes (policy random)."""
+    mixture_teacher_weight: float = Field(default=0.2, ge=0, le=1)
+    """w in w * p + (1 - w) * q (policy mixture)."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature of both writers; 0 is greedy. The divergence is always measured at temperature 1."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Response limit, tokens."""
+    batch_size: int = Field(default=8, ge=1)
+    """Rows decoded together; changes speed and memory, never the tokens."""
+
+
+class LossSection(Section):
+    """What the student is pulled towards, and over which tokens."""
+
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"
+    ] = "skew_reverse_kl"
+    """p is the teacher, q the student: skew_reverse_kl = KL(q || (1-alpha) p + alpha q)."""
+    alpha: float = Field(default=0.1, ge=0, lt=1)
+    """Skew of the skew_ divergences."""
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    """Weight of the jsd: beta KL(p||m) + (1-beta) KL(q||m), m = beta p + (1-beta) q."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Softens both distributions inside the loss."""
+    scope: Literal["interventions", "all"] = "interventions"
+    """interventions: only tokens that the teacher wrote, teacher-free from the cache. all: every response token."""
+    lm_coefficient: float = Field(default=1.0, gt=0)
+    """Weight of the language-model loss on data.lm_corpus."""
+    lm_block_tokens: int = Field(default=512, ge=8)
+    """Length of one block of data.lm_corpus; one block per row of the batch."""
+    chunk_tokens: int = Field(default=128, ge=1)
+    """Loss positions projected to the vocabulary at a time; changes memory, not the value."""
+
+
+class CacheSection(Section):
+    """Teacher outputs kept between rollout and training."""
+
+    format: Literal["hidden", "topk", "bf16", "int8"] = "hidden"
+    """hidden: final hidden states, exact and small. topk: k log-probabilities and the tail as one event."""
+    topk: int = Field(default=64, ge=1)
+    """k of the topk format."""
+    device_budget_gib: float = Field(default=0.5, ge=0)
+    """Rows kept on the accelerator, GiB; more move to host memory."""
+    host_budget_gib: float = Field(default=4.0, ge=0)
+    """Rows kept in host memory, GiB; more move to a file in the run directory."""
+
+
+class TrainSection(Section):
+    """The optimiser, its schedule, and how often to look and to save."""
+
+    max_steps: int = Field(default=200, ge=1)
+    """Optimizer steps."""
+    per_device_train_batch_size: int = Field(default=4, ge=1)
+    """Sequences in one forward and backward pass."""
+    gradient_accumulation_steps: int = Field(default=4, ge=1)
+    """Micro-batches per optimizer step; the loss is the token mean over all of them."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up; cosine and linear end at 0."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
+    """paged_adamw_8bit: bitsandbytes, GPU only, a quarter of the state."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradient norm clip."""
+    eval_steps: int = Field(default=50, ge=1)
+    """Steps between validations; also before the first and after the last."""
+    save_steps: int = Field(default=50, ge=1)
+    """Steps between checkpoints."""
+    save_total_limit: int = Field(default=2, ge=1)
+    """Checkpoints kept, besides the best."""
+    compute_dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
+    """Arithmetic of both models. auto: bf16 where the device has it natively, else fp32. fp64 is for tests."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to run."""
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    """Trackers beside metrics.jsonl; need `pip install qswitch[tracking]`."""
+
+
+class RunConfig(Section):
+    """A whole run. `qswitch distill` writes it, resolved, to RUN/config.yaml, which starts the same run again."""
+
+    about: AboutSection = Field(default_factory=AboutSection)
+    teacher: TeacherSection
+    student: StudentSection
+    data: DataSection
+    rollout: RolloutSection = Field(default_factory=RolloutSection)
+    loss: LossSection = Field(default_factory=LossSection)
+    cache: CacheSection = Field(default_factory=CacheSection)
+    train: TrainSection = Field(default_factory=TrainSection)
+    seed: int = Field(default=42, ge=0, lt=2**31)
+    """Seeds data order, rollouts, adapter initialisation and dropout."""
+
+    @model_validator(mode="after")
+    def _refuse_settings_without_effect(self) -> RunConfig:
+        problems = list(_settings_without_effect(self))
+        if problems:
+            raise ConfigError(problems)
+        return self
+
+
+def _settings_without_effect(config: RunConfig):
+    """Settings the user wrote that nothing would read in the chosen mode."""
+    rollout, loss, student, data, train = config.rollout, config.loss, config.student, config.data, config.train
+    cache = config.cache
+
+    def written(section: Section, *names: str):
+        return [n for n in names if n in section.model_fields_set]
+
+    reads = {
+        "switch": {"exponential": {"tau_0", "decay_rate"}, "linear": {"tau_0"}, "constant": {"constant_threshold"},
+                   "growth": {"decay_rate"}}[rollout.schedule] | {"schedule"},
+        "random": {"teacher_probability"},
+        "mixture": {"mixture_teacher_weight"},
+    }.get(rollout.policy, set())  # fmt: skip
+    policy_settings = ("schedule", "tau_0", "decay_rate", "constant_threshold", "teacher_probability",
+                       "mixture_teacher_weight")  # fmt: skip
+    for name in written(rollout, *policy_settings):
+        if name not in reads and getattr(rollout, name) != type(rollout).model_fields[name].default:
+            mode = f"policy {rollout.policy}" + (f", schedule {rollout.schedule}" if rollout.policy == "switch" else "")
+            yield f"rollout.{name} has no effect with {mode}. Remove it or change the policy."
+    if loss.scope == "interventions" and rollout.policy in ("student", "mixture"):
+        yield (
+            f"loss.scope=interventions means nothing with rollout.policy={rollout.policy}: the teacher never writes a "
+            "token of its own. Set loss.scope=all."
+        )
+    if written(loss, "alpha") and not loss.divergence.startswith("skew_") and loss.alpha != 0.1:
+        yield f"loss.alpha has no effect with loss.divergence={loss.divergence}. Use a skew_ divergence or remove it."
+    if written(loss, "beta") and loss.divergence != "jsd" and loss.beta != 0.5:
+        yield f"loss.beta has no effect with loss.divergence={loss.divergence}. Use jsd or remove it."
+    if cache.format == "topk" and loss.temperature != 1:
+        yield "cache.format=topk holds probabilities at temperature 1 only. Set loss.temperature=1 or cache.format=hidden."
+    if cache.format != "topk" and written(cache, "topk") and cache.topk != 64:
+        yield f"cache.topk has no effect with cache.format={cache.format}."
+    if data.lm_corpus is None:
+        for name in written(loss, "lm_coefficient", "lm_block_tokens"):
+            if getattr(loss, name) != type(loss).model_fields[name].default:
+                yield f"loss.{name} has no effect without data.lm_corpus."
+    if student.adapter == "none":
+        if student.precision == "nf4":
+            yield "student.precision=nf4 cannot be trained in full. Set student.adapter=lora or student.precision=bf16."
+        if written(student, "lora") and student.lora != LoraSection():
+            yield "student.lora has no effect with student.adapter=none."
+    if train.warmup_steps >= train.max_steps:
+        yield f"train.warmup_steps ({train.warmup_steps}) must be below train.max_steps ({train.max_steps})."
+    if train.optimizer == "paged_adamw_8bit" and train.device == "cpu":
+        yield "train.optimizer=paged_adamw_8bit needs a GPU. Set train.optimizer=adamw."
+
+
+def build_config(values: Mapping[str, Any], source: str | None = None) -> RunConfig:
+    """Turn nested plain values into a checked `RunConfig`.
+
+    Raises:
+        ConfigError: every problem found, each with the dotted key, and the nearest spelling for an unknown one.
+    """
+    values = _resolve_aliases(dict(values), source)
+    try:
+        return RunConfig.model_validate(values)
+    except ConfigError as error:
+        raise ConfigError(error.problems, source) from None
+    except ValidationError as error:
+        raise ConfigError([_explain(e) for e in error.errors()], source) from None
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Return `values` with `a.b=c` overrides written in; c is read as YAML, so lists and numbers work.
+
+    Raises:
+        ConfigError: an override without `=`, or with a value that is no YAML.
+    """
+    import copy
+
+    import yaml
+
+    result = copy.deepcopy(dict(values))
+    problems = []
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        key = key.strip()
+        if not separator or not key:
+            problems.append(f"--set {override!r}: write it as section.key=value, for example train.max_steps=100")
+            continue
+        try:
+            value = yaml.safe_load(text) if text.strip() else None
+        except yaml.YAMLError:
+            problems.append(f"--set {override!r}: the value is not valid YAML; put it in quotes")
+            continue
+        if isinstance(value, str):
+            value = _number_or_text(value)
+        _assign(result, ALIASES.get(key, key), value)
+    if problems:
+        raise ConfigError(problems)
+    return result
+
+
+def dump_config(config: RunConfig) -> str:
+    """The configuration as YAML; `build_config(yaml.safe_load(text))` gives an equal one."""
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _number_or_text(text: str) -> Any:
+    """YAML 1.1 reads 1e-4 as text; people mean a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    node = values
+    for parent in parents:
+        child = node.get(parent)
+        if not isinstance(child, dict):
+            child = {}
+            node[parent] = child
+        node = child
+    node[last] = value
+
+
+def _resolve_aliases(values: dict[str, Any], source: str | None) -> dict[str, Any]:
+    problems = []
+    for name in [n for n in values if n in ALIASES]:
+        section, _, key = ALIASES[name].rpartition(".")
+        node: Any = values
+        for part in section.split("."):
+            node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            if key in node and node[key] != values[name]:
+                problems.append(f"{name} and {ALIASES[name]} are the same setting with two values; keep one")
+            node[key] = values.pop(name)
+    if problems:
+        raise ConfigError(problems, source)
+    return values
+
+
+def _section_at(path: tuple[Any, ...]) -> type[BaseModel] | None:
+    model: Any = RunConfig
+    for part in path:
+        field = model.model_fields.get(part) if isinstance(part, str) else None
+        model = field.annotation if field else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return None
+    return model
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of the configuration, in order."""
+
+    def walk(model: type[BaseModel], prefix: str):
+        for name, field in model.model_fields.items():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from walk(kind, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}"
+
+    return list(walk(RunConfig, ""))
+
+
+def _explain(error: Any) -> str:
+    path = tuple(p for p in error["loc"] if not (isinstance(p, str) and ("[" in p or p in ("str", "bool"))))
+    dotted = ".".join(str(p) for p in path)
+    if error["type"] == "extra_forbidden":
+        section = _section_at(path[:-1])
+        names = list(section.model_fields) if section else []
+        if len(path) == 1:
+            names += list(ALIASES)
+        near = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.5)
+        everywhere = [k for k in known_keys() if k.rpartition(".")[2] == path[-1]]
+        if near:
+            hint = ".".join([*map(str, path[:-1]), near[0]])
+            return f"{dotted} is not a setting. Did you mean {hint}?"
+        if everywhere:
+            return f"{dotted} is not a setting. Did you mean {everywhere[0]}?"
+        return f"{dotted} is not a setting. Known here: {', '.join(names)}."
+    if error["type"] == "missing":
+        return f"{dotted} is missing. Set it in the file or with --set {dotted}=..."
+    value = error.get("input")
+    shown = repr(value) if not isinstance(value, dict) else "a mapping"
+    return f"{dotted} = {shown}: {error['msg']}."
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file.
+
+    Raises:
+        ConfigError: the file is missing, not UTF-8, no YAML, or no mapping; names the line.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist.") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder, not a YAML file.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}).") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected settings (key: value), found {type(values).__name__}.")
+    return values

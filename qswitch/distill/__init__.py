@@ -1,0 +1,1 @@
+"""Learning from rollouts: teacher outputs, divergences, the loss, the training loop."""

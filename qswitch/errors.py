@@ -1,0 +1,53 @@
+"""Which failures a user can mend, and the exit code of each.
+
+Every message says what is wrong (with the numbers), where, and the remedy. `cli.py` is the only place that turns an
+exception into an exit code; nothing else catches these.
+"""
+
+from __future__ import annotations
+
+
+class QSwitchError(Exception):
+    """A failure with a message for the user; exit code 2 unless a subclass says otherwise."""
+
+    exit_code = 2
+
+
+class ConfigError(QSwitchError):
+    """The configuration is wrong: unknown keys, bad values, settings that have no effect together."""
+
+    def __init__(self, problems: list[str] | str, source: str | None = None) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.source = source
+        head = f"{source}: " if source else ""
+        if len(self.problems) == 1:
+            message = head + self.problems[0]
+        else:
+            message = f"{head}{len(self.problems)} problems:\n" + "\n".join(f"  - {p}" for p in self.problems)
+        super().__init__(message)
+
+
+class DataError(QSwitchError):
+    """A data file cannot be read as prompts; the message names file, line and reason."""
+
+
+class ModelError(QSwitchError):
+    """A model cannot be found, loaded, quantised, adapted, shrunk or exported."""
+
+
+class TokenizerMismatchError(ModelError):
+    """Teacher and student do not map the same text to the same token ids."""
+
+
+class RunDirError(QSwitchError):
+    """The run directory is missing, incomplete, or belongs to another configuration."""
+
+
+class TrainingError(QSwitchError):
+    """Training cannot go on (for instance a non-finite loss); the last checkpoint is intact."""
+
+
+class PlanError(QSwitchError):
+    """The plan does not fit the memory budget."""
+
+    exit_code = 3

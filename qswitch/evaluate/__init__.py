@@ -1,0 +1,1 @@
+"""Measuring whether the student got better."""

@@ -1,0 +1,1 @@
+"""Loading, checking, shrinking and exporting models."""

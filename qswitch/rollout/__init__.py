@@ -1,0 +1,1 @@
+"""Writing responses with two models: who writes which token, exactly reproducible."""
