@@ -1,0 +1,323 @@
+"""Which token ids both models read for a record: the template, and the response that continues it.
+
+One template serves teacher and student. Knows nothing of files, order or models. Tensors are built in `pad_left` only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qswitch.data.records import Record
+from qswitch.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+ALPACA_INTRO = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
+ALPACA_INTRO_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+# The same layouts for messages, as the exported student carries them.
+_ALPACA_JINJA = (
+    "{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}{% endif %}"
+    "{{ '" + ALPACA_INTRO.replace("\n", "\\n") + "' }}"
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}{{ '### Instruction:\n' + message.content + '\n\n### Response:\n' }}"
+    "{% elif message.role == 'assistant' %}{{ message.content }}"
+    "{% if loop.last %}{{ eos_token }}{% else %}{{ '\n\n' }}{% endif %}{% endif %}"
+    "{% endfor %}"
+).replace("\n", "\\n")
+_PLAIN_JINJA = (
+    "{% for message in messages %}{{ message.content }}"
+    "{% if not loop.last %}{{ '\\n\\n' }}{% elif message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+_BATCH_TEXTS = 1024
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A record as both models read it."""
+
+    example_id: int
+    prompt_ids: list[int]
+    response_ids: list[int] | None
+    """Ground truth with its end token (without it when it was cut to the limit); None without one."""
+    text: str
+    """The prompt after the template, as text."""
+    max_new_tokens: int | None = None
+    """Response limit of this example, tokens; None: the run's."""
+
+
+@dataclass(frozen=True)
+class EncodeCounts:
+    """What `encode_all` did with the records, in records."""
+
+    kept: int
+    too_long: int
+    """Dropped: the prompt exceeds the limit."""
+    truncated_responses: int
+    """Kept, the response cut to the limit, without end token."""
+    empty_response: int
+    """Kept, the response is blank and counts as none."""
+
+
+class PromptEncoder:
+    """Turns records into token ids with one tokenizer and one template.
+
+    Args:
+        tokenizer: of the model whose template is used; both models map text to the same ids.
+        template: `teacher` or `student` (the chat template of `tokenizer`), `alpaca`, `plain`, or a Jinja file that
+            reads `messages` and `add_generation_prompt`.
+        end_token_ids: further tokens that end a response, for example of the generation config (Gemma's end of turn).
+
+    Raises:
+        DataError: the template file is missing or is no Jinja template.
+    """
+
+    def __init__(self, tokenizer: Any, template: str = "teacher", *, end_token_ids: Sequence[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        self._jinja: str | None = None
+        self._kind = template if template in ("alpaca", "plain") else "jinja"
+        if template in ("teacher", "student"):
+            self._jinja = _chat_template(tokenizer)
+            if self._jinja is None:
+                logger.warning(
+                    "The tokenizer has no chat template (a base model), so the Alpaca template is used. "
+                    "Set data.template=alpaca to say so, or name a Jinja file."
+                )
+                self._kind = "alpaca"
+        elif self._kind == "jinja":
+            self._jinja = _read_template(Path(template).expanduser())
+        own_end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+        self.end_token_ids = list(dict.fromkeys([*own_end, *map(int, end_token_ids)]))
+        self._start_ids = _start_ids(tokenizer)
+        if self._jinja is not None:
+            _check_template(self, template)
+
+    def render(self, record: Record) -> str:
+        """The prompt of `record` as text, ending where the response begins."""
+        if self._kind == "alpaca":
+            return _alpaca_text(record)
+        if self._kind == "plain":
+            return "\n\n".join(m.content for m in record.messages)
+        return self._render_chat(record, response=None)
+
+    def encode(self, record: Record) -> Prompt:
+        """Token ids of one record, nothing cut. Same as `encode_batch([record])[0]`."""
+        return self.encode_batch([record])[0]
+
+    def encode_batch(self, records: Sequence[Record]) -> list[Prompt]:
+        """Token ids of the records, nothing cut.
+
+        The response is what the tokenizer makes of the whole conversation after the prompt, so that it reads as the
+        model would have written it; where the whole does not begin with the prompt's ids, it is tokenised apart.
+
+        Raises:
+            DataError: the template refuses a record, or a response cannot be ended; names file and line.
+        """
+        texts = [self.render(r) for r in records]
+        prompt_ids = self._tokenize(texts)
+        answered = [i for i, r in enumerate(records) if r.response is not None and r.response.strip()]
+        if answered and not self.end_token_ids:
+            raise DataError(
+                f"{records[answered[0]].source}: the tokenizer has no end-of-sequence token, so the response cannot be "
+                "ended. Set eos_token in the model's tokenizer_config.json."
+            )
+        wholes = [self._whole_text(records[i], texts[i]) for i in answered]
+        whole_ids = self._tokenize(wholes)
+        responses: dict[int, list[int]] = {}
+        for i, whole in zip(answered, whole_ids, strict=True):
+            start = prompt_ids[i]
+            if len(whole) > len(start) and whole[: len(start)] == start:
+                responses[i] = self._ended(whole[len(start) :])
+            else:
+                text = records[i].response or ""
+                responses[i] = self._ended(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return [
+            Prompt(record.id, prompt_ids[i], responses.get(i), texts[i], record.max_new_tokens)
+            for i, record in enumerate(records)
+        ]
+
+    def _whole_text(self, record: Record, prompt_text: str) -> str:
+        if self._kind == "jinja":
+            return self._render_chat(record, response=record.response)
+        return prompt_text + (record.response or "")
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """`ids` up to and with the first end token; one is added where there is none."""
+        for position, token in enumerate(ids):
+            if token in self.end_token_ids:
+                return ids[: position + 1]
+        return [*ids, self.end_token_ids[0]]
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Ids without special tokens but those in the text; outside chat templates the start token is put before."""
+        if not texts:
+            return []
+        rows = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        start = self._start_ids
+        if self._kind == "jinja" or not start:
+            return [list(row) for row in rows]
+        return [list(row) if row[: len(start)] == start else [*start, *row] for row in rows]
+
+    def _render_chat(self, record: Record, response: str | None) -> str:
+        turns = [{"role": m.role, "content": m.content} for m in record.messages]
+        if response is not None:
+            turns.append({"role": "assistant", "content": response})
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns, chat_template=self._jinja, tokenize=False, add_generation_prompt=response is None
+            )
+        except Exception as error:  # jinja's own kinds, and whatever a template's filters raise
+            system = any(m.role == "system" for m in record.messages)
+            remedy = "Remove the system turn or data.system_prompt" if system else "Check the order of the turns"
+            raise DataError(
+                f"{record.source}: the chat template refuses this record: {error}. {remedy}, or set data.template=alpaca."
+            ) from None
+
+
+def template_source(encoder: PromptEncoder) -> str:
+    """The Jinja chat template that the exported student should carry, so that it is asked as it was trained.
+
+    For `alpaca` and `plain` a template that renders the same text from messages, start token included; Alpaca's
+    separate input has no place among messages and is rendered as part of the instruction.
+    """
+    if encoder._jinja is not None:
+        return encoder._jinja
+    start = "{{ bos_token }}" if encoder._start_ids else ""
+    return start + (_ALPACA_JINJA if encoder._kind == "alpaca" else _PLAIN_JINJA)
+
+
+def encode_all(
+    records: Sequence[Record], encoder: PromptEncoder, *, max_prompt_tokens: int, max_response_tokens: int
+) -> tuple[list[Prompt], EncodeCounts]:
+    """Encodes records, drops over-long prompts and cuts over-long responses; says so in one message each.
+
+    Raises:
+        DataError: no record is left, or one cannot be encoded.
+    """
+    prompts: list[Prompt] = []
+    too_long = truncated = empty = longest = 0
+    for start in range(0, len(records), _BATCH_TEXTS):
+        batch = records[start : start + _BATCH_TEXTS]
+        for record, prompt in zip(batch, encoder.encode_batch(batch), strict=True):
+            longest = max(longest, len(prompt.prompt_ids))
+            if len(prompt.prompt_ids) > max_prompt_tokens:
+                too_long += 1
+                continue
+            empty += record.response is not None and prompt.response_ids is None
+            if prompt.response_ids is not None and len(prompt.response_ids) > max_response_tokens:
+                truncated += 1
+                cut = prompt.response_ids[:max_response_tokens]
+                prompt = Prompt(prompt.example_id, prompt.prompt_ids, cut, prompt.text, prompt.max_new_tokens)
+            prompts.append(prompt)
+    if not prompts:
+        raise DataError(
+            f"No prompt is left: all {len(records)} are longer than data.max_prompt_tokens={max_prompt_tokens} (the "
+            f"longest has {longest} tokens). Raise data.max_prompt_tokens."
+            if records
+            else "There are no records to encode. Name a data file that holds some."
+        )
+    if too_long:
+        logger.warning(
+            "Dropped %d of %d prompts longer than data.max_prompt_tokens=%d (the longest has %d tokens).",
+            too_long, len(records), max_prompt_tokens, longest,
+        )  # fmt: skip
+    if truncated:
+        logger.warning(
+            "Cut %d of %d responses to %d tokens; they end without an end token.",
+            truncated, len(prompts), max_response_tokens,
+        )  # fmt: skip
+    return prompts, EncodeCounts(len(prompts), too_long, truncated, empty)
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids -> (input_ids [B, P], attention_mask [B, P]), int64, padding on the left, P the longest row.
+
+    Raises:
+        ValueError: no rows, or an empty one.
+    """
+    import torch
+
+    if not rows or not all(len(row) for row in rows):
+        raise ValueError("pad_left needs at least one row, and none may be empty")
+    width = max(len(row) for row in rows)
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, row in enumerate(rows):
+        input_ids[i, width - len(row) :] = torch.as_tensor(row, dtype=torch.long)
+        attention_mask[i, width - len(row) :] = 1
+    return input_ids, attention_mask
+
+
+def _alpaca_text(record: Record) -> str:
+    *earlier, last = record.messages
+    text = ""
+    if earlier and earlier[0].role == "system":
+        text += f"{earlier.pop(0).content}\n\n"
+    instruction = last.content if record.instruction is None else record.instruction
+    text += ALPACA_INTRO_WITH_INPUT if record.input else ALPACA_INTRO
+    for turn in earlier:
+        if turn.role == "user":
+            text += f"### Instruction:\n{turn.content}\n\n### Response:\n"
+        elif turn.role == "assistant":
+            text += f"{turn.content}\n\n"
+    text += f"### Instruction:\n{instruction}\n\n"
+    if record.input:
+        text += f"### Input:\n{record.input}\n\n"
+    return text + "### Response:\n"
+
+
+def _chat_template(tokenizer: Any) -> str | None:
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        return template.get("default")
+    return template
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(
+            f"data.template={path}: no such file. Use teacher, student, alpaca, plain, or the path of a Jinja file."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.template={path}: cannot be read as UTF-8 text: {error}.") from None
+
+
+def _check_template(encoder: PromptEncoder, template: str) -> None:
+    """Renders a probe, so that a broken template stops the run before any record does."""
+    probe = "a probe of the template"
+    try:
+        text = encoder.tokenizer.apply_chat_template(
+            [{"role": "user", "content": probe}],
+            chat_template=encoder._jinja,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+    except Exception as error:
+        raise DataError(f"data.template={template}: not a usable chat template: {error}. Mend the template.") from None
+    if probe not in text:
+        raise DataError(
+            f"data.template={template}: the template leaves out the user's turn. It must print every message's content."
+        )
+
+
+def _start_ids(tokenizer: Any) -> list[int]:
+    """Special tokens that the tokenizer puts before every text, for example BOS."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for i in range(len(full) - len(plain) + 1):
+        if full[i : i + len(plain)] == plain:
+            return list(full[:i])
+    return []
