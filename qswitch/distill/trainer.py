@@ -1,0 +1,486 @@
+"""The training loop: fetch prompts, roll out, cache teacher outputs, learn, validate, save, log.
+
+One optimizer step reads top to bottom in `Trainer.train_step`. Knows no command line; talks to the user through a
+`Progress`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import get_scheduler
+
+from qswitch.config import RunConfig
+from qswitch.data.loader import BlockLoader, PromptLoader
+from qswitch.data.prompts import Prompt
+from qswitch.distill.checkpoint import (
+    checkpoint_name,
+    load_checkpoint,
+    rotate_checkpoints,
+    save_checkpoint,
+    seed_step,
+)
+from qswitch.distill.logit_cache import LogitCache
+from qswitch.distill.objective import StudentObjective, TrainingSequence, collate
+from qswitch.distill.progress import Progress
+from qswitch.distill.validation import Validation
+from qswitch.errors import TrainingError
+from qswitch.models.language_model import LanguageModel
+from qswitch.models.pair import TokenizerPair
+from qswitch.rollout.decode import Rollout, RolloutRequest, RolloutStats, rollout, score_responses
+from qswitch.rollout.policy import TEACHER, make_policy
+from qswitch.rollout.sampling import row_keys, uniform
+from qswitch.rollout.transcript import rollout_record
+from qswitch.run_dir import RunDir
+
+GIB = 2**30
+ROLLOUTS_LOGGED_PER_STEP = 2
+_GROUND_TRUTH_COIN = -1
+"""Example id of the per-step coin of data.ground_truth_mix; records count from 0."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals of a run, kept across a resume."""
+
+    seconds: float = 0.0
+    rollout_tokens: int = 0
+    trained_tokens: int = 0
+    steps_without_loss: int = 0
+    best_kl_nats: float = math.inf
+    best_step: int = -1
+    kl_before_nats: float | None = None
+    kl_last_nats: float | None = None
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What one optimizer step did; becomes a line of metrics.jsonl."""
+
+    loss: float | None = None
+    grad_norm: float | None = None
+    batch: str = "rollout"
+    loss_tokens: int = 0
+    teacher_share: float | None = None
+    jsd_bits: float | None = None
+    rollout: RolloutStats = field(default_factory=RolloutStats)
+    rollouts: list[Rollout] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains a student on rollouts. Owns the optimizer, the cache and the loaders; borrows models and data."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: RunDir,
+        *,
+        teacher: LanguageModel,
+        student: LanguageModel,
+        pair: TokenizerPair,
+        prompts: Sequence[Prompt],
+        validation_prompts: Sequence[Prompt],
+        corpus: Tensor | None = None,
+        planned_bytes: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        train, cache = config.train, config.cache
+        self.config, self.run_dir, self.pair = config, run_dir, pair
+        self.teacher, self.student = teacher, student
+        self.progress = progress or Progress(total_steps=train.max_steps)
+        self.policy = make_policy(config.rollout)
+        self.planned_bytes = planned_bytes
+        self.stop_requested = False
+        self._refuse_missing_responses(prompts)
+
+        self.accelerator = _make_accelerator(config, run_dir, student)
+        self.device = student.device
+        self.objective = StudentObjective(student, config.loss)
+        trainable = [p for p in student.parameters() if p.requires_grad]
+        optimizer = _make_optimizer(config, trainable)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
+        self.trainable = trainable
+        self.lr_scheduler = get_scheduler(
+            train.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=train.warmup_steps,
+            num_training_steps=train.max_steps,
+        )
+
+        self.loader = PromptLoader(prompts, config.seed)
+        self.corpus = BlockLoader(corpus, config.loss.lm_block_tokens, config.seed) if corpus is not None else None
+        self.cache = LogitCache(
+            cache.format,
+            width=teacher.hidden_size,
+            vocab_size=pair.vocab_size,
+            device=self.device,
+            dtype=teacher.compute_dtype,
+            device_budget_bytes=int(cache.device_budget_gib * GIB),
+            host_budget_bytes=int(cache.host_budget_gib * GIB),
+            disk_path=run_dir.path / "cache",
+            topk=cache.topk,
+        )
+        self.validation = Validation(
+            validation_prompts,
+            teacher,
+            max_new_tokens=config.rollout.max_new_tokens,
+            eos_ids=pair.eos_ids,
+            pad_id=pair.pad_id,
+            batch_size=config.rollout.batch_size,
+        )
+        self.step = 0
+        self.counters = Counters()
+        self._tracking = bool(train.report_to)
+
+    # ---------------------------------------------------------------- the loop
+
+    def run(self) -> Counters:
+        """Train from the current step to train.max_steps, or until `stop_requested`; a stop leaves a checkpoint."""
+        train = self.config.train
+        if self.counters.kl_before_nats is None:
+            self.counters.kl_before_nats = self.counters.kl_last_nats = self.validate()
+            self.progress.validated(0, self.counters.kl_before_nats)
+        with self.progress:
+            while self.step < train.max_steps:
+                started = time.perf_counter()
+                report = self.train_step()
+                self.step += 1
+                self.counters.seconds += time.perf_counter() - started
+                self.log(report)
+                last = self.step == train.max_steps or self.stop_requested
+                if self.step % train.eval_steps == 0 or self.step == train.max_steps:
+                    self.counters.kl_last_nats = self.validate()
+                    self.progress.validated(self.step, self.counters.kl_last_nats)
+                    self.run_dir.append_metrics({"step": self.step, "kl_nats": self.counters.kl_last_nats})
+                    if self.counters.kl_last_nats < self.counters.best_kl_nats:
+                        self.counters.best_kl_nats, self.counters.best_step = self.counters.kl_last_nats, self.step
+                        self.save()
+                        continue
+                if last or self.step % train.save_steps == 0:
+                    self.save()
+                if self.stop_requested:
+                    break
+        if self._tracking:
+            self.accelerator.end_training()
+        return self.counters
+
+    def train_step(self) -> StepReport:
+        """One optimizer step: prompts, responses, teacher outputs, loss, update."""
+        train = self.config.train
+        seed_step(self.config.seed, self.step)
+        report = StepReport()
+        clock = _Clock(report.seconds)
+
+        items = self.loader.next(train.per_device_train_batch_size * train.gradient_accumulation_steps)
+        if self._is_ground_truth_step():
+            report.batch = "ground_truth"
+            sequences = self.read_ground_truth(items)
+        else:
+            report.rollouts, report.rollout = self.roll_out(items)
+            clock.lap("rollout")
+            sequences = self.cache_teacher(report.rollouts)
+        clock.lap("teacher")
+
+        sequences = [s for s in sequences if s.loss_steps]
+        report.loss_tokens = sum(len(s.loss_steps) for s in sequences)
+        report.loss = self.learn(sequences, report.loss_tokens)
+        clock.lap("loss")
+        report.grad_norm = self.update(report.loss)
+        self.cache.clear()
+        clock.lap("optimizer")
+        return report
+
+    # ---------------------------------------------------------------- the stages of a step
+
+    def roll_out(self, items: Sequence[tuple[Prompt, int]]) -> tuple[list[Rollout], RolloutStats]:
+        """Responses to the prompts by the configured policy."""
+        settings = self.config.rollout
+        requests = [
+            RolloutRequest(p.example_id, visit, p.prompt_ids, p.max_new_tokens or settings.max_new_tokens)
+            for p, visit in items
+        ]
+        keep = self.config.loss.scope if self.policy.uses_teacher else "nothing"
+        return rollout(
+            requests,
+            teacher=self.teacher,
+            student=self.student,
+            policy=self.policy,
+            seed=self.config.seed,
+            temperature=settings.temperature,
+            eos_ids=self.pair.eos_ids,
+            pad_id=self.pair.pad_id,
+            batch_size=settings.batch_size,
+            keep=keep,
+        )
+
+    def cache_teacher(self, rollouts: Sequence[Rollout]) -> list[TrainingSequence]:
+        """Put the teacher's outputs of the loss steps into the cache.
+
+        The rollout computed them already, unless the policy never asks the teacher: then one parallel pass does.
+        """
+        if self.policy.uses_teacher:
+            states = [r.teacher_hidden for r in rollouts]
+            steps = [r.kept_steps for r in rollouts]
+        else:
+            states = list(self._score([(r.prompt_ids, r.response_ids) for r in rollouts]))
+            steps = [list(range(len(r.response_ids))) for r in rollouts]
+        sequences = [
+            TrainingSequence(r.example_id, r.visit, r.prompt_ids, r.response_ids, kept)
+            for r, kept in zip(rollouts, steps, strict=True)
+        ]
+        self._put(sequences, states)
+        return sequences
+
+    def read_ground_truth(self, items: Sequence[tuple[Prompt, int]]) -> list[TrainingSequence]:
+        """The data's own responses, scored by one parallel teacher pass; the loss runs over all their tokens."""
+        sequences = [
+            TrainingSequence(p.example_id, visit, p.prompt_ids, p.response_ids, list(range(len(p.response_ids))))
+            for p, visit in items
+            if p.response_ids
+        ]
+        self._put(sequences, self._score([(s.prompt_ids, s.response_ids) for s in sequences]))
+        return sequences
+
+    def learn(self, sequences: Sequence[TrainingSequence], loss_tokens: int) -> float | None:
+        """Accumulate gradients over all micro-batches; the token mean of the loss in nats, None without any token.
+
+        Every micro-batch is divided by the tokens of the whole step, so the split into micro-batches does not change
+        the gradient.
+        """
+        self.wrapped.train()
+        size = self.config.train.per_device_train_batch_size
+        total = 0.0 if sequences else None
+        # Similar lengths share a micro-batch: less padding, and the token mean does not see the order.
+        ordered = sorted(sequences, key=lambda s: (s.num_tokens, s.example_id, s.visit))
+        for start in range(0, len(ordered), size):
+            group = ordered[start : start + size]
+            keys = torch.tensor([key for s in group for key in s.cache_keys()], dtype=torch.int64)
+            batch = collate(group, self.pair.pad_id, self.device)
+            loss = self.wrapped(batch, self.cache.get(keys), float(loss_tokens))
+            total += self._backward(loss)
+        if self.corpus is not None:
+            self._backward(self.config.loss.lm_coefficient * self._corpus_loss(size))
+            total = total if total is not None else 0.0
+        return total
+
+    def update(self, loss: float | None) -> float | None:
+        """Clip and step the optimizer; the gradient norm, or None for a step that had no loss token.
+
+        Raises:
+            TrainingError: the gradient is not finite; the weights are untouched.
+        """
+        norm = None
+        if loss is None:
+            self.counters.steps_without_loss += 1
+        else:
+            norm = float(self.accelerator.clip_grad_norm_(self.trainable, self.config.train.max_grad_norm))
+            if not math.isfinite(norm):
+                raise self._not_finite("gradient norm", norm)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        return norm
+
+    def _backward(self, loss: Tensor) -> float:
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise self._not_finite("loss", value)
+        self.accelerator.backward(loss)
+        return value
+
+    def _corpus_loss(self, rows: int) -> Tensor:
+        assert self.corpus is not None
+        blocks = self.corpus.next(rows)
+        sequences = [
+            TrainingSequence(i, 0, block[:1].tolist(), block[1:].tolist(), list(range(len(block) - 1)))
+            for i, block in enumerate(blocks)
+        ]
+        batch = collate_with_labels(sequences, self.pair.pad_id, self.device)
+        return self.wrapped(batch, None, float(sum(len(s.loss_steps) for s in sequences)))
+
+    def _score(self, sequences: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
+        return score_responses(
+            self.teacher, sequences, pad_id=self.pair.pad_id, batch_size=self.config.train.per_device_train_batch_size
+        )
+
+    def _put(self, sequences: Sequence[TrainingSequence], states: Sequence[Tensor | None]) -> None:
+        kept = [(s, h) for s, h in zip(sequences, states, strict=True) if s.loss_steps and h is not None]
+        if kept:
+            keys = torch.tensor([key for s, _ in kept for key in s.cache_keys()], dtype=torch.int64)
+            self.cache.put(keys, torch.cat([h for _, h in kept]), self.teacher.head)
+
+    def _is_ground_truth_step(self) -> bool:
+        mix = self.config.data.ground_truth_mix
+        if mix == 0:
+            return False
+        key = row_keys(self.config.seed, torch.tensor([_GROUND_TRUTH_COIN]), torch.tensor([self.step]))
+        return float(uniform(key)) < mix
+
+    def _refuse_missing_responses(self, prompts: Sequence[Prompt]) -> None:
+        missing = sum(not p.response_ids for p in prompts)
+        if self.config.data.ground_truth_mix > 0 and missing:
+            raise TrainingError(
+                f"data.ground_truth_mix={self.config.data.ground_truth_mix} needs a response with every prompt, but "
+                f"{missing} of {len(prompts)} have none. Set data.ground_truth_mix=0 or add the responses."
+            )
+
+    def _not_finite(self, what: str, value: float) -> TrainingError:
+        return TrainingError(
+            f"The {what} is {value} at step {self.step}; the optimizer step was not taken. Lower train.learning_rate "
+            f"(now {self.config.train.learning_rate}) and resume from the last checkpoint in "
+            f"{self.run_dir.checkpoints_path}."
+        )
+
+    # ---------------------------------------------------------------- looking and saving
+
+    def validate(self) -> float:
+        """KL(teacher || student) on the held-out prompts, nats per token."""
+        return self.validation.kl_nats(self.objective, self.device, self.config.loss.chunk_tokens)
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step and drop the oldest beyond the limit, never the best."""
+        state = {"loader": self.loader.state_dict(), "counters": _finite(asdict(self.counters))}
+        if self.corpus is not None:
+            state["corpus"] = self.corpus.state_dict()
+        save_checkpoint(
+            self.run_dir.checkpoints_path,
+            step=self.step,
+            student=self.student,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            state=state,
+        )
+        rotate_checkpoints(
+            self.run_dir.checkpoints_path,
+            keep=self.config.train.save_total_limit,
+            protected={checkpoint_name(self.counters.best_step)} if self.counters.best_step >= 0 else set(),
+        )
+
+    def resume(self) -> bool:
+        """Go back to the newest complete checkpoint; False where there is none."""
+        folder = self.run_dir.latest_checkpoint()
+        if folder is None:
+            self.run_dir.truncate_logs(0)
+            return False
+        state = load_checkpoint(
+            folder, student=self.student, optimizer=self.optimizer, lr_scheduler=self.lr_scheduler
+        )
+        self.step = state["step"]
+        self.loader.load_state_dict(state["loader"])
+        if self.corpus is not None:
+            self.corpus.load_state_dict(state["corpus"])
+        counters = state["counters"]
+        if counters["best_kl_nats"] is None:
+            counters["best_kl_nats"] = math.inf
+        self.counters = Counters(**counters)
+        self.run_dir.truncate_logs(self.step)
+        self.progress.resumed(self.step)
+        return True
+
+    def log(self, report: StepReport) -> None:
+        """Write the step's line of metrics.jsonl, a sample of its rollouts, and tell the progress display."""
+        stats = report.rollout
+        writers = [w for r in report.rollouts for w in r.writers]
+        if writers and self.policy.uses_teacher and self.policy.uses_student:
+            report.teacher_share = sum(w == TEACHER for w in writers) / len(writers)
+        divergences = [j for r in report.rollouts if r.jsd_bits is not None for j in r.jsd_bits]
+        report.jsd_bits = sum(divergences) / len(divergences) if divergences else None
+        self.counters.rollout_tokens += stats.tokens
+        self.counters.trained_tokens += report.loss_tokens
+        learning = report.seconds.get("loss", 0.0) + report.seconds.get("optimizer", 0.0)
+        metrics: dict[str, Any] = {
+            "step": self.step,
+            "loss": report.loss,
+            "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            "grad_norm": report.grad_norm,
+            "batch": report.batch,
+            "loss_tokens": report.loss_tokens,
+            "teacher_share": report.teacher_share,
+            "jsd_bits": report.jsd_bits,
+            "rollout_tokens": stats.tokens,
+            "teacher_passes": stats.teacher_passes,
+            "student_passes": stats.student_passes,
+            "rollout_tokens_per_s": stats.tokens / stats.seconds if stats.seconds else None,
+            "train_tokens_per_s": report.loss_tokens / learning if learning and report.loss_tokens else None,
+            "seconds": {k: round(v, 4) for k, v in report.seconds.items()},
+            "peak_gib": peak_bytes(self.device) / GIB,
+            "planned_gib": self.planned_bytes / GIB if self.planned_bytes is not None else None,
+        }
+        self.run_dir.append_metrics(metrics)
+        sample = report.rollouts[:ROLLOUTS_LOGGED_PER_STEP]
+        self.run_dir.append_rollouts([rollout_record(r, self.pair.tokenizer, step=self.step) for r in sample])
+        if self._tracking:
+            values = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
+            self.accelerator.log(values, step=self.step)
+        self.progress.stepped(metrics)
+
+
+def collate_with_labels(sequences: Sequence[TrainingSequence], pad_id: int, device: torch.device):
+    """As `collate`, but the input also holds the last token, so that every loss position has its label in it."""
+    extended = [
+        TrainingSequence(s.example_id, s.visit, s.prompt_ids, [*s.response_ids, pad_id], s.loss_steps)
+        for s in sequences
+    ]
+    return collate(extended, pad_id, device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Highest memory use of the process so far: allocated on the GPU, resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+
+class _Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def _make_accelerator(config: RunConfig, run_dir: RunDir, student: LanguageModel) -> Accelerator:
+    report_to = list(config.train.report_to)
+    accelerator = Accelerator(
+        cpu=student.device.type == "cpu",
+        mixed_precision="bf16" if student.compute_dtype == torch.bfloat16 else "no",
+        log_with=report_to or None,
+        project_dir=str(run_dir.path) if report_to else None,
+    )
+    if accelerator.num_processes > 1:
+        raise TrainingError(
+            f"{accelerator.num_processes} processes were started, but a run uses one GPU. Start it without accelerate "
+            "launch, or with --num_processes 1."
+        )
+    if report_to:
+        accelerator.init_trackers("qswitch")
+    return accelerator
+
+
+def _make_optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    train = config.train
+    if train.optimizer == "paged_adamw_8bit":
+        import bitsandbytes as bnb
+
+        return bnb.optim.PagedAdamW8bit(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
+    return torch.optim.AdamW(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: the best KL before any validation is stored as null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -1,0 +1,79 @@
+"""Did the student come closer to the teacher: KL(teacher || student) on held-out prompts.
+
+The responses are written by the teacher once, before the first step, with their own seed, and never trained on. The
+figure is the mean over response tokens of KL(p || q) at temperature 1, in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from qswitch.data.prompts import Prompt
+from qswitch.distill.logit_cache import Targets
+from qswitch.distill.loss import chunked_divergence_values
+from qswitch.distill.objective import StudentObjective, TrainingSequence, collate
+from qswitch.models.language_model import LanguageModel
+from qswitch.rollout.decode import RolloutRequest, inference, rollout
+from qswitch.rollout.policy import TeacherPolicy
+
+VALIDATION_SEED = 20_250_429
+"""Fixed, so that runs with different seeds are scored on the same responses."""
+
+
+class Validation:
+    """Held-out prompts with teacher-written responses and the teacher's outputs, kept in host memory."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        teacher: LanguageModel,
+        *,
+        max_new_tokens: int,
+        eos_ids: Sequence[int],
+        pad_id: int,
+        batch_size: int,
+    ) -> None:
+        requests = [RolloutRequest(p.example_id, 0, p.prompt_ids, max_new_tokens) for p in prompts]
+        written, self.stats = rollout(
+            requests,
+            teacher=teacher,
+            student=None,
+            policy=TeacherPolicy(),
+            seed=VALIDATION_SEED,
+            temperature=1.0,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            batch_size=batch_size,
+            keep="all",
+        )
+        self.rollouts = written
+        self._teacher_head = teacher.head
+        self._pad_id = pad_id
+        self._batch_size = batch_size
+        self._hidden = [r.teacher_hidden.cpu() for r in written if r.teacher_hidden is not None]
+        self._sequences = [
+            TrainingSequence(r.example_id, 0, r.prompt_ids, r.response_ids, list(range(len(r.response_ids))))
+            for r in written
+        ]
+        self.num_tokens = sum(len(s.loss_steps) for s in self._sequences)
+
+    def kl_nats(self, objective: StudentObjective, device: torch.device, chunk_tokens: int) -> float:
+        """Mean KL(teacher || student) per response token, nats; the student is scored in evaluation mode."""
+        order = sorted(range(len(self._sequences)), key=lambda i: (self._sequences[i].num_tokens, i))
+        total = 0.0
+        with inference(objective.student):
+            for start in range(0, len(order), self._batch_size):
+                members = order[start : start + self._batch_size]
+                batch = collate([self._sequences[i] for i in members], self._pad_id, device)
+                targets = Targets.from_hidden(torch.cat([self._hidden[i] for i in members]), self._teacher_head)
+                values = chunked_divergence_values(
+                    objective.hidden_at(batch),
+                    objective.student.head,
+                    targets,
+                    name="forward_kl",
+                    chunk_tokens=chunk_tokens,
+                )
+                total += float(values.double().sum())
+        return total / self.num_tokens

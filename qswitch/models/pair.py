@@ -1,0 +1,68 @@
+"""What teacher and student share: one tokenizer, one vocabulary, the tokens that end a response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig
+
+from qswitch.config import RunConfig, StudentSection, TeacherSection
+from qswitch.errors import ModelError
+from qswitch.models.load import load_tokenizer, resolve_reference
+from qswitch.models.vocab import check_tokenizers
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerPair:
+    """The checked tokenizers of a pair."""
+
+    tokenizer: Any
+    """The tokenizer whose ids both models read: the teacher's."""
+    teacher: Any
+    student: Any
+    vocab_size: int
+    """Size V of the vocabulary both heads can produce; rows beyond it are padding."""
+    eos_ids: tuple[int, ...]
+    """Tokens that end a response, of either model."""
+    pad_id: int
+
+
+def load_pair_tokenizer(config: RunConfig) -> TokenizerPair:
+    """Load both tokenizers and check that they map the same text to the same ids.
+
+    Raises:
+        TokenizerMismatchError: they do not.
+        ModelError: a tokenizer cannot be loaded, or none of the two knows an end-of-sequence token.
+    """
+    teacher, student = load_tokenizer(config.teacher), load_tokenizer(config.student)
+    vocab_size = check_tokenizers(
+        teacher, student, teacher_rows=_num_rows(config.teacher), student_rows=_num_rows(config.student)
+    )
+    eos = {t.eos_token_id for t in (teacher, student) if t.eos_token_id is not None}
+    for section in (config.teacher, config.student):
+        eos |= _generation_eos(section)
+    eos_ids = tuple(sorted(i for i in eos if i < vocab_size))
+    if not eos_ids:
+        raise ModelError(
+            "Neither tokenizer has an end-of-sequence token, so responses would always run to rollout.max_new_tokens. "
+            "Set eos_token in the teacher's tokenizer_config.json."
+        )
+    return TokenizerPair(teacher, teacher, student, vocab_size, eos_ids, teacher.pad_token_id)
+
+
+def _num_rows(section: TeacherSection | StudentSection) -> int:
+    resolved = resolve_reference(section.model, section.revision)
+    config = AutoConfig.from_pretrained(
+        resolved.path_or_id, revision=resolved.revision, trust_remote_code=section.trust_remote_code
+    )
+    return int(config.get_text_config().vocab_size)
+
+
+def _generation_eos(section: TeacherSection | StudentSection) -> set[int]:
+    resolved = resolve_reference(section.model, section.revision)
+    try:
+        eos = GenerationConfig.from_pretrained(resolved.path_or_id, revision=resolved.revision).eos_token_id
+    except OSError:  # models without a generation_config.json are common, and the tokenizer's token stands
+        return set()
+    return set(eos) if isinstance(eos, list) else ({eos} if eos is not None else set())
