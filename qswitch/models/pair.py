@@ -51,6 +51,11 @@ def load_pair_tokenizer(config: RunConfig) -> TokenizerPair:
     return TokenizerPair(teacher, teacher, student, vocab_size, eos_ids, teacher.pad_token_id)
 
 
+def template_tokenizer(pair: TokenizerPair, template: str) -> Any:
+    """The tokenizer whose chat template data.template names; ids are the same with either."""
+    return pair.student if template == "student" else pair.tokenizer
+
+
 def _num_rows(section: TeacherSection | StudentSection) -> int:
     resolved = resolve_reference(section.model, section.revision)
     config = AutoConfig.from_pretrained(

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qswitch.data.prompts import pad_left
 from qswitch.models.language_model import LanguageModel
 from qswitch.rollout import sampling
 from qswitch.rollout.kv_cache import KVState
@@ -132,17 +133,6 @@ def rollout(
     return [r for r in results if r is not None], stats
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token lists -> int64 [R, P] and its bool mask [R, P], padding on the left."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row, dtype=torch.int64)
-        mask[i, width - len(row) :] = True
-    return ids.to(device), mask.to(device)
-
-
 def _log_probs(model: LanguageModel | None, hidden: Tensor | None) -> Tensor | None:
     """[R, D] -> [R, V] in fp32, or in fp64 for a model that computes in fp64."""
     if model is None or hidden is None:
@@ -186,7 +176,7 @@ def _write_batch(
     lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)
     ended = torch.zeros(num_rows, dtype=torch.bool, device=device)
 
-    ids, mask = pad_left([r.prompt_ids for r in batch], pad_id, device)
+    ids, mask = (x.to(device) for x in pad_left([r.prompt_ids for r in batch], pad_id))
     models = {"teacher": teacher, "student": student}
     states = {name: KVState(model) for name, model in models.items() if model is not None}
     hidden: dict[str, Tensor] = {name: state.prefill(ids, mask) for name, state in states.items()}
@@ -285,9 +275,9 @@ def score_responses(
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
             rows = [sequences[i][0] + sequences[i][1][:-1] for i in members]
-            ids, mask = pad_left(rows, pad_id, teacher.device)
-            positions = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
-            hidden = teacher.hidden(ids, attention_mask=mask.long(), position_ids=positions)  # (R, L, D)
+            ids, mask = (x.to(teacher.device) for x in pad_left(rows, pad_id))
+            positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+            hidden = teacher.hidden(ids, attention_mask=mask, position_ids=positions)  # (R, L, D)
             for row, i in enumerate(members):
                 results[i] = hidden[row, -len(sequences[i][1]) :].clone()
     return [r for r in results if r is not None]

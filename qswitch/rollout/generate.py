@@ -9,7 +9,7 @@ from qswitch.data.prompts import PromptEncoder
 from qswitch.data.records import Message, Record
 from qswitch.errors import RunDirError
 from qswitch.models.load import load_teacher, make_runtime
-from qswitch.models.pair import load_pair_tokenizer
+from qswitch.models.pair import load_pair_tokenizer, template_tokenizer
 from qswitch.models.student import load_adapter, load_student
 from qswitch.rollout.decode import RolloutRequest, rollout
 from qswitch.rollout.policy import StudentPolicy, make_policy
@@ -48,8 +48,9 @@ def generate_from_run(
     )
     load_adapter(student, adapter)
     teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size) if show_writers else None
-    encoder = PromptEncoder(pair.tokenizer, config.data.template, teacher_tokenizer=pair.teacher, student_tokenizer=pair.student)
-    record = Record(id=0, messages=(Message("user", prompt),), response=None, source="command line", max_new_tokens=None)
+    encoder = PromptEncoder(template_tokenizer(pair, config.data.template), config.data.template)
+    turns = (Message("system", config.data.system_prompt),) if config.data.system_prompt else ()
+    record = Record(id=0, messages=(*turns, Message("user", prompt)), response=None, source="command line")
     encoded = encoder.encode(record)
     request = RolloutRequest(0, 0, encoded.prompt_ids, max_new_tokens or config.rollout.max_new_tokens)
     written, _ = rollout(

@@ -1,0 +1,235 @@
+"""A whole run from a configuration: plan, data, models, training, the final adapter and its summary.
+
+`distill` is what `qswitch distill` calls. It reads top to bottom; every part lives in its own module.
+"""
+
+from __future__ import annotations
+
+import platform
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qswitch.config import RunConfig
+from qswitch.data.loader import load_corpus_tokens, split_validation
+from qswitch.data.prompts import Prompt, PromptEncoder, encode_all, template_source
+from qswitch.data.records import load_records
+from qswitch.distill.checkpoint import checkpoint_name
+from qswitch.distill.progress import Progress
+from qswitch.distill.trainer import GIB, Trainer, peak_bytes
+from qswitch.models.load import load_teacher, make_runtime
+from qswitch.models.pair import TokenizerPair, load_pair_tokenizer, template_tokenizer
+from qswitch.models.shrink import shrink_to_folder
+from qswitch.models.student import load_adapter, load_student, save_adapter
+from qswitch.plan.scheduler import detect_budget_bytes, plan_run, require_fit
+from qswitch.run_dir import RunDir
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """RUN/summary.json: what the run did and whether the student got better."""
+
+    kl_before_nats: float
+    """Mean KL(teacher || student) per token on held-out prompts, teacher-written responses, before the first step."""
+    kl_after_nats: float
+    """The same for the adapter in RUN/adapter, the best of the validations."""
+    kl_last_nats: float
+    """The same after the last step."""
+    best_step: int
+    steps: int
+    steps_without_loss: int
+    """Steps whose rollouts held no intervention, so that nothing was learnt."""
+    validation_prompts: int
+    validation_tokens: int
+    rollout_tokens: int
+    trained_tokens: int
+    seconds: float
+    """Training, validation and start-up apart."""
+    peak_gib: float
+    planned_gib: float
+    device: str
+    teacher: str
+    student: str
+    versions: dict[str, str]
+    commit: str | None
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the run; a checkpoint of the last finished step is on disk."""
+
+
+def distill(config: RunConfig, run_dir: RunDir, *, resume: bool = False, budget_bytes: int | None = None) -> Summary:
+    """Run or resume a distillation in `run_dir`.
+
+    Raises:
+        PlanError: the plan does not fit the memory; nothing was loaded.
+        DataError, ModelError, TrainingError: as their messages say.
+        Interrupted: stopped by SIGINT or SIGTERM, resumable.
+    """
+    progress = Progress(total_steps=config.train.max_steps)
+    plan = plan_run(config, budget_bytes=budget_bytes if budget_bytes is not None else detect_budget_bytes()[0])
+    require_fit(plan)
+    run_dir.write_json("plan.json", plan.to_dict())
+
+    pair = load_pair_tokenizer(config)
+    encoder, prompts, held_out = load_prompts(config, pair)
+    progress.say(f"{len(prompts)} training prompts, {len(held_out)} held out")
+    runtime = make_runtime(config.train)
+    if config.student.shrink_to_layers is not None and not run_dir.student_base_path.exists():
+        report = shrink_to_folder(
+            config.student.model,
+            config.student.shrink_to_layers,
+            run_dir.student_base_path,
+            revision=config.student.revision,
+            trust_remote_code=config.student.trust_remote_code,
+        )
+        progress.say(f"student cut to {len(report.kept)} layers; dropped {', '.join(map(str, report.dropped))}")
+    progress.say(f"loading the teacher ({config.teacher.precision}) and the student on {runtime.device}")
+    teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size)
+    student = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=run_dir.student_base_path)
+    corpus = None
+    if config.data.lm_corpus is not None:
+        corpus = load_corpus_tokens(config.data.lm_corpus, pair.tokenizer, split=config.data.split)
+
+    trainer = Trainer(
+        config,
+        run_dir,
+        teacher=teacher,
+        student=student,
+        pair=pair,
+        prompts=prompts,
+        validation_prompts=held_out,
+        corpus=corpus,
+        planned_bytes=plan.total_bytes,
+        progress=progress,
+    )
+    if resume:
+        trainer.resume()
+    with _stop_on_signal(trainer, progress):
+        trainer.run()
+    if trainer.step < config.train.max_steps:
+        raise Interrupted
+    return _finish(config, run_dir, trainer, pair, encoder, plan.total_bytes)
+
+
+def load_prompts(config: RunConfig, pair: TokenizerPair) -> tuple[PromptEncoder, list[Prompt], list[Prompt]]:
+    """The encoder, the training prompts and the held-out prompts, which never overlap."""
+    data = config.data
+    encoder = PromptEncoder(
+        template_tokenizer(pair, data.template), data.template, end_token_ids=pair.eos_ids
+    )
+
+    def encode(reference: str | list[str], limit: int | None = None) -> list[Prompt]:
+        prompts, _ = encode_all(
+            load_records(data, reference, limit=limit),
+            encoder,
+            max_prompt_tokens=data.max_prompt_tokens,
+            max_response_tokens=config.rollout.max_new_tokens,
+        )
+        return prompts
+
+    prompts = encode(data.train, data.limit)
+    if data.validation is not None:
+        return encoder, prompts, encode(data.validation)[: data.num_validation]
+    # A small file gives at most a fifth of its prompts away.
+    held_out_count = min(data.num_validation, max(1, len(prompts) // 5))
+    train, held_out = split_validation(prompts, held_out_count, config.seed)
+    return encoder, train, held_out
+
+
+def _finish(
+    config: RunConfig, run_dir: RunDir, trainer: Trainer, pair: TokenizerPair, encoder: PromptEncoder, planned: int
+) -> Summary:
+    """Put the best adapter, its tokenizer and a model card into RUN/adapter, and write the summary."""
+    counters = trainer.counters
+    assert counters.kl_before_nats is not None and counters.kl_last_nats is not None
+    load_adapter(trainer.student, run_dir.checkpoints_path / checkpoint_name(counters.best_step) / "adapter")
+    save_adapter(trainer.student, run_dir.adapter_path)
+    # The student was trained on this template, so it must be asked with it.
+    pair.student.chat_template = template_source(encoder)
+    pair.student.save_pretrained(run_dir.adapter_path)
+    summary = Summary(
+        kl_before_nats=counters.kl_before_nats,
+        kl_after_nats=counters.best_kl_nats,
+        kl_last_nats=counters.kl_last_nats,
+        best_step=counters.best_step,
+        steps=trainer.step,
+        steps_without_loss=counters.steps_without_loss,
+        validation_prompts=len(trainer.validation.rollouts),
+        validation_tokens=trainer.validation.num_tokens,
+        rollout_tokens=counters.rollout_tokens,
+        trained_tokens=counters.trained_tokens,
+        seconds=round(counters.seconds, 1),
+        peak_gib=round(peak_bytes(trainer.device) / GIB, 3),
+        planned_gib=round(planned / GIB, 3),
+        device=str(trainer.device),
+        teacher=_name(config.teacher.model),
+        student=_name(config.student.model),
+        versions={name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")}
+        | {"python": platform.python_version()},
+        commit=_commit(),
+    )
+    run_dir.write_json("summary.json", asdict(summary))
+    (run_dir.adapter_path / "README.md").write_text(adapter_card(config, summary), encoding="utf-8")
+    return summary
+
+
+def adapter_card(config: RunConfig, summary: Summary) -> str:
+    """The model card of RUN/adapter, Hugging Face layout."""
+    licences = "\n".join(f"- {model}: {licence}" for model, licence in config.about.licences.items()) or "- see the models"
+    return f"""---
+library_name: peft
+tags: [distillation, switch, qswitch]
+---
+# {summary.student}, distilled from {summary.teacher}
+
+Trained with qswitch by the SWITCH method (Koo et al., Findings of NAACL 2025), policy `{config.rollout.policy}`,
+loss `{config.loss.divergence}` over `{config.loss.scope}`, {summary.steps} steps.
+
+| KL(teacher \\|\\| student), nats per token, {summary.validation_prompts} held-out prompts | |
+|---|---|
+| before | {summary.kl_before_nats:.4f} |
+| after | {summary.kl_after_nats:.4f} |
+
+Licences of the models it is made from:
+{licences}
+"""
+
+
+def _name(reference: str | list[str]) -> str:
+    return reference if isinstance(reference, str) else reference[0]
+
+
+def _commit() -> str | None:
+    """The commit of a source checkout; None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+@contextmanager
+def _stop_on_signal(trainer: Trainer, progress: Progress) -> Iterator[None]:
+    """The first SIGINT or SIGTERM ends the run after the current step, with a checkpoint; the second at once."""
+
+    def request(signum: int, _frame: Any) -> None:
+        if trainer.stop_requested:
+            raise KeyboardInterrupt
+        trainer.stop_requested = True
+        progress.say("stopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
+
+    previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,82 @@
+"""Whether two tokenizers map the same text to the same ids, and how many ids both heads can produce.
+
+Sizes prove nothing: two vocabularies of 32,000 entries may be strangers, and one tokenizer may stand before heads of
+151,936 and 152,064 rows (padding).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qswitch.errors import TokenizerMismatchError
+
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "It's 1,234.56 or 0x1F; 3e-8, 2026-01-31, 10%.",
+    "  leading and trailing  \n\n\ttabs\r\nand newlines \n",
+    "def f(x: int) -> int:\n    return x ** 2  # done\n",
+    '{"key": [1, null, true], "path": "C:\\\\tmp"}',
+    "Größe, naïve, façade, Ελληνικά, Русский, עברית, العربية",
+    "中文字符，日本語テキスト、한국어 문장",
+    "e\u0301 vs \u00e9, ﬁ, \u200b zero width, \u00a0 no-break",
+    "🙂👩‍👩‍👧 🇨🇭 ∑∫√ ≤ ≠",
+    "<|im_start|>user\nHi<|im_end|>\n<s>[INST] x [/INST]</s><|endoftext|><unk>",
+    "CamelCase snake_case kebab-case UPPER antidisestablishmentarianism",
+    "aaaaaaaaaaaaaaaaaaaaaaaa        !!!!!!!!",
+)
+"""Text in which tokenizers with equal vocabularies but other merges, normalisers or special tokens differ."""
+
+NUM_SHOWN = 3
+
+
+def check_tokenizers(teacher_tokenizer: Any, student_tokenizer: Any, *, teacher_rows: int, student_rows: int) -> int:
+    """Return V, the number of ids that both models can produce, after proving that ids mean the same to both.
+
+    `*_rows` are the rows of each model's head; V is the smaller. A head with fewer rows than the tokenizer has ids is
+    refused, one with more is padded and gets sliced.
+
+    Raises:
+        TokenizerMismatchError: token -> id maps or probe encodings differ; shows the first that do. Or a head is too small.
+    """
+    teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
+    if teacher != student:
+        raise TokenizerMismatchError(_describe_maps(teacher, student))
+    for special in (False, True):
+        for probe in PROBES:
+            a = teacher_tokenizer.encode(probe, add_special_tokens=special)
+            b = student_tokenizer.encode(probe, add_special_tokens=special)
+            if a != b:
+                raise TokenizerMismatchError(_describe_encodings(probe, a, b, teacher_tokenizer, special))
+    needed = max(teacher.values()) + 1
+    for role, rows in (("teacher", teacher_rows), ("student", student_rows)):
+        if rows < needed:
+            raise TokenizerMismatchError(
+                f"The {role}'s head has {rows:,} rows, but the shared tokenizer has ids up to {needed - 1:,}. "
+                "Use the tokenizer that belongs to the model, or a model with a head that covers it."
+            )
+    return min(teacher_rows, student_rows)
+
+
+def _describe_maps(teacher: dict[str, int], student: dict[str, int]) -> str:
+    by_id = sorted(set(teacher) | set(student), key=lambda t: (min(teacher.get(t, 1 << 60), student.get(t, 1 << 60)), t))
+    different = [t for t in by_id if teacher.get(t) != student.get(t)]
+    shown = ", ".join(
+        f"{token!r} (teacher id {teacher.get(token, 'none')}, student id {student.get(token, 'none')})"
+        for token in different[:NUM_SHOWN]
+    )
+    return (
+        f"Teacher and student have different vocabularies ({len(teacher):,} and {len(student):,} tokens, "
+        f"{len(different):,} of them with different ids). First: {shown}. SWITCH mixes tokens of both models, so they must "
+        "share one tokenizer: take a student of the same family, or make one with qswitch shrink."
+    )
+
+
+def _describe_encodings(probe: str, a: list[int], b: list[int], tokenizer: Any, special: bool) -> str:
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    left, right = (tokenizer.convert_ids_to_tokens(ids[at : at + NUM_SHOWN]) for ids in (a, b))
+    with_special = " with special tokens" if special else ""
+    return (
+        f"Teacher and student have one vocabulary but encode text differently{with_special}: {probe[:40]!r} from token {at} on "
+        f"is {left} for the teacher and {right} for the student. Use the same tokenizer files (merges, normaliser, "
+        "BOS settings) for both."
+    )
