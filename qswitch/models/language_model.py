@@ -88,6 +88,7 @@ class LanguageModel(nn.Module):
         self.head = Head(
             linear, vocab_size=vocab_size, logit_scale=scale, softcap=softcap, compute_dtype=self.compute_dtype
         )
+        self.train(hf.training)
 
     @property
     def causal_model(self) -> Any:

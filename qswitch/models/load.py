@@ -36,11 +36,11 @@ QUANT_BLOCK = 64
 _said: set[str] = set()
 
 
-def say_once(message: str) -> None:
-    """Log a warning the first time it comes up in this process."""
+def say_once(message: str, level: int = logging.WARNING) -> None:
+    """Log a message the first time it comes up in this process."""
     if message not in _said:
         _said.add(message)
-        logger.warning(message)
+        logger.log(level, message)
 
 
 # ---------------------------------------------------------------------------------------------------------- runtime
@@ -124,7 +124,7 @@ def resolve_reference(reference: ModelReference, revision: str | None = None) ->
             continue
         if len(candidates) > 1:
             skipped = f" (not available: {'; '.join(reasons)})" if reasons else ""
-            logger.info("Using %s for %s%s", candidate, resolved.name, skipped)
+            say_once(f"Using the model {candidate}{skipped}", level=logging.INFO)
         return resolved
     if len(reasons) == 1:
         raise ModelError(f"Model not available. {reasons[0]}")
@@ -233,7 +233,7 @@ def materialise_gguf(path: Path) -> Path:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        with quiet():
+        with quiet(), _no_gguf_bar():
             tokenizer = AutoTokenizer.from_pretrained(**source)
             loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
             plain_model(loaded).to(torch.bfloat16).save_pretrained(partial)
@@ -290,6 +290,19 @@ def quiet() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _no_gguf_bar() -> Iterator[None]:
+    """The GGUF reader of transformers has a tqdm bar of its own that no setting switches off."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = getattr(reader, "tqdm", None)
+    reader.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
 
 
 # ----------------------------------------------------------------------------------------------------------- loading

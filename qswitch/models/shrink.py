@@ -169,10 +169,8 @@ def _short_config(config: Any, kept: Sequence[int], num_before: int) -> Any:
         for name, value in values.items()
         if isinstance(value, list) and len(value) == num_before and ("layer" in name or name == "no_rope_layers")
     }
-    short = type(config).from_dict({**values, **per_layer})
-    short.num_hidden_layers = len(kept)  # through the attribute map: n_layer of GPT-2
-    for name, value in per_layer.items():
-        setattr(short, name, value)
+    depth = getattr(type(config), "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")  # n_layer of GPT-2
+    short = type(config).from_dict({**values, **per_layer, depth: len(kept)})
     if getattr(config, "max_window_layers", None) is not None:  # Qwen2: from this index on, layers slide
         short.max_window_layers = sum(i < config.max_window_layers for i in kept)
     short._attn_implementation = config._attn_implementation

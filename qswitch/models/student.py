@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from qswitch.config import LoraSection, RunConfig
 from qswitch.errors import ModelError
 from qswitch.models.language_model import LanguageModel, verify_head
-from qswitch.models.load import Runtime, load_base, resolve_precision
+from qswitch.models.load import Runtime, load_base, quiet, resolve_precision
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +57,9 @@ def load_student(
     model = LanguageModel(hf, vocab_size=vocab_size, compute_dtype=runtime.compute_dtype)
     if student.gradient_checkpointing:
         # Rollouts run in eval mode, where transformers checkpoints nothing and so keeps the KV cache.
-        causal = model.causal_model
-        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with warnings.catch_warnings():  # newer transformers calls it activation_checkpointing_enable
+            warnings.simplefilter("ignore", FutureWarning)
+            model.causal_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     verify_head(model)
     model.train()
     return model
@@ -183,7 +185,8 @@ def save_adapter(model: LanguageModel, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not is_adapter(model):
-        model.causal_model.save_pretrained(folder, safe_serialization=True)
+        with quiet():
+            model.causal_model.save_pretrained(folder, safe_serialization=True)
         return
     before = {name: c.base_model_name_or_path for name, c in model.hf.peft_config.items()}
     try:

@@ -1,0 +1,248 @@
+"""The trained student as a plain Hugging Face model: adapter merged into the unquantised base, then proved equal.
+
+Merging into 4-bit weights would round twice, so the base is always read unquantised here. The saved folder is read back
+with transformers alone and compared with base + adapter on prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qswitch.config import RunConfig
+from qswitch.errors import ModelError
+from qswitch.models.language_model import LanguageModel
+from qswitch.models.load import ResolvedModel, Runtime, quiet, read_model, read_tokenizer, resolve_reference
+from qswitch.models.shrink import CALIBRATION_PROMPTS, refuse_non_empty, write_model_folder
+from qswitch.models.student import attach_lora, load_adapter
+from qswitch.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+MAX_LOGIT_DIFFERENCE = 1e-4
+"""Of the fp32 merge against base + adapter."""
+MAX_KL_NATS = 1e-3
+"""Of the saved model against base + adapter."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergeReport:
+    """Where the merged model is, and how far it is from base + adapter."""
+
+    output_dir: Path
+    max_logit_difference: float
+    """Largest |logit difference| of the merge in fp32, before it is rounded to the saved dtype."""
+    kl_nats: float
+    """KL(base + adapter || saved model), mean over the tokens of the prompts, both computed in fp32."""
+    num_prompts: int
+    dtype: str
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both differences are within the limits."""
+        return self.max_logit_difference <= MAX_LOGIT_DIFFERENCE and self.kl_nats <= MAX_KL_NATS
+
+
+def merge_run(
+    run_path: Path | str,
+    output_dir: Path | str,
+    *,
+    dtype: Literal["bf16", "fp32"] = "bf16",
+    prompts: Sequence[str] | None = None,
+) -> MergeReport:
+    """Merge RUN/adapter (or the latest checkpoint's) into its unquantised base and save a plain model folder.
+
+    Runs on CPU in fp32, which needs 4 bytes per parameter twice over.
+
+    Raises:
+        RunDirError: run_path is no run directory.
+        ModelError: no adapter yet, output_dir is not empty, or the merged model differs too much (nothing is left there).
+    """
+    output_dir = Path(output_dir)
+    refuse_non_empty(output_dir)
+    run_dir = RunDir.open(Path(run_path))
+    config = run_dir.config
+    adapter = _adapter_folder(run_dir)
+    base = _base(config, run_dir)
+    tokenizer = _student_tokenizer(config, adapter, base)
+    texts = list(CALIBRATION_PROMPTS if prompts is None else prompts)
+    ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
+
+    reference = _trained(config, base, adapter)
+    before = _logits(reference.hf, ids)
+    if config.student.adapter == "lora":
+        merged = reference.hf.merge_and_unload(safe_merge=True)
+    else:
+        merged = reference.hf
+    difference = max((a - b).abs().max().item() for a, b in zip(before, _logits(merged, ids), strict=True))
+    if not difference <= MAX_LOGIT_DIFFERENCE * max(1.0, max(row.abs().max().item() for row in before)):
+        raise ModelError(
+            f"The merge changes logits by up to {difference:.3g} in fp32 (limit {MAX_LOGIT_DIFFERENCE:g}), so nothing was "
+            "written. Load the adapter with peft instead, and please report the adapter settings."
+        )
+    _restore_hidden_config(merged, base)
+    merged.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+    card = model_card(config, base, _summary(run_dir), difference, dtype)
+    write_model_folder(merged, tokenizer, output_dir, {"README.md": card})
+    del merged, reference
+
+    kl_nats = _kl_nats(before, _logits(_plain(output_dir), ids))
+    report = MergeReport(
+        output_dir=output_dir, max_logit_difference=difference, kl_nats=kl_nats, num_prompts=len(ids), dtype=dtype
+    )
+    if not report.agrees:
+        logger.warning(
+            "The merged model in %s differs from the adapter by %.3g nats (limit %g); dtype fp32 keeps it closer.",
+            dtype, kl_nats, MAX_KL_NATS,
+        )  # fmt: skip
+    return report
+
+
+def _adapter_folder(run_dir: RunDir) -> Path:
+    if run_dir.adapter_path.is_dir():
+        return run_dir.adapter_path
+    latest = run_dir.latest_checkpoint()
+    if latest is None:
+        raise ModelError(f"{run_dir.path} holds no adapter yet. Wait for its first checkpoint, or resume the run.")
+    logger.warning("The run has not finished; merging the adapter of %s", latest.name)
+    return latest / "adapter"
+
+
+def _base(config: RunConfig, run_dir: RunDir) -> ResolvedModel:
+    """The student's base: the one cut into the run directory, else what student.model names."""
+    if run_dir.student_base_path.is_dir():
+        return ResolvedModel(str(run_dir.student_base_path), None, run_dir.student_base_path.name)
+    return resolve_reference(config.student.model, config.student.revision)
+
+
+def _student_tokenizer(config: RunConfig, adapter: Path, base: ResolvedModel) -> Any:
+    """The tokenizer saved with the adapter carries the chat template of the run; a bare checkpoint has the base's."""
+    if (adapter / "tokenizer_config.json").is_file():
+        return read_tokenizer(ResolvedModel(str(adapter), None, adapter.name), config.student.trust_remote_code)
+    return read_tokenizer(base, config.student.trust_remote_code)
+
+
+def _trained(config: RunConfig, base: ResolvedModel, adapter: Path) -> LanguageModel:
+    """Base + trained weights in fp32 on the CPU, in eval mode."""
+    runtime = Runtime(device=torch.device("cpu"), compute_dtype=torch.float32)
+    # bf16: the rounding that training saw. A base stored in bf16 is the same in both.
+    precision = "bf16" if config.student.precision == "bf16" and config.student.adapter == "lora" else "fp32"
+    hf = read_model(base, runtime, precision, config.student.trust_remote_code)
+    if config.student.adapter == "lora":
+        hf = attach_lora(hf, config.student.lora, seed=config.seed)
+    model = LanguageModel(hf)
+    load_adapter(model, adapter)
+    return model.eval()
+
+
+def _plain(folder: Path) -> Any:
+    """The saved folder as anyone would read it, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def _logits(hf: Any, ids: Sequence[Tensor]) -> list[Tensor]:
+    """Logits [n, V] of every prompt, fp32."""
+    return [hf(input_ids=row, use_cache=False).logits[0].float() for row in ids]
+
+
+def _kl_nats(p_logits: Sequence[Tensor], q_logits: Sequence[Tensor]) -> float:
+    """KL(p || q), mean over all tokens."""
+    total, tokens = 0.0, 0
+    for p, q in zip(p_logits, q_logits, strict=True):
+        p_log, q_log = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        total += (p_log.exp() * (p_log - q_log)).sum().item()
+        tokens += p.shape[0]
+    return max(total / tokens, 0.0)
+
+
+def _restore_hidden_config(merged: Any, base: ResolvedModel) -> None:
+    """The saved config must not name where this machine keeps the base."""
+    merged.config._name_or_path = base.name
+
+
+def _summary(run_dir: RunDir) -> dict[str, Any]:
+    if not run_dir.summary_path.is_file():
+        return {}
+    return json.loads(run_dir.summary_path.read_text(encoding="utf-8"))
+
+
+def model_card(
+    config: RunConfig, base: ResolvedModel, summary: dict[str, Any], max_logit_difference: float, dtype: str
+) -> str:
+    """README.md of the merged model: what it is, from what, how it was trained, its figures, how to load it."""
+    teacher, student = _named(config.teacher.model), _named(config.student.model)
+    licences = config.about.licences
+    licence = next((licences[name] for name in _names(config.student.model) if name in licences), None)
+    header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if licence:
+        header.append(f"license: {licence.lower()}")
+    header += ["tags:", "- distillation", "- qswitch", "---", ""]
+    rollout, loss = config.rollout, config.loss
+    cut = f", cut to {config.student.shrink_to_layers} layers" if config.student.shrink_to_layers else ""
+    lines = [
+        f"# {base.name}, distilled with qswitch",
+        "",
+        f"- Student: {student}{cut}",
+        f"- Teacher: {teacher} ({config.teacher.precision})",
+        f"- Licence: {licence or 'that of the student model; check it, and the teacher licence, before you share this'}",
+        f"- Method: rollout policy `{rollout.policy}`"
+        + (f", schedule `{rollout.schedule}`" if rollout.policy == "switch" else "")
+        + f", loss `{loss.divergence}` over `{loss.scope}`, {config.train.max_steps} steps",
+        f"- Adapter: {_adapter_line(config)}; weights saved in {dtype}",
+        f"- Merge check: largest logit difference {max_logit_difference:.2g} in fp32 against base + adapter",
+    ]
+    figures = {
+        "kl_before_nats": "KL(teacher || student) before, nats per token, held-out prompts",
+        "kl_after_nats": "the same after training",
+        "steps": "optimizer steps",
+        "seconds": "seconds of training",
+    }
+    known = [f"| {label} | {summary[key]:.4g} |" for key, label in figures.items() if _is_number(summary.get(key))]
+    if known:
+        lines += ["", "| figure | value |", "|---|---|", *known]
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        "```",
+        "",
+    ]
+    return "\n".join([*header, *lines])
+
+
+def _adapter_line(config: RunConfig) -> str:
+    if config.student.adapter == "none":
+        return "none, every weight was trained"
+    lora = config.student.lora
+    kind = "DoRA" if lora.use_dora else "LoRA"
+    return f"{kind} r={lora.r} alpha={lora.alpha:g}, merged into the unquantised base"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _names(reference: str | list[str]) -> list[str]:
+    return [reference] if isinstance(reference, str) else list(reference)
+
+
+def _named(reference: str | list[str]) -> str:
+    """References for people: a local folder by its last part only."""
+    shown = [Path(name).name if Path(name).expanduser().is_dir() else name for name in _names(reference)]
+    return " or ".join(f"`{name}`" for name in shown)
