@@ -210,7 +210,9 @@ def _opt(values: _Values, model_type: str) -> ModelShape:
     positions = values("max_position_embeddings")
     bias = bool(values.optional("enable_bias", True))
     norm = 2 * hidden if values.optional("layer_norm_elementwise_affine", True) else 0
-    final_norm = values.optional("do_layer_norm_before", True) and not values.optional("_remove_final_layer_norm", False)
+    final_norm = values.optional("do_layer_norm_before", True) and not values.optional(
+        "_remove_final_layer_norm", False
+    )
     tied = bool(values.optional("tie_word_embeddings", True))
     linears = (
         LinearShape("k_proj", hidden, hidden, bias),
@@ -220,7 +222,9 @@ def _opt(values: _Values, model_type: str) -> ModelShape:
         LinearShape("fc1", hidden, inter, bias),
         LinearShape("fc2", inter, hidden, bias),
     )
-    outer = () if embed == hidden else (LinearShape("project_out", hidden, embed), LinearShape("project_in", embed, hidden))
+    outer = (
+        () if embed == hidden else (LinearShape("project_out", hidden, embed), LinearShape("project_in", embed, hidden))
+    )
     # The two extra rows are OPT's offset for padding (OPTLearnedPositionalEmbedding).
     return ModelShape(
         model_type=model_type, num_layers=layers, hidden_size=hidden, intermediate_size=inter, num_heads=heads,
@@ -306,7 +310,9 @@ def shape_for(section: TeacherSection | StudentSection) -> ModelShape:
     layers = section.shrink_to_layers if isinstance(section, StudentSection) else None
     if layers is not None:
         if layers > shape.num_layers:
-            raise ConfigError(f"student.shrink_to_layers is {layers}, but the model has {shape.num_layers} layers. Lower it.")
+            raise ConfigError(
+                f"student.shrink_to_layers is {layers}, but the model has {shape.num_layers} layers. Lower it."
+            )
         shape = shape.with_layers(layers)
     return shape
 
@@ -345,7 +351,9 @@ def _hub_cache() -> Path:
     """The folder that huggingface_hub uses, by the same environment variables."""
     if os.environ.get("HF_HUB_CACHE"):
         return Path(os.environ["HF_HUB_CACHE"])
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
+    home = (
+        os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
+    )
     return Path(home).expanduser() / "hub"
 
 

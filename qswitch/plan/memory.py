@@ -1,0 +1,310 @@
+"""How many bytes each part of a run takes, as arithmetic over shapes.
+
+Pure functions; knows no budget and makes no choice (`scheduler.py`). Each docstring states what is assumed. Bytes of
+weights, adapters, optimizer and caches are exact up to allocator rounding; activations and workspaces are models of
+the transformers and peft implementations, and no figure here has been measured on a GPU.
+
+Letters: `R` rollout rows, `B` training rows, `L` tokens of a row, `V` vocabulary, `D` width, `I` MLP width.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Literal
+
+from qswitch.config import LoraSection
+from qswitch.plan.shapes import LinearShape, ModelShape
+
+GIB = 2**30
+FP32_BYTES = 4
+
+NF4_BLOCK = 64
+"""Weights per scale: bitsandbytes' default for 4-bit."""
+NF4_NESTED_BLOCK = 256
+"""Scales per second-level scale: bitsandbytes' default for double quantisation."""
+NF4_TABLE_BYTES = 16 * FP32_BYTES + 256 * FP32_BYTES + FP32_BYTES
+"""Per module: the 16 NF4 levels, the 256 levels of the scales, and their offset, all fp32 (bitsandbytes QuantState)."""
+
+CUDA_CONTEXT_BYTES = 512 * 2**20
+"""Driver context, cuBLAS handles and workspaces of one process. An allowance, not a measurement: contexts of 300 to
+500 MiB are usual, and PyTorch's CUDA notes put a cuBLAS workspace at 8 MiB (32 MiB on Hopper) per handle."""
+
+FRAGMENTATION_SHARE = 0.05
+"""Of everything that is allocated and freed within a step: the caching allocator rounds sizes up (to 512 bytes, and
+to 2 MiB in blocks above 1 MiB) and cannot always reuse a hole. An allowance, not a measurement."""
+
+ROLLOUT_VOCABULARY_COPIES = 10
+"""fp32-sized [R, V] tensors alive at once in a decoding step: log p and log q stay; then either the divergence
+(probabilities, mixture, its logarithm, two products: 7 in all), or the noise (log-probabilities that are drawn from,
+and hash, shifted copy and mask in int64, 2 each: 9 in all); 1 for the logits that fp32 was made from."""
+
+LOSS_VOCABULARY_COPIES = 8
+"""fp32-sized [chunk, V] tensors alive at once in the loss: logits and log-probabilities of teacher and student (4),
+the skewed mixture and its logarithm (2), the integrand (1), the gradient with respect to the student's logits (1)."""
+
+Precision = Literal["nf4", "int8", "bf16", "fp32"]
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+def nf4_linear_bytes(module: LinearShape, compute_bytes: int, any_width: bool) -> int:
+    """One linear layer in NF4 with double quantisation.
+
+    Half a byte per weight, one uint8 scale per 64 weights, one fp32 scale per 256 scales, the tables; the bias in the
+    compute dtype. bitsandbytes' CPU kernels need input widths that are multiples of 64, so other layers stay
+    unquantised there (`any_width=False`); on CUDA the blocks run over the flattened weight.
+    """
+    if not any_width and module.in_features % NF4_BLOCK:
+        return module.parameters * compute_bytes
+    scales = math.ceil(module.weight_parameters / NF4_BLOCK)
+    bias_bytes = (module.parameters - module.weight_parameters) * compute_bytes
+    packed_bytes = math.ceil(module.weight_parameters / 2)
+    return packed_bytes + scales + math.ceil(scales / NF4_NESTED_BLOCK) * FP32_BYTES + NF4_TABLE_BYTES + bias_bytes
+
+
+def int8_linear_bytes(module: LinearShape, compute_bytes: int) -> int:
+    """One linear layer in LLM.int8: a byte per weight and one fp32 scale per output row; the bias in compute dtype."""
+    bias_bytes = (module.parameters - module.weight_parameters) * compute_bytes
+    return module.weight_parameters + module.out_features * FP32_BYTES + bias_bytes
+
+
+def linear_bytes(module: LinearShape, precision: Precision, compute_bytes: int, any_width: bool = True) -> int:
+    """One linear layer, stored in `precision`."""
+    if precision == "nf4":
+        return nf4_linear_bytes(module, compute_bytes, any_width)
+    if precision == "int8":
+        return int8_linear_bytes(module, compute_bytes)
+    return module.parameters * other_bytes_per_parameter(precision, compute_bytes)
+
+
+def other_bytes_per_parameter(precision: Precision, compute_bytes: int) -> int:
+    """Bytes of a weight that is not quantised. bf16 means the compute dtype, 4 bytes where that is fp32."""
+    return max(compute_bytes, FP32_BYTES) if precision == "fp32" else compute_bytes
+
+
+def weight_bytes(shape: ModelShape, precision: Precision, compute_bytes: int, any_width: bool = True) -> int:
+    """A whole model: linear layers in `precision`; embeddings, positions, norms and head never quantised."""
+    in_layer = sum(linear_bytes(m, precision, compute_bytes, any_width) for m in shape.layer_linears)
+    outer = sum(linear_bytes(m, precision, compute_bytes, any_width) for m in shape.outer_linears)
+    other = shape.other_parameters * other_bytes_per_parameter(precision, compute_bytes)
+    return in_layer * shape.num_layers + outer + other
+
+
+def dequantisation_bytes(shape: ModelShape, precision: Precision, compute_bytes: int) -> int:
+    """Workspace of a matrix product with a quantised weight: the largest linear layer in the compute dtype.
+
+    Passes over several tokens unpack the whole weight first; one-token passes do not, and are covered by this bound.
+    """
+    return shape.largest_linear_parameters * compute_bytes if precision in ("nf4", "int8") else 0
+
+
+def load_buffer_bytes(shape: ModelShape, precision: Precision, compute_bytes: int) -> int:
+    """Beyond the finished weights while loading: the largest tensor as read, and its copy being cast or quantised."""
+    largest = shape.largest_linear_parameters if precision in ("nf4", "int8") else shape.largest_tensor_parameters
+    return 2 * largest * compute_bytes
+
+
+# ------------------------------------------------------------------------------------------------- trainable weights
+
+
+def _is_target(module: LinearShape, lora: LoraSection) -> bool:
+    """Whether a module gets an adapter. A regular expression counts for each module whose name it spells out."""
+    targets = lora.target_modules
+    if targets == "all-linear":
+        return True
+    names = re.findall(r"\w+", targets) if isinstance(targets, str) else [t.rpartition(".")[2] for t in targets]
+    return module.name in names
+
+
+def _rank(module: LinearShape, lora: LoraSection) -> int:
+    for pattern, rank in lora.rank_pattern.items():
+        if re.fullmatch(rf"(.*\.)?{pattern}", module.name):
+            return rank
+    return lora.r
+
+
+def _adapted(shape: ModelShape, lora: LoraSection) -> Iterator[tuple[LinearShape, int]]:
+    """(module, how many layers adapt it)."""
+    layers = lora.layers_to_transform
+    num_layers = shape.num_layers if layers is None else len([i for i in set(layers) if i < shape.num_layers])
+    for module in shape.layer_linears:
+        if _is_target(module, lora):
+            yield module, num_layers
+    if layers is None:
+        for module in shape.outer_linears:
+            if _is_target(module, lora):
+                yield module, 1
+
+
+def lora_parameters(shape: ModelShape, lora: LoraSection) -> int:
+    """Trainable parameters: r * (in + out) per adapted module, its out magnitudes with DoRA, and modules_to_save.
+
+    A name in modules_to_save that is no linear layer and no embedding or head is taken for a full-width norm.
+    """
+    total = 0
+    for module, count in _adapted(shape, lora):
+        magnitudes = module.out_features if lora.use_dora else 0
+        total += count * (_rank(module, lora) * (module.in_features + module.out_features) + magnitudes)
+    if not isinstance(lora.target_modules, str) and "lm_head" in lora.target_modules:
+        total += lora.r * (shape.hidden_size + shape.vocab_size)
+    for name in lora.modules_to_save:
+        last = name.rpartition(".")[2]
+        linears = [m for m in shape.layer_linears if m.name == last]
+        if linears:
+            total += sum(m.parameters for m in linears) * shape.num_layers
+        elif last in ("embed_tokens", "wte", "lm_head"):
+            total += shape.embedding_parameters
+        else:
+            total += (1 if shape.rms_norm else 2) * shape.hidden_size * shape.num_layers
+    return total
+
+
+def trainable_parameters(shape: ModelShape, adapter: str, lora: LoraSection) -> int:
+    """Parameters with a gradient: the adapters, or every weight."""
+    return lora_parameters(shape, lora) if adapter == "lora" else shape.num_parameters
+
+
+def optimizer_bytes(num_trainable: int, optimizer: str, parameter_bytes: int = FP32_BYTES) -> int:
+    """AdamW's two moments: 8 bytes per fp32 parameter; one byte each in 8-bit, with an fp32 scale per 256."""
+    if optimizer == "paged_adamw_8bit":
+        return 2 * (num_trainable + math.ceil(num_trainable / 256) * FP32_BYTES)
+    return 2 * num_trainable * parameter_bytes
+
+
+def optimizer_step_bytes(num_trainable: int, optimizer: str, parameter_bytes: int = FP32_BYTES) -> int:
+    """Temporaries of one optimizer step: torch's multi-tensor AdamW holds one list the size of the parameters."""
+    return 0 if optimizer == "paged_adamw_8bit" else num_trainable * parameter_bytes
+
+
+# -------------------------------------------------------------------------------------------------------------- rollout
+
+
+def kv_cache_bytes(shape: ModelShape, rows: int, tokens: int, compute_bytes: int) -> int:
+    """Keys and values of all layers for R rows of L tokens, and the copy one layer makes when it grows.
+
+    The cache keeps every slot: sliding windows save nothing (see rollout/kv_cache.py).
+    """
+    per_layer = 2 * shape.kv_width * compute_bytes * rows * tokens
+    return per_layer * (shape.num_layers + 1)
+
+
+def forward_bytes(shape: ModelShape, rows: int, tokens: int, compute_bytes: int) -> int:
+    """Live at once in a pass without gradients over R rows of L tokens: the widest point of one layer.
+
+    Residual stream, its norm in fp32, and the MLP's gate, up and product; or queries, keys, values, their rotated
+    copies and, in eager attention, two copies of the scores and the fp32 softmax.
+    """
+    num_tokens = rows * tokens
+    stream = shape.hidden_size * (2 * compute_bytes + FP32_BYTES)
+    mlp = (3 if shape.gated_mlp else 2) * shape.intermediate_size * compute_bytes
+    attention = (3 * shape.attention_width + 4 * shape.kv_width) * compute_bytes
+    return num_tokens * (stream + max(mlp, attention)) + _score_bytes(shape, rows, tokens, compute_bytes)
+
+
+def _score_bytes(shape: ModelShape, rows: int, tokens: int, compute_bytes: int) -> int:
+    """Attention scores of one layer where they are materialised: soft-capped, softmax in fp32, cast back."""
+    if not shape.eager_attention:
+        return 0
+    return rows * shape.num_heads * tokens * tokens * (2 * compute_bytes + FP32_BYTES)
+
+
+def rollout_vocabulary_bytes(rows: int, vocab_size: int, accumulate_bytes: int = FP32_BYTES) -> int:
+    """Logits, log-probabilities, divergence and noise of one decoding step of R rows."""
+    return ROLLOUT_VOCABULARY_COPIES * rows * vocab_size * accumulate_bytes
+
+
+def kept_hidden_bytes(hidden_size: int, sequences: int, rows: int, tokens: int, compute_bytes: int) -> int:
+    """Teacher hidden states on their way to the cache: one buffer per batch of R rows, and those of a whole step."""
+    return (rows + sequences) * tokens * hidden_size * compute_bytes
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+def cache_row_bytes(format: str, hidden_size: int, vocab_size: int, topk: int, compute_bytes: int) -> int:
+    """One cached token: a hidden state; k ids (int32) and values (fp16) and the tail; or a row of logits."""
+    if format == "hidden":
+        return hidden_size * compute_bytes
+    if format == "topk":
+        return min(topk, vocab_size) * (4 + 2) + 2
+    if format == "bf16":
+        return vocab_size * 2
+    return vocab_size + FP32_BYTES
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def layer_activation_bytes(
+    shape: ModelShape, rows: int, tokens: int, compute_bytes: int, adapter: str, lora: LoraSection
+) -> int:
+    """What one layer saves for its backward pass without checkpointing, over B rows of L tokens.
+
+    Per token, b = bytes of the compute dtype:
+    - an RMS norm saves its input in fp32 and the normalised row (b); a layer norm its input (b);
+    - fused attention saves queries, keys, values (of all heads) and its output, 4 * heads * head_dim * b;
+      eager attention the scores as well;
+    - a gated MLP saves gate, act(gate), up: 3 I b; a plain one the input of its activation: I b;
+    - every adapted module saves its input for the adapter, in fp32 (peft casts it, once per module, unless the compute
+      dtype is fp32 and the input is shared), and its r-wide middle in fp32; dropout saves a mask and a scaled copy;
+    - with every weight trained, each distinct linear input is saved once (b).
+    Frozen linear layers save nothing of their input.
+    """
+    b, width = compute_bytes, shape.hidden_size
+    if shape.rms_norm:
+        # The cast makes a copy only where the compute dtype is narrower than fp32.
+        norm = width * ((FP32_BYTES if b < FP32_BYTES else 0) + 2 * b)
+    else:
+        norm = 2 * width * b
+    per_token = shape.num_layer_norms * norm
+    per_token += 4 * shape.attention_width * b
+    per_token += (3 if shape.gated_mlp else 2) * shape.intermediate_size * b
+    if adapter == "lora":
+        shared = b >= FP32_BYTES
+        inputs: set[int] = set()
+        for module, count in _adapted(shape, lora):
+            if module not in shape.layer_linears or not count:
+                continue
+            if not shared:
+                per_token += module.in_features * FP32_BYTES
+            else:
+                inputs.add(module.in_features)
+            if lora.dropout:
+                per_token += module.in_features * (FP32_BYTES + 1)
+            per_token += _rank(module, lora) * FP32_BYTES
+            if lora.use_dora:
+                per_token += 2 * module.out_features * FP32_BYTES
+        per_token += sum(inputs) * b
+    else:
+        per_token += (shape.attention_width + shape.intermediate_size) * b
+    return rows * tokens * per_token + _score_bytes(shape, rows, tokens, compute_bytes)
+
+
+def activation_bytes(
+    shape: ModelShape,
+    rows: int,
+    tokens: int,
+    compute_bytes: int,
+    adapter: str,
+    lora: LoraSection,
+    gradient_checkpointing: bool,
+) -> int:
+    """Saved for the whole backward pass, and the gradients in flight in one layer.
+
+    With checkpointing each layer keeps its input, and one layer at a time is recomputed. In flight: the gradient of the
+    stream and of the widest tensors of a layer.
+    """
+    layer = layer_activation_bytes(shape, rows, tokens, compute_bytes, adapter, lora)
+    stream = rows * tokens * shape.hidden_size * compute_bytes
+    in_flight = 2 * stream + (3 if shape.gated_mlp else 2) * rows * tokens * shape.intermediate_size * compute_bytes
+    if gradient_checkpointing:
+        return stream * (shape.num_layers + 1) + layer + in_flight
+    return layer * shape.num_layers + stream + in_flight
+
+
+def loss_chunk_bytes(positions: int, chunk_tokens: int, vocab_size: int, accumulate_bytes: int = FP32_BYTES) -> int:
+    """[chunk, V] tensors of one chunk of loss positions."""
+    return min(positions, chunk_tokens) * vocab_size * accumulate_bytes * LOSS_VOCABULARY_COPIES
