@@ -127,7 +127,6 @@ class LogitCache:
         self,
         format: str,
         *,
-        width: int,
         vocab_size: int,
         device: torch.device,
         dtype: torch.dtype,
@@ -138,7 +137,7 @@ class LogitCache:
     ) -> None:
         if format not in FORMATS:
             raise ValueError(f"unknown cache format {format!r}; choose one of {', '.join(FORMATS)}")
-        self.format, self.width, self.vocab_size = format, width, vocab_size
+        self.format, self.vocab_size = format, vocab_size
         self._device, self._dtype, self._topk = device, dtype, min(topk, vocab_size)
         self._budgets = {"device": device_budget_bytes, "host": host_budget_bytes}
         self._disk_path = disk_path

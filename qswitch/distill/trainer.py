@@ -119,7 +119,6 @@ class Trainer:
         self.corpus = BlockLoader(corpus, config.loss.lm_block_tokens, config.seed) if corpus is not None else None
         self.cache = LogitCache(
             cache.format,
-            width=teacher.hidden_size,
             vocab_size=pair.vocab_size,
             device=self.device,
             dtype=teacher.compute_dtype,

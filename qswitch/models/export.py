@@ -63,7 +63,7 @@ def merge_run(
 
     Raises:
         RunDirError: run_path is no run directory.
-        ModelError: no adapter yet, output_dir is not empty, or the merged model differs too much (nothing is left there).
+        ModelError: no adapter yet, output_dir is not empty, or merging changes the logits (then nothing is written).
     """
     output_dir = Path(output_dir)
     refuse_non_empty(output_dir)
@@ -84,8 +84,8 @@ def merge_run(
     difference = max((a - b).abs().max().item() for a, b in zip(before, _logits(merged, ids), strict=True))
     if not difference <= MAX_LOGIT_DIFFERENCE * max(1.0, max(row.abs().max().item() for row in before)):
         raise ModelError(
-            f"The merge changes logits by up to {difference:.3g} in fp32 (limit {MAX_LOGIT_DIFFERENCE:g}), so nothing was "
-            "written. Load the adapter with peft instead, and please report the adapter settings."
+            f"The merge changes logits by up to {difference:.3g} in fp32 (limit {MAX_LOGIT_DIFFERENCE:g}), so nothing "
+            "was written. Load the adapter with peft instead, and please report the adapter settings."
         )
     _restore_hidden_config(merged, base)
     merged.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
@@ -195,7 +195,7 @@ def model_card(
         "",
         f"- Student: {student}{cut}",
         f"- Teacher: {teacher} ({config.teacher.precision})",
-        f"- Licence: {licence or 'that of the student model; check it, and the teacher licence, before you share this'}",
+        f"- Licence: {licence or "that of the student model; check it and the teacher's before you share this"}",
         f"- Method: rollout policy `{rollout.policy}`"
         + (f", schedule `{rollout.schedule}`" if rollout.policy == "switch" else "")
         + f", loss `{loss.divergence}` over `{loss.scope}`, {config.train.max_steps} steps",

@@ -1,4 +1,4 @@
-"""What the rest of qswitch sees of a transformers causal model: hidden states, and the head that turns them into logits.
+"""What the rest of qswitch sees of a transformers causal model: hidden states, and the head that makes logits of them.
 
 Knows nothing of files, of precision or of adapters; it wraps whatever module `load.py` or `student.py` built. Shape
 letters: `B` rows, `n` tokens of this pass, `D` hidden width, `V` shared vocabulary.
@@ -80,7 +80,7 @@ class LanguageModel(nn.Module):
         name = type(causal).__name__
         linear = causal.get_output_embeddings()
         if linear is None:
-            raise ModelError(f"{name} has no output embedding, so it is no causal language model. Use a decoder-only one.")
+            raise ModelError(f"{name} has no output embedding, so it is no decoder-only language model.")
         if "position_ids" not in inspect.signature(self._backbone.forward).parameters:
             raise ModelError(f"{name} takes no position_ids, which batched rollouts need. Use another model family.")
         self.compute_dtype = compute_dtype or linear_dtype(linear)
@@ -93,7 +93,7 @@ class LanguageModel(nn.Module):
     @property
     def causal_model(self) -> Any:
         """The transformers model itself, with adapters still injected where there are any."""
-        return self.hf.get_base_model() if hasattr(self.hf, "peft_config") and hasattr(self.hf, "get_base_model") else self.hf
+        return self.hf.get_base_model() if hasattr(self.hf, "get_base_model") else self.hf
 
     @property
     def config(self) -> Any:
@@ -134,7 +134,7 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Token ids [B, n] -> hidden states after the last norm [B, n, D], in the compute dtype.
 
-        `past_key_values` is a transformers cache and is extended in place. `use_cache` defaults to whether one is given.
+        `past_key_values` is a transformers cache, extended in place. `use_cache` defaults to whether one is given.
         Remaining keywords go to the backbone.
         """
         with _autocast(self.head.linear, self.compute_dtype, input_ids.device):

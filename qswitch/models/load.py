@@ -1,7 +1,7 @@
 """Which files a model reference means, and how a model comes from them in a given precision.
 
-Every reference ends as a hub id or a plain Hugging Face folder (a GGUF file is converted once, into the cache), so there
-is one loading path. Knows nothing of adapters or training.
+Every reference ends as a hub id or a plain Hugging Face folder (a GGUF file is converted once, into the cache), so
+there is one loading path. Knows nothing of adapters or training.
 """
 
 from __future__ import annotations
@@ -194,11 +194,11 @@ def _hub(reference: str, revision: str | None) -> ResolvedModel:
     except errors.RevisionNotFoundError:
         raise _UnavailableError(f"the hub has no revision {revision} of it") from None
     except errors.RepositoryNotFoundError:
-        raise _UnavailableError("no such model on the hub (or it is private: set HF_TOKEN), and no such folder") from None
+        raise _UnavailableError("not on the hub (or private: set HF_TOKEN), and no such folder") from None
     except errors.EntryNotFoundError as error:
         if isinstance(error, errors.LocalEntryNotFoundError):
             raise _UnavailableError(
-                f"the hub cannot be reached and it is not in the local cache{at}; check the connection, or give a folder"
+                f"the hub cannot be reached and it is not in the local cache{at}; go online, or give a folder"
             ) from None
         raise _UnavailableError(f"the repository has no config.json{at}; it must hold a transformers model") from None
     except Exception as error:  # httpx, OSError and proxies raise many kinds; all mean that it cannot be had
@@ -257,11 +257,11 @@ def plain_model(loaded: Any) -> Any:
     with torch.device("meta"):
         fresh = type(loaded)(config)
     state = dict(loaded.state_dict())
-    missing, unexpected = fresh.load_state_dict(state, strict=False, assign=True)
+    _, unexpected = fresh.load_state_dict(state, strict=False, assign=True)
     fresh.tie_weights()
     left = [name for name, tensor in fresh.named_parameters() if tensor.is_meta]
     if unexpected or left:
-        raise ModelError(f"{type(loaded).__name__}: tensors {sorted([*unexpected, *left])[:4]} could not be carried over.")
+        raise ModelError(f"{type(loaded).__name__}: cannot carry over the tensors {sorted([*unexpected, *left])[:4]}.")
     if getattr(loaded, "generation_config", None) is not None:
         fresh.generation_config = loaded.generation_config
     return fresh
@@ -409,9 +409,10 @@ def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_
             f"{', '.join(missing[:3]) or info.get('mismatched_keys')}). Use a complete causal language model."
         )
     if precision == "bf16" and runtime.compute_dtype in (torch.float32, torch.float64):
+        wide = str(runtime.compute_dtype).removeprefix("torch.")
         say_once(
-            f"{resolved.name}: weights are rounded to bf16 but kept in {str(runtime.compute_dtype).removeprefix('torch.')}"
-            ", the compute dtype (train.compute_dtype=bf16 keeps them in 2 bytes)"
+            f"{resolved.name}: weights are rounded to bf16 but kept in {wide}, the compute dtype "
+            "(train.compute_dtype=bf16 keeps them in 2 bytes)"
         )
         model = model.to(runtime.compute_dtype)
     elif precision == "fp32" and runtime.compute_dtype == torch.float64:
@@ -516,15 +517,13 @@ def explained(resolved: ResolvedModel, what: str) -> Iterator[None]:
         elif "trust_remote_code" in lower:
             remedy = "it needs Python code of its own. Read that code, then set trust_remote_code=true for this model."
         elif "safetensors" in lower:
-            remedy = "it has no safetensors weights, and qswitch reads no pickle files. Convert it, or use another revision."
+            remedy = "it has no safetensors weights, and qswitch reads no pickle. Convert it, or use another revision."
         elif "unrecognized configuration class" in lower:
             remedy = "it is no decoder-only language model that transformers knows."
         elif "unrecognized model" in lower or "does not recognize this architecture" in lower:
-            remedy = "this transformers version does not know its architecture; check config.json or upgrade transformers."
-        elif isinstance(error, ImportError):
-            remedy = f"{first_line(error)}"
+            remedy = "this transformers version does not know its architecture; check config.json, or upgrade."
         else:
-            remedy = f"{first_line(error)}"
+            remedy = first_line(error)
         raise ModelError(f"The {what} {name} cannot be loaded: {remedy}") from error
 
 

@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 CALIBRATION_PROMPTS = (
     "Explain in a few sentences why the sky looks blue during the day and red in the evening.",
-    "Write a short story about a lighthouse keeper who finds a letter in a bottle. It was a stormy night, and the waves",
-    "Question: What is the capital of Australia, and why is it not Sydney?\nAnswer: The capital of Australia is Canberra.",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n\nprint(fibonacci(10))",
+    "Write a short story about a lighthouse keeper who finds a letter in a bottle. It was a stormy night, and",
+    "Question: What is the capital of Australia, and why is it not Sydney?\nAnswer: The capital is Canberra.",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n\nprint(",
     "To make bread you need flour, water, salt and yeast. First mix the flour and the salt, then add the yeast and",
     "Summarise: The meeting was moved from Tuesday to Thursday because two members were ill. The budget was approved.",
     "A train leaves at 9:15 and arrives at 11:40. How long does the trip take? It takes two hours and 25 minutes.",
@@ -103,10 +103,12 @@ def shrink(hf: Any, prompts_ids: Sequence[Sequence[int] | Tensor], num_layers: i
     return new, kept
 
 
-def _shrink(hf: Any, prompts_ids: Sequence[Sequence[int] | Tensor], num_layers: int) -> tuple[Any, list[int], list[float]]:
+def _shrink(
+    hf: Any, prompts_ids: Sequence[Sequence[int] | Tensor], num_layers: int
+) -> tuple[Any, list[int], list[float]]:
     _, layers = find_layers(hf)
     if not 1 <= num_layers <= len(layers):
-        raise ModelError(f"{type(hf).__name__} has {len(layers)} layers; cannot keep {num_layers}. Give 1 to {len(layers)}.")
+        raise ModelError(f"{type(hf).__name__} has {len(layers)} layers, so {num_layers} cannot be kept.")
     scores = layer_scores(hf, prompts_ids)
     by_importance = sorted(range(len(layers)), key=lambda i: (-scores[i], i))
     kept = sorted(by_importance[:num_layers])
@@ -221,9 +223,7 @@ def source_dtype(resolved: Any, trust_remote_code: bool = False) -> torch.dtype:
     """The dtype a model is stored in, as its config says; fp32 where it says nothing."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(
-        resolved.path, revision=resolved.revision, trust_remote_code=trust_remote_code
-    )
+    config = AutoConfig.from_pretrained(resolved.path, revision=resolved.revision, trust_remote_code=trust_remote_code)
     dtype = getattr(config, "dtype", None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
@@ -243,7 +243,7 @@ def refuse_non_empty(output_dir: Path) -> None:
 
 
 def write_model_folder(hf: Any, tokenizer: Any, output_dir: Path, extra: dict[str, str] | None = None) -> None:
-    """Save model, tokenizer, chat template, generation config and `extra` text files: beside, then renamed into place."""
+    """Save model, tokenizer, chat template, generation config and `extra` text files, complete or not at all."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -42,7 +42,7 @@ def load_student(
     full = student.adapter == "none"
     base = base_path if base_path is not None and base_path.exists() else None
     precision = resolve_precision(student.precision, runtime)
-    # Trained in full, weights are kept in fp32 (bf16 would lose small updates); `precision: bf16` only rounds the start.
+    # Trained in full, weights are kept in fp32 (bf16 loses small updates); `precision: bf16` only rounds the start.
     hf = load_base(student, runtime, precision, base_path=base)
     disable_cpu_repacking(hf)
     trainable_dtype = torch.float64 if runtime.compute_dtype == torch.float64 else torch.float32
@@ -93,8 +93,8 @@ def attach_lora(hf: Any, lora: LoraSection, *, seed: int, dtype: torch.dtype = t
     for name in [*listed, *lora.modules_to_save]:
         if tied and any(full == name or full.endswith(f".{name}") for full in own):
             raise ModelError(
-                f"student.lora names {name}, but this model's head is tied to its input embedding: an adapter on one would "
-                "silently change or lose the other when merged. Remove it, or use student.adapter=none."
+                f"student.lora names {name}, but this model's head is tied to its input embedding: an adapter on one "
+                "would silently change or lose the other when merged. Remove it, or use student.adapter=none."
             )
     options: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
@@ -215,7 +215,7 @@ def load_adapter(model: LanguageModel, folder: Path) -> None:
             state |= load_file(path)
         if not state:
             raise ModelError(f"{folder} has no {FULL_WEIGHTS}.")
-        own = {name: p for name, p in model.causal_model.named_parameters()}
+        own = dict(model.causal_model.named_parameters())
         _same_names(set(own), set(state), str(folder))
     else:
         path = folder / ADAPTER_WEIGHTS
@@ -258,8 +258,8 @@ def _same_names(own: set[str], saved: set[str], where: str) -> None:
 def _copy(name: str, parameter: nn.Parameter, saved: Tensor) -> None:
     if parameter.shape != saved.shape or parameter.dtype != saved.dtype:
         raise ModelError(
-            f"{name} is {tuple(saved.shape)} {saved.dtype} in the file and {tuple(parameter.shape)} {parameter.dtype} in "
-            "the student. Use the configuration it was written with."
+            f"{name} is {tuple(saved.shape)} {saved.dtype} in the file and {tuple(parameter.shape)} {parameter.dtype} "
+            "in the student. Use the configuration it was written with."
         )
     parameter.copy_(saved)
 

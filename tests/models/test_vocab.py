@@ -1,0 +1,37 @@
+"""Equal maps and equal encodings pass, whatever the padding; anything else names the first difference."""
+
+from __future__ import annotations
+
+import pytest
+
+from qswitch.errors import TokenizerMismatchError
+from qswitch.models.vocab import check_tokenizers
+from tests.tiny import CHARACTERS, VOCAB_SIZE, tiny_tokenizer
+
+
+def test_padded_vocabularies_share_the_smaller_range():
+    tokenizer = tiny_tokenizer()
+    rows = {"teacher_rows": VOCAB_SIZE + 53, "student_rows": VOCAB_SIZE + 21}
+    assert check_tokenizers(tokenizer, tiny_tokenizer(), **rows) == VOCAB_SIZE + 21
+    assert check_tokenizers(tokenizer, tokenizer, teacher_rows=VOCAB_SIZE, student_rows=VOCAB_SIZE) == VOCAB_SIZE
+
+
+def test_equal_sizes_with_other_ids_are_refused_and_shown():
+    swapped = CHARACTERS.replace("a", "\0").replace("b", "a").replace("\0", "b")
+    with pytest.raises(TokenizerMismatchError, match=r"'a' \(teacher id 4, student id 5\)"):
+        check_tokenizers(tiny_tokenizer(), tiny_tokenizer(swapped), teacher_rows=99, student_rows=99)
+
+
+def test_equal_maps_with_another_normaliser_are_refused_and_shown():
+    from tokenizers import normalizers
+
+    lower = tiny_tokenizer()
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(TokenizerMismatchError, match="The quick brown"):
+        check_tokenizers(tiny_tokenizer(), lower, teacher_rows=99, student_rows=99)
+
+
+def test_a_head_smaller_than_the_tokenizer_is_refused():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(TokenizerMismatchError, match="student's head has 70 rows"):
+        check_tokenizers(tokenizer, tokenizer, teacher_rows=99, student_rows=70)

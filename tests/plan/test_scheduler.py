@@ -1,0 +1,214 @@
+"""Plans fit or say what would; what is lowered keeps the effective batch."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qswitch.config import build_config
+from qswitch.errors import ConfigError, PlanError
+from qswitch.plan import scheduler
+from qswitch.plan.scheduler import apply_plan, detect_budget_bytes, explain_no_fit, parse_size, plan_run, require_fit
+
+GIB = 2**30
+TEACHER = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+           "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}  # fmt: skip
+STUDENT = {**TEACHER, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4}
+
+
+def config(**sections):
+    values = {
+        "teacher": {"model": "a/teacher", "shape": TEACHER},
+        "student": {"model": "a/student", "shape": STUDENT, "lora": {"r": 64}},
+        "data": {"train": "prompts.jsonl"},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return build_config(values)
+
+
+def gpu_plan(run_config, gib=None):
+    return plan_run(run_config, budget_bytes=None if gib is None else int(gib * GIB), device="cuda")
+
+
+def test_without_a_budget_the_configuration_is_planned_as_it_is():
+    plan = gpu_plan(config())
+    assert plan.fits and plan.budget_bytes is None
+    assert apply_plan(config(), plan) == config()
+    assert plan.total_bytes == max(plan.phases.values())
+    assert all(isinstance(v, int) and v >= 0 for v in plan.parts.values())
+
+
+def test_a_budget_that_is_large_enough_changes_nothing():
+    assert gpu_plan(config(), 80).choices == gpu_plan(config()).choices
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    gib=st.floats(7.0, 20.0),
+    micro=st.sampled_from([1, 2, 3, 4, 6, 8]),
+    steps=st.integers(1, 4),
+    rows=st.integers(1, 24),
+)
+def test_a_plan_that_fits_keeps_the_effective_batch_and_the_upper_bounds(gib, micro, steps, rows):
+    asked = config(
+        train={"per_device_train_batch_size": micro, "gradient_accumulation_steps": steps}, rollout={"batch_size": rows}
+    )
+    plan = gpu_plan(asked, gib)
+    assert plan.fits == (plan.total_bytes <= gib * GIB)
+    chosen = apply_plan(asked, plan)
+    assert chosen.train.per_device_train_batch_size * chosen.train.gradient_accumulation_steps == micro * steps
+    assert chosen.train.per_device_train_batch_size <= micro
+    assert chosen.rollout.batch_size <= rows
+    assert gpu_plan(chosen).total_bytes == plan.total_bytes
+
+
+def test_less_memory_is_never_faster():
+    asked = config(
+        train={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}, rollout={"batch_size": 16}
+    )
+    teacher, student = scheduler._shapes(asked)
+    machine = scheduler.describe_machine(asked.train, "cuda")
+    seconds = []
+    for gib in (7.5, 8, 9, 10, 12, 16, 24, 48):
+        plan = gpu_plan(asked, gib)
+        assert plan.fits
+        seconds.append(scheduler.step_seconds(plan.config, teacher, student, machine))
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[0] > seconds[-1]
+
+
+def test_a_small_budget_lowers_what_costs_least_and_says_so():
+    plan = gpu_plan(config(), 8)
+    assert plan.fits
+    assert plan.choices["rollout.batch_size"] < 8 or plan.choices["student.gradient_checkpointing"]
+    assert any("changed to fit" in note for note in plan.notes)
+    assert any("Unmeasured on a GPU" in note for note in plan.notes)
+
+
+def test_without_a_fit_the_error_has_exit_code_3_and_a_remedy():
+    plan = gpu_plan(config(), 4)
+    assert not plan.fits
+    with pytest.raises(PlanError) as caught:
+        require_fit(plan)
+    assert caught.value.exit_code == 3
+    assert str(caught.value) == explain_no_fit(plan)
+    assert "teacher 3.6" in str(caught.value) and "the budget is 4.0" in str(caught.value)
+    require_fit(gpu_plan(config(), 24))
+
+
+def test_a_remedy_that_is_named_works():
+    asked = config(rollout={"max_new_tokens": 8192})
+    plan = gpu_plan(asked, 10)
+    assert not plan.fits
+    lowered = int(explain_no_fit(plan).split("rollout.max_new_tokens from 8192 to ")[1].split()[0].strip(".,"))
+    assert gpu_plan(config(rollout={"max_new_tokens": lowered}), 10).fits
+
+
+def test_swapping_precision_is_offered_where_it_helps():
+    message = explain_no_fit(gpu_plan(config(teacher={"precision": "bf16"}), 12))
+    assert "teacher.precision=nf4" in message
+
+
+def test_to_dict_is_json_with_the_documented_keys():
+    values = json.loads(json.dumps(gpu_plan(config(), 12).to_dict()))
+    assert {"fits", "budget_gib", "total_gib", "parts", "choices", "phases"} <= set(values)
+    assert {"load", "rollout", "train"} <= set(values["phases"])
+    assert values["fits"] is True and values["budget_gib"] == 12
+    assert values["total_gib"] == pytest.approx(max(values["phases"].values()))
+    assert {"teacher_weights", "student_weights", "adapters", "optimizer_state", "logit_cache"} <= set(values["parts"])
+    assert values["choices"]["cache.format"] == "hidden"
+
+
+def test_the_table_is_aligned_and_complete():
+    plan = gpu_plan(config(), 12)
+    text = plan.render()
+    rows = [line for line in text.splitlines() if line.startswith("  ")]
+    assert len(rows) == len(plan.parts) + len(plan.phases) + len(plan.choices)
+    assert len({len(row) for row in rows}) == 1
+    assert "fits" in text
+
+
+def test_full_training_costs_weights_gradients_and_moments():
+    asked = config(student={"adapter": "none", "lora": {"r": 16}})
+    plan = gpu_plan(asked)
+    teacher, student = scheduler._shapes(asked)
+    assert plan.parts["adapters"] == 0
+    assert plan.parts["student_weights"] == plan.parts["gradients"] == 4 * student.num_parameters
+    assert plan.parts["optimizer_state"] == 8 * student.num_parameters
+    assert plan.parts["autocast_copies"] == 2 * student.num_parameters
+
+
+def test_rows_of_a_large_cache_move_down_the_tiers():
+    asked = config(cache={"format": "bf16", "device_budget_gib": 0.125, "host_budget_gib": 0.0625})
+    plan = gpu_plan(asked)
+    assert plan.parts["logit_cache"] == GIB // 8
+    assert plan.host_bytes == GIB // 16
+    needed = 4 * 4 * 256 * 32000 * 2
+    assert plan.disk_bytes == needed - GIB // 8 - GIB // 16
+
+
+def test_on_a_cpu_there_is_no_context_and_the_device_is_the_host(monkeypatch):
+    monkeypatch.setattr(scheduler, "_has_native_bf16_cpu", lambda: False)
+    asked = config(train={"device": "cpu"}, student={"precision": "bf16"})
+    plan = plan_run(asked)
+    teacher, student = scheduler._shapes(asked)
+    assert plan.parts["cuda_context"] == 0 and plan.host_bytes == 0
+    assert plan.parts["student_weights"] == 4 * student.num_parameters
+    assert any("fp32" in note for note in plan.notes)
+
+
+def test_a_student_that_is_cut_is_loaded_whole():
+    whole = plan_run(config(), device="cuda")
+    cut = plan_run(config(student={"shrink_to_layers": 11}), device="cuda")
+    assert cut.parts["student_weights"] < 0.6 * whole.parts["student_weights"]
+    assert cut.parts["load_buffer"] > whole.parts["load_buffer"]
+
+
+def test_both_unknown_shapes_are_reported(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        plan_run(config(teacher={"shape": None}, student={"shape": None}))
+    assert "teacher.shape" in str(caught.value) and "student.shape" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("12GiB", 12 * GIB), ("12GB", 12 * GIB), ("8gib", 8 * GIB), ("12", 12 * GIB), ("7.5 GiB", int(7.5 * GIB)),
+     ("512MiB", GIB // 2), (16, 16 * GIB)],
+)  # fmt: skip
+def test_sizes_are_read(text, expected):
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "twelve", "-3", "0", "12 apples", "GiB"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(ConfigError, match="not a memory size"):
+        parse_size(text)
+
+
+def test_the_budget_is_found_on_gpu_and_host(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    size, source = detect_budget_bytes()
+    assert size > 0 and ("meminfo" in source or "cgroup" in source)
+    with pytest.raises(ConfigError, match="No GPU"):
+        detect_budget_bytes("cuda")
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 11264\n")
+    program.chmod(0o755)
+    assert detect_budget_bytes() == (11 * GIB, "free memory of the first GPU (nvidia-smi)")
+    assert "meminfo" in detect_budget_bytes("cpu")[1] or "cgroup" in detect_budget_bytes("cpu")[1]
+    program.write_text("#!/bin/sh\necho 'driver failed'; exit 9\n")
+    assert "nvidia-smi" not in detect_budget_bytes()[1]
+
+
+def test_planning_is_cold():
+    code = (
+        "import sys, qswitch.plan.scheduler\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'peft', 'accelerate', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
