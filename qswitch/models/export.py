@@ -190,12 +190,13 @@ def model_card(
     header += ["tags:", "- distillation", "- qswitch", "---", ""]
     rollout, loss = config.rollout, config.loss
     cut = f", cut to {config.student.shrink_to_layers} layers" if config.student.shrink_to_layers else ""
+    unknown = "that of the student model; check it, and that of the teacher, before sharing"
     lines = [
         f"# {base.name}, distilled with qswitch",
         "",
         f"- Student: {student}{cut}",
         f"- Teacher: {teacher} ({config.teacher.precision})",
-        f"- Licence: {licence or "that of the student model; check it and the teacher's before you share this"}",
+        f"- Licence: {licence or unknown}",
         f"- Method: rollout policy `{rollout.policy}`"
         + (f", schedule `{rollout.schedule}`" if rollout.policy == "switch" else "")
         + f", loss `{loss.divergence}` over `{loss.scope}`, {config.train.max_steps} steps",

@@ -28,7 +28,7 @@ from qswitch.models.language_model import LanguageModel, verify_head
 logger = logging.getLogger(__name__)
 
 ModelSection = TeacherSection | StudentSection
-HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+HUB_ID = re.compile(r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?$")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 QUANT_BLOCK = 64
 """bitsandbytes on CPU reads NF4 in blocks of this many inputs."""
@@ -179,6 +179,10 @@ def _hub(reference: str, revision: str | None) -> ResolvedModel:
     import huggingface_hub
     from huggingface_hub import constants, errors
 
+    try:
+        huggingface_hub.utils.validate_repo_id(reference)
+    except errors.HFValidationError:
+        raise _UnavailableError("no such folder or file, and no hub id (owner/name) either") from None
     found = ResolvedModel(reference, revision, reference)
     if isinstance(huggingface_hub.try_to_load_from_cache(reference, "config.json", revision=revision), str):
         return found

@@ -135,7 +135,9 @@ def keep_layers(hf: Any, kept: Sequence[int]) -> Any:
     dtype = next(p.dtype for p in hf.parameters() if p.is_floating_point())
     with torch.random.fork_rng(devices=[]):
         new = type(hf)(config)
-    new = new.to(dtype=dtype, device=next(hf.parameters()).device)
+    for parameter in new.parameters():
+        parameter.data = parameter.data.to(dtype)  # not the buffers: rotary frequencies stay in fp32
+    new = new.to(next(hf.parameters()).device)
     missing, unexpected = new.load_state_dict(state, strict=False)
     tied = set(new.all_tied_weights_keys or {}) if hasattr(new, "all_tied_weights_keys") else set()
     missing = [name for name in missing if name not in tied]

@@ -79,6 +79,6 @@ def _describe_encodings(probe: str, a: list[int], b: list[int], tokenizer: Any, 
     with_special = " with special tokens" if special else ""
     return (
         f"Teacher and student have one vocabulary but encode text differently{with_special}: {probe[:40]!r} from token "
-        f"{at} on is {left} for the teacher and {right} for the student. Use the same tokenizer files (merges, normaliser, "
-        "BOS settings) for both."
+        f"{at} on is {left} for the teacher and {right} for the student. Use the same tokenizer files "
+        "(merges, normaliser, BOS settings) for both."
     )

@@ -87,3 +87,11 @@ def test_a_folder_is_complete_and_in_the_dtype_of_the_source(tmp_path):
     assert [p.name for p in report.output_dir.parent.iterdir()] == ["small"]
     with pytest.raises(ModelError, match="not empty"):
         shrink_to_folder(str(source), 2, report.output_dir)
+
+
+@torch.no_grad()
+def test_a_bf16_model_keeps_its_fp32_rotary_frequencies(tmp_path):
+    folder = save_tiny(tmp_path / "m", layers=2, dtype=torch.bfloat16)
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    new = keep_layers(hf, [0, 1])
+    assert new.dtype == torch.bfloat16 and torch.equal(new(IDS).logits, hf(IDS).logits)
