@@ -425,7 +425,7 @@ def step_seconds(config: RunConfig, teacher: ModelShape, student: ModelShape, ma
     read += sum(memory.kv_cache_bytes(m, rows, tokens // 2 + 1, b) for m in (teacher, student))
     decode_s = batches * config.rollout.max_new_tokens * (read / REFERENCE_BANDWIDTH_BYTES_PER_S + pass_overhead)
 
-    factor = 4 if config.student.adapter == "lora" else 6
+    factor = 4.0 if config.student.adapter == "lora" else 6.0
     factor *= CHECKPOINTING_COST if config.student.gradient_checkpointing else 1
     learn_s = factor * student.num_parameters * micro * steps * tokens / REFERENCE_FLOPS
     learn_s += steps * 3 * PASS_OVERHEAD_S_PER_LAYER * student.num_layers

@@ -64,6 +64,8 @@ class ModelShape:
     tied: bool
     gated_mlp: bool
     """Two parallel MLP inputs, act(gate) * up, as in Llama."""
+    saved_mlp_tensors: int
+    """Tensors of MLP width that one layer saves for its backward pass, the input of its last linear layer aside."""
     rms_norm: bool
     num_layer_norms: int
     """Norms over the full width in one layer."""
@@ -146,6 +148,7 @@ def _llama_like(values: _Values, model_type: str) -> ModelShape:
     head_dim = values.optional("head_dim", 256 if gemma else 128 if model_type == "qwen3" else hidden // heads)
     vocab, layers = values("vocab_size"), values("num_hidden_layers")
     q_width, kv_width = heads * head_dim, kv_heads * head_dim
+    linears: tuple[LinearShape, ...]
     if model_type == "phi3":
         linears = (
             LinearShape("qkv_proj", hidden, q_width + 2 * kv_width),
@@ -171,13 +174,34 @@ def _llama_like(values: _Values, model_type: str) -> ModelShape:
     head_norms = 2 * head_dim if model_type in ("qwen3", "gemma3_text") else 0
     tied = bool(values.optional("tie_word_embeddings", gemma))
     return ModelShape(
-        model_type=model_type, num_layers=layers, hidden_size=hidden, intermediate_size=inter, num_heads=heads,
-        num_kv_heads=kv_heads, head_dim=head_dim, vocab_size=vocab, layer_linears=linears,
-        layer_norm_parameters=num_norms * hidden + head_norms, outer_linears=(), embedding_parameters=vocab * hidden,
-        position_parameters=0, final_norm_parameters=hidden, head_parameters=0 if tied else vocab * hidden, tied=tied,
-        gated_mlp=True, rms_norm=True, num_layer_norms=num_norms, eager_attention=model_type == "gemma2",
+        model_type=model_type,
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=inter,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        layer_linears=linears,
+        layer_norm_parameters=num_norms * hidden + head_norms,
+        outer_linears=(),
+        embedding_parameters=vocab * hidden,
+        position_parameters=0,
+        final_norm_parameters=hidden,
+        head_parameters=0 if tied else vocab * hidden,
+        tied=tied,
+        gated_mlp=True,
+        saved_mlp_tensors=3,
+        rms_norm=True,
+        num_layer_norms=num_norms,
+        eager_attention=model_type == "gemma2",
         max_positions=values.optional("max_position_embeddings", 0),
-    )  # fmt: skip
+    )
+
+
+def _saved_by(activation: str) -> int:
+    """An MLP's activation saves its input and its result; gelu_new, written out in Python, its factors as well."""
+    return 4 if activation == "gelu_new" else 2
 
 
 def _gpt2(values: _Values, model_type: str) -> ModelShape:
@@ -194,13 +218,28 @@ def _gpt2(values: _Values, model_type: str) -> ModelShape:
         LinearShape("c_proj", inter, hidden, True),
     )
     return ModelShape(
-        model_type=model_type, num_layers=layers, hidden_size=hidden, intermediate_size=inter, num_heads=heads,
-        num_kv_heads=heads, head_dim=hidden // heads, vocab_size=vocab, layer_linears=linears,
-        layer_norm_parameters=4 * hidden, outer_linears=(), embedding_parameters=vocab * hidden,
-        position_parameters=positions * hidden, final_norm_parameters=2 * hidden,
-        head_parameters=0 if tied else vocab * hidden, tied=tied, gated_mlp=False, rms_norm=False, num_layer_norms=2,
+        model_type=model_type,
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=inter,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        vocab_size=vocab,
+        layer_linears=linears,
+        layer_norm_parameters=4 * hidden,
+        outer_linears=(),
+        embedding_parameters=vocab * hidden,
+        position_parameters=positions * hidden,
+        final_norm_parameters=2 * hidden,
+        head_parameters=0 if tied else vocab * hidden,
+        tied=tied,
+        gated_mlp=False,
+        saved_mlp_tensors=_saved_by(values.optional("activation_function", "gelu_new")),
+        rms_norm=False,
+        num_layer_norms=2,
         max_positions=positions,
-    )  # fmt: skip
+    )
 
 
 def _opt(values: _Values, model_type: str) -> ModelShape:
@@ -227,13 +266,28 @@ def _opt(values: _Values, model_type: str) -> ModelShape:
     )
     # The two extra rows are OPT's offset for padding (OPTLearnedPositionalEmbedding).
     return ModelShape(
-        model_type=model_type, num_layers=layers, hidden_size=hidden, intermediate_size=inter, num_heads=heads,
-        num_kv_heads=heads, head_dim=hidden // heads, vocab_size=vocab, layer_linears=linears,
-        layer_norm_parameters=2 * norm, outer_linears=outer, embedding_parameters=vocab * embed,
-        position_parameters=(positions + 2) * hidden, final_norm_parameters=norm if final_norm else 0,
-        head_parameters=0 if tied else vocab * embed, tied=tied, gated_mlp=False, rms_norm=False, num_layer_norms=2,
+        model_type=model_type,
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=inter,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        vocab_size=vocab,
+        layer_linears=linears,
+        layer_norm_parameters=2 * norm,
+        outer_linears=outer,
+        embedding_parameters=vocab * embed,
+        position_parameters=(positions + 2) * hidden,
+        final_norm_parameters=norm if final_norm else 0,
+        head_parameters=0 if tied else vocab * embed,
+        tied=tied,
+        gated_mlp=False,
+        saved_mlp_tensors=_saved_by(values.optional("activation_function", "relu")),
+        rms_norm=False,
+        num_layer_norms=2,
         max_positions=positions,
-    )  # fmt: skip
+    )
 
 
 def _phi(values: _Values, model_type: str) -> ModelShape:
@@ -253,13 +307,28 @@ def _phi(values: _Values, model_type: str) -> ModelShape:
     # Phi's optional query and key norms run over hidden // num_heads, weight and bias each.
     head_norms = 4 * (hidden // heads) if values.optional("qk_layernorm", False) else 0
     return ModelShape(
-        model_type=model_type, num_layers=layers, hidden_size=hidden, intermediate_size=inter, num_heads=heads,
-        num_kv_heads=kv_heads, head_dim=head_dim, vocab_size=vocab, layer_linears=linears,
-        layer_norm_parameters=2 * hidden + head_norms, outer_linears=(), embedding_parameters=vocab * hidden,
-        position_parameters=0, final_norm_parameters=2 * hidden,
-        head_parameters=vocab + (0 if tied else vocab * hidden), tied=tied, gated_mlp=False, rms_norm=False,
-        num_layer_norms=1, max_positions=values.optional("max_position_embeddings", 0),
-    )  # fmt: skip
+        model_type=model_type,
+        num_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=inter,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        layer_linears=linears,
+        layer_norm_parameters=2 * hidden + head_norms,
+        outer_linears=(),
+        embedding_parameters=vocab * hidden,
+        position_parameters=0,
+        final_norm_parameters=2 * hidden,
+        head_parameters=vocab + (0 if tied else vocab * hidden),
+        tied=tied,
+        gated_mlp=False,
+        saved_mlp_tensors=_saved_by(values.optional("hidden_act", "gelu_new")),
+        rms_norm=False,
+        num_layer_norms=1,
+        max_positions=values.optional("max_position_embeddings", 0),
+    )
 
 
 FAMILIES = {

@@ -19,6 +19,7 @@ ODD = {**TINY, "intermediate_size": 344}  # down_proj reads 344 features, no mul
 LLAMA_2_7B = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
               "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}  # fmt: skip
 LLAMA_31_8B = {**LLAMA_2_7B, "vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8}
+# Qwen's two matrices of 152,064 x 3,584 in bf16 are 2.03 GiB, its 6.53 billion linear weights at 0.516 byte 3.14: 5.17.
 QWEN_25_7B = {"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
               "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}  # fmt: skip
 SHAPE = shape_from_config(TINY)
@@ -26,7 +27,7 @@ LORA = LoraSection(r=8)
 
 
 @pytest.mark.parametrize(
-    ("values", "low", "high"), [(LLAMA_2_7B, 3.6, 3.9), (LLAMA_31_8B, 5.3, 5.6), (QWEN_25_7B, 5.2, 5.5)]
+    ("values", "low", "high"), [(LLAMA_2_7B, 3.6, 3.9), (LLAMA_31_8B, 5.3, 5.6), (QWEN_25_7B, 5.15, 5.5)]
 )
 def test_nf4_teachers_have_their_known_size(values, low, high):
     assert low <= memory.weight_bytes(shape_from_config(values), "nf4", 2) / GIB <= high
@@ -152,7 +153,7 @@ def test_optimizer_state_is_that_of_adamw():
     optimizer.step()
     moments = sum(t.numel() * t.element_size() for k, t in optimizer.state[weight].items() if k.startswith("exp"))
     assert memory.optimizer_bytes(1000, "adamw") == moments
-    assert memory.optimizer_bytes(1024, "paged_adamw_8bit") < moments / 3.9
+    assert memory.optimizer_bytes(1000, "paged_adamw_8bit") < moments / 3.9
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -211,6 +212,8 @@ def saved_bytes(values, width, adapter, lora, rows, tokens):
         ({**TINY, "model_type": "phi3", "pad_token_id": 0}, 2, "lora"),
         ({**GPT2, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}, 2, "lora"),
         ({**OPT, "dropout": 0.0}, 2, "lora"),
+        ({**TINY, "model_type": "phi"}, 2, "lora"),
+        ({**TINY, "model_type": "gemma2", "head_dim": 32, "attn_implementation": "eager"}, 2, "lora"),
     ],
     ids=lambda v: v["model_type"] if isinstance(v, dict) else str(v),
 )
@@ -223,8 +226,7 @@ def test_activation_formula_is_near_what_autograd_saves(values, width, adapter):
         saved_bytes(many, width, adapter, LORA, rows, tokens) - saved_bytes(few, width, adapter, LORA, rows, tokens)
     ) / 2
     planned = memory.layer_activation_bytes(shape_from_config(values), rows, tokens, width, adapter, LORA)
-    print(values["model_type"], width, adapter, planned / per_layer)
-    assert 0.9 <= planned / per_layer <= 1.3
+    assert 0.95 <= planned / per_layer <= 1.25
 
 
 def test_checkpointing_saves_memory_where_there_are_layers_to_drop():

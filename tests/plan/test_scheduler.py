@@ -135,7 +135,7 @@ def test_the_table_is_aligned_and_complete():
 def test_full_training_costs_weights_gradients_and_moments():
     asked = config(student={"adapter": "none", "lora": {"r": 16}})
     plan = gpu_plan(asked)
-    teacher, student = scheduler._shapes(asked)
+    _, student = scheduler._shapes(asked)
     assert plan.parts["adapters"] == 0
     assert plan.parts["student_weights"] == plan.parts["gradients"] == 4 * student.num_parameters
     assert plan.parts["optimizer_state"] == 8 * student.num_parameters
@@ -155,7 +155,7 @@ def test_on_a_cpu_there_is_no_context_and_the_device_is_the_host(monkeypatch):
     monkeypatch.setattr(scheduler, "_has_native_bf16_cpu", lambda: False)
     asked = config(train={"device": "cpu"}, student={"precision": "bf16"})
     plan = plan_run(asked)
-    teacher, student = scheduler._shapes(asked)
+    _, student = scheduler._shapes(asked)
     assert plan.parts["cuda_context"] == 0 and plan.host_bytes == 0
     assert plan.parts["student_weights"] == 4 * student.num_parameters
     assert any("fp32" in note for note in plan.notes)

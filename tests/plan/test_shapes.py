@@ -14,7 +14,7 @@ CONFIGS = {
     "llama": {"model_type": "llama", **BASE},
     "llama-bias": {"model_type": "llama", **BASE, "attention_bias": True, "mlp_bias": True},
     "smollm2": {"model_type": "llama", **BASE, "tie_word_embeddings": True},
-    "llama-2 without num_key_value_heads": {"model_type": "llama", **{**BASE, "num_key_value_heads": None}},
+    "llama-2 without num_key_value_heads": {"model_type": "llama", **BASE, "num_key_value_heads": None},
     "mistral": {"model_type": "mistral", **BASE, "head_dim": 32},
     "qwen2": {"model_type": "qwen2", **BASE},
     "qwen3": {"model_type": "qwen3", **BASE, "head_dim": 32},
@@ -113,7 +113,7 @@ def test_shrunk_student_has_fewer_layers():
 @pytest.mark.parametrize("section", [TeacherSection(model="package:m/f.gguf"), TeacherSection(model="no/such")])
 def test_unknown_shape_names_the_remedy(section, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConfigError, match="Give teacher.shape"):
+    with pytest.raises(ConfigError, match=r"Give teacher\.shape"):
         shape_for(section)
 
 
@@ -122,5 +122,5 @@ def test_bad_shapes_are_explained():
         shape_from_config({"model_type": "mamba"})
     with pytest.raises(ConfigError, match="needs intermediate_size"):
         shape_from_config({k: v for k, v in CONFIGS["llama"].items() if k != "intermediate_size"})
-    with pytest.raises(ConfigError, match="teacher.shape.vocab_size = -1"):
+    with pytest.raises(ConfigError, match=r"teacher\.shape\.vocab_size = -1"):
         shape_for(TeacherSection(model="a/b", shape={**CONFIGS["llama"], "vocab_size": -1}))
