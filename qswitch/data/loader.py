@@ -71,8 +71,8 @@ class _EpochOrder:
         for name, here in (("size", self.size), ("seed", self.seed), ("fingerprint", self.fingerprint)):
             if state[name] != here:
                 raise DataError(
-                    f"The data changed since the checkpoint ({name} was {state[name]}, is {here}). Resume with the same "
-                    "data, tokenizer and seed, or start a new run."
+                    f"The data changed since the checkpoint ({name} was {state[name]}, is {here}). Resume with the "
+                    "same data, tokenizer and seed, or start a new run."
                 )
         self._start(state["epoch"], state["cursor"])
 

@@ -181,7 +181,8 @@ class PromptEncoder:
             system = any(m.role == "system" for m in record.messages)
             remedy = "Remove the system turn or data.system_prompt" if system else "Check the order of the turns"
             raise DataError(
-                f"{record.source}: the chat template refuses this record: {error}. {remedy}, or set data.template=alpaca."
+                f"{record.source}: the chat template refuses this record: {error}. {remedy}, or set "
+                "data.template=alpaca."
             ) from None
 
 

@@ -1,0 +1,355 @@
+"""The command line: parse, import what the command needs, call one function, print.
+
+The only place where an exception becomes an exit code: 0 done; 1 our bug, traceback kept; 2 the user can fix it; 3 the
+plan does not fit; 130 interrupted, resumable. Cold: heavy imports stand inside the commands.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qswitch import __version__
+from qswitch.errors import ConfigError, QSwitchError
+
+app = typer.Typer(
+    name="qswitch",
+    help="Distil a large language model into a small one on one consumer GPU, with the SWITCH method.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+presets_app = typer.Typer(help="Ready-made configurations.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(presets_app, name="presets")
+
+Preset = Annotated[str | None, typer.Option("--preset", help="Name of a preset; `qswitch presets list` shows them.")]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file instead of a preset.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="section.key=value, for example train.max_steps=100. Repeatable.")
+]
+Vram = Annotated[str | None, typer.Option("--vram", help="Memory budget, for example 12GiB; default: what is free.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code; exceptions that are our bugs propagate with their traceback."""
+    try:
+        result = app(arguments, standalone_mode=False)
+    except QSwitchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt as error:
+        hint = f" Resume with: qswitch distill --resume {error.args[0]}" if error.args else ""
+        print(f"interrupted.{hint}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        # typer's usage errors (unknown option, missing argument) know how to show themselves and their exit code.
+        show = getattr(error, "show", None)
+        if callable(show) and hasattr(error, "exit_code"):
+            show()
+            return int(error.exit_code)
+        if type(error).__name__ == "Abort":
+            return 130
+        raise
+    return result if isinstance(result, int) else 0
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"qswitch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _load(preset: str | None, config: Path | None, overrides: list[str] | None):
+    from qswitch.presets import load_run_config
+
+    if (preset is None) == (config is None):
+        raise ConfigError("Name either --preset NAME or --config FILE. `qswitch presets list` shows the presets.")
+    if config is not None and config.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"--config {config}: expected a .yaml file. For a preset write --preset {config}.")
+    return load_run_config(preset if preset is not None else config, overrides)  # type: ignore[arg-type]
+
+
+def _budget(vram: str | None) -> int | None:
+    if vram is None:
+        return None
+    from qswitch.plan.scheduler import parse_size
+
+    return parse_size(vram)
+
+
+def _print_plan(config: Any, vram: str | None, as_json: bool) -> None:
+    from qswitch.plan.scheduler import detect_budget_bytes, plan_run, require_fit
+
+    budget = _budget(vram)
+    source = f"--vram {vram}"
+    if budget is None:
+        budget, source = detect_budget_bytes(config.train.device)
+    plan = plan_run(config, budget_bytes=budget)
+    if as_json:
+        print(json.dumps(plan.to_dict(), indent=1))
+    else:
+        print(plan.render())
+        print(f"Budget: {source}.")
+    require_fit(plan)
+
+
+@app.command(epilog="Example: qswitch distill --preset llama-7b-to-1b --set data.train=my_prompts.jsonl")
+def distill(
+    preset: Preset = None,
+    config: Config = None,
+    overrides: Overrides = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Run directory; default: runs/<preset>-<date>-<time>.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", "--resume-from-checkpoint", help="Go on with this run directory.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the settings and print the plan; load nothing.")]
+    = False,
+    vram: Vram = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a student: teacher in 4-bit, LoRA student, SWITCH rollouts."""
+    from qswitch.run_dir import RunDir
+
+    if resume is not None:
+        if preset or config or overrides or output_dir:
+            raise ConfigError("--resume goes on with the run's own config.yaml; leave --preset, --config, --set and "
+                              "--output-dir out.")  # fmt: skip
+        run_dir, settings = None, RunDir.open(resume).config
+    else:
+        run_dir, settings = None, _load(preset, config, overrides)
+    if dry_run:
+        _print_plan(settings, vram, as_json)
+        return
+
+    from qswitch.plan.scheduler import apply_plan, detect_budget_bytes, plan_run, require_fit
+
+    budget = _budget(vram)
+    if resume is not None:
+        run_dir = RunDir.open(resume)
+    else:
+        plan = plan_run(settings, budget_bytes=budget or detect_budget_bytes(settings.train.device)[0])
+        require_fit(plan)
+        settings = apply_plan(settings, plan)
+        name = preset or (config.stem if config else "run")
+        path = output_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir = RunDir.create(path, settings)
+    print(f"run directory: {run_dir.path}", file=sys.stderr)
+
+    from qswitch.distill.run import distill as run_distillation
+
+    try:
+        summary = run_distillation(settings, run_dir, resume=resume is not None, budget_bytes=budget)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(str(run_dir.path)) from None
+    if as_json:
+        print(run_dir.summary_path.read_text(encoding="utf-8"), end="")
+        return
+    _print_result(run_dir, summary)
+
+
+def _print_result(run_dir: Any, summary: Any) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    rollouts = run_dir.read_rollouts()
+    if rollouts:
+        last = rollouts[-1]
+        console.print(f"\nA rollout of step {last['step']}, coloured by writer:")
+        _print_tokens(console, [(t["text"], t["writer"]) for t in last["tokens"]])
+    fall = 1 - summary.kl_after_nats / summary.kl_before_nats if summary.kl_before_nats else 0.0
+    console.print(
+        f"\nKL(teacher || student) on {summary.validation_prompts} held-out prompts, teacher-written responses "
+        f"({summary.validation_tokens} tokens):\n"
+        f"  before {summary.kl_before_nats:.3f}   after {summary.kl_after_nats:.3f} nats/token ({fall:+.0%} down)\n"
+        f"  {summary.steps} steps, {summary.rollout_tokens} rollout tokens, {summary.trained_tokens} trained tokens, "
+        f"{summary.seconds:.0f} s of training\n"
+        f"  memory: {summary.peak_gib:.2f} GiB measured, {summary.planned_gib:.2f} GiB planned\n"
+        f"  adapter: {run_dir.adapter_path}\n"
+        f"  next:    qswitch merge {run_dir.path} --output-dir merged",
+        soft_wrap=True,
+    )
+
+
+def _print_tokens(console: Any, tokens: list[tuple[str, str]]) -> None:
+    """Tokens coloured by writer; without colours the teacher's stand in brackets."""
+    from rich.text import Text
+
+    colours = console.is_terminal and not console.no_color
+    styles = {"teacher": "black on bright_yellow", "student": "bright_cyan", "mixture": "bright_magenta"}
+    text = Text()
+    for piece, writer in tokens:
+        marked = piece if colours or writer != "teacher" or not piece.strip() else f"[{piece}]"
+        text.append(marked, style=styles[writer])
+    console.print(text, soft_wrap=True)
+    legend = Text("student", style=styles["student"])
+    legend.append("  ")
+    legend.append("teacher" if colours else "[teacher]", style=styles["teacher"])
+    console.print(legend)
+
+
+@app.command(epilog="Example: qswitch plan --preset llama-7b-to-1b --vram 12GiB")
+def plan(
+    preset: Preset = None,
+    config: Config = None,
+    overrides: Overrides = None,
+    vram: Vram = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say beforehand how much memory a run takes, and whether it fits."""
+    _print_plan(_load(preset, config, overrides), vram, as_json)
+
+
+@app.command(epilog="Example: qswitch merge runs/my-run --output-dir merged")
+def merge(
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
+    as_json: AsJson = False,
+) -> None:
+    """Merge the adapter into the unquantised student: a model that runs anywhere, compared with the adapter."""
+    from dataclasses import asdict
+
+    from qswitch.models.export import merge_run
+
+    report = merge_run(run_path, output_dir)
+    if as_json:
+        print(json.dumps(asdict(report), default=str, indent=1))
+        return
+    print(
+        f"merged model: {report.output_dir}\n"
+        f"against the adapter on {report.num_prompts} prompts: largest logit difference "
+        f"{report.max_logit_difference:.2e} (fp32), KL {report.kl_nats:.2e} nats (as saved)"
+    )
+
+
+@app.command(epilog='Example: qswitch generate runs/my-run --prompt "Why is the sky blue?" --show-writers')
+def generate(
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Response limit, tokens.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, another response.")] = 0,
+    show_writers: Annotated[
+        bool, typer.Option("--show-writers", help="Let the run's policy write, and colour tokens by writer.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let the student answer, alone or with the teacher intervening."""
+    from dataclasses import asdict
+
+    from qswitch.rollout.generate import generate_from_run
+
+    result = generate_from_run(run_path, prompt, max_new_tokens=max_new_tokens, seed=seed, show_writers=show_writers)
+    if as_json:
+        print(json.dumps(asdict(result), ensure_ascii=False, indent=1))
+    elif show_writers:
+        from rich.console import Console
+
+        _print_tokens(Console(highlight=False), [(t.text, t.writer) for t in result.tokens])
+    else:
+        print(result.text)
+
+
+@app.command(epilog="Example: qswitch shrink HuggingFaceTB/SmolLM2-360M-Instruct --layers 20 --output-dir student")
+def shrink(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder or package: reference.")],
+    layers: Annotated[int, typer.Option(min=1, help="Layers to keep.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Cut a student out of a model: drop the layers that change the hidden state least."""
+    from dataclasses import asdict
+
+    from qswitch.models.shrink import shrink_to_folder
+
+    report = shrink_to_folder(model, layers, output_dir, revision=revision, trust_remote_code=trust_remote_code)
+    if as_json:
+        print(json.dumps(asdict(report), default=str, indent=1))
+        return
+    print(
+        f"{report.output_dir}: {report.parameters_before / 1e6:.1f} M -> {report.parameters_after / 1e6:.1f} M "
+        f"parameters; dropped layers {', '.join(map(str, report.dropped)) or 'none'}"
+    )
+
+
+@app.command(epilog="Example: qswitch doctor")
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: versions, GPU, memory, 4-bit, hub."""
+    from qswitch.doctor import examine, render
+
+    findings = examine()
+    print(json.dumps(findings, indent=1) if as_json else render(findings))
+
+
+@presets_app.command("list", epilog="Example: qswitch presets list")
+def presets_list(as_json: AsJson = False) -> None:
+    """Every preset and what it is for."""
+    from qswitch.presets import list_presets
+
+    infos = list_presets()
+    if as_json:
+        fields = [{"name": i.name, "description": i.description, "gated": i.gated, "twin": i.twin} for i in infos]
+        print(json.dumps(fields, indent=1))
+        return
+    width = max(len(i.name) for i in infos)
+    for info in infos:
+        print(f"{info.name:<{width}}  {info.description}")
+
+
+@presets_app.command("show", epilog="Example: qswitch presets show smollm2-demo")
+def presets_show(name: Annotated[str, typer.Argument(help="Name of a preset.")], as_json: AsJson = False) -> None:
+    """The full configuration of a preset, defaults included."""
+    from qswitch.config import dump_config
+    from qswitch.presets import load_run_config
+
+    config = load_run_config(name)
+    print(json.dumps(config.model_dump(mode="json"), indent=1) if as_json else dump_config(config), end="")
+
+
+@presets_app.command("copy", epilog="Example: qswitch presets copy smollm2-demo my.yaml")
+def presets_copy(
+    name: Annotated[str, typer.Argument(help="Name of a preset.")],
+    target: Annotated[Path, typer.Argument(help="File to write; must not exist.")],
+) -> None:
+    """Write the full configuration of a preset to a file of your own."""
+    from qswitch.config import dump_config
+    from qswitch.presets import load_run_config
+
+    config = load_run_config(name)
+    if target.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"{target}: give the file a .yaml ending, so that --config takes it.")
+    try:
+        with target.open("x", encoding="utf-8") as handle:
+            handle.write(dump_config(config))
+    except FileExistsError:
+        raise ConfigError(f"{target} exists already; choose another name.") from None
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written ({error.strerror}).") from error
+    print(f"wrote {target}; run it with: qswitch distill --config {target}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Whether this machine can distil: versions, GPU, memory, 4-bit arithmetic, the hub. Cold until `examine` runs."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "gguf")
+HUB_TIMEOUT_S = 3.0
+
+
+def examine() -> dict[str, Any]:
+    """Findings by name; a finding that went wrong holds the reason as text."""
+    import torch
+
+    from qswitch.models.load import has_native_bf16
+    from qswitch.plan.scheduler import detect_budget_bytes
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    budget, source = detect_budget_bytes()
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name(0) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "native_bf16": has_native_bf16(device),
+        "free_gib": round(budget / 2**30, 1),
+        "free_source": source,
+        "bitsandbytes": _try_nf4(device),
+        "hub": _try_hub(),
+    }
+
+
+def render(findings: dict[str, Any]) -> str:
+    """Findings as aligned lines."""
+    versions = ", ".join(f"{name} {number or 'missing'}" for name, number in findings["versions"].items())
+    bf16 = "yes" if findings["native_bf16"] else "no: models compute in fp32"
+    lines = {
+        "python": f"{findings['python']} on {findings['system']}",
+        "packages": versions,
+        "device": findings["device"],
+        "native bf16": bf16,
+        "free memory": f"{findings['free_gib']} GiB ({findings['free_source']})",
+        "4-bit (NF4)": findings["bitsandbytes"],
+        "hub": findings["hub"],
+    }
+    return "\n".join(f"{name:<12} {text}" for name, text in lines.items())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _try_nf4(device: Any) -> str:
+    """Quantise and run one small layer for real; importing bitsandbytes proves little."""
+    import torch
+
+    try:
+        import bitsandbytes as bnb
+
+        torch.manual_seed(0)
+        plain = torch.nn.Linear(64, 64, bias=False)
+        layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+        layer.load_state_dict(plain.state_dict())
+        layer = layer.to(device)
+        inputs = torch.randn(4, 64)
+        with torch.no_grad():
+            error = (layer(inputs.to(device)).cpu() - plain(inputs)).norm() / plain(inputs).norm()
+    except Exception as failure:  # whatever the driver or the library raises is the finding
+        return f"does not work: {type(failure).__name__}: {failure}"
+    return f"works (relative error of a random layer {error:.1%})"
+
+
+def _try_hub() -> str:
+    import os
+
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return "switched off by HF_HUB_OFFLINE"
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(f"{endpoint}/api/models?limit=1", timeout=HUB_TIMEOUT_S):
+            pass
+    except (OSError, urllib.error.URLError) as failure:
+        return f"{endpoint} not reachable ({failure}); local folders and package: references still work"
+    token = "set" if os.environ.get("HF_TOKEN") else "not set (only gated models need it)"
+    return f"{endpoint} reachable; HF_TOKEN {token}"

@@ -1,0 +1,107 @@
+"""Which ready-made configurations there are, and how a file becomes a run's settings. Cold."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qswitch.config import RunConfig, apply_overrides, build_config, read_yaml
+from qswitch.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class PresetInfo:
+    """A preset as `qswitch presets list` shows it."""
+
+    name: str
+    description: str
+    gated: bool
+    twin: str | None
+    path: Path
+
+
+def presets_folder() -> Path:
+    """The folder of the YAML files: inside the installed package, or at the top of a source checkout."""
+    inside = Path(__file__).parent / "presets"
+    return inside if inside.is_dir() else Path(__file__).resolve().parents[1] / "presets"
+
+
+def preset_names() -> list[str]:
+    """Names of all presets, sorted."""
+    return sorted(p.stem for p in presets_folder().glob("*.yaml"))
+
+
+def list_presets() -> list[PresetInfo]:
+    """Every preset with its purpose."""
+    infos = []
+    for name in preset_names():
+        about = load_preset(name).get("about", {})
+        path = presets_folder() / f"{name}.yaml"
+        infos.append(
+            PresetInfo(name, about.get("description", ""), bool(about.get("gated")), about.get("twin"), path)
+        )
+    return infos
+
+
+def preset_path(name: str) -> Path:
+    """File of a preset.
+
+    Raises:
+        ConfigError: there is none of that name; names the nearest.
+    """
+    path = presets_folder() / f"{name}.yaml"
+    if path.is_file() and Path(name).name == name:
+        return path
+    near = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"There is no preset {name!r}.{hint} `qswitch presets list` shows them all.")
+
+
+def load_preset(name_or_path: str | Path) -> dict[str, Any]:
+    """Settings of a preset, or of a YAML file, with `extends` resolved.
+
+    `extends` names a preset, or a file relative to the one that says it; the extending file wins key by key.
+
+    Raises:
+        ConfigError: unknown preset, unreadable file, or files that extend each other in a circle.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = preset_path(str(name_or_path))
+    return _load(path, seen=())
+
+
+def load_run_config(source: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """The checked configuration of a preset or file, with `section.key=value` overrides.
+
+    Raises:
+        ConfigError: every problem found.
+    """
+    return build_config(apply_overrides(load_preset(source), overrides or []), source=str(source))
+
+
+def _load(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    resolved = path.resolve()
+    if resolved in seen:
+        circle = " -> ".join(p.name for p in (*seen, resolved))
+        raise ConfigError(f"{path}: files extend each other in a circle: {circle}.")
+    values = read_yaml(path)
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends = {parent!r}: name one preset or file.")
+    parent_path = path.parent / parent if parent.endswith((".yaml", ".yml")) else preset_path(parent)
+    return _merge(_load(parent_path, (*seen, resolved)), values)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict) and key not in ("shape", "columns"):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged

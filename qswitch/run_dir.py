@@ -1,0 +1,147 @@
+"""What a run leaves on disk, and how it is written so that a crash cannot spoil it.
+
+Files that are read as a whole are written beside their name, flushed and renamed; logs grow by whole lines. Cold: knows
+no torch and no model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qswitch.config import RunConfig, build_config, dump_config, read_yaml
+from qswitch.errors import RunDirError
+
+
+class RunDir:
+    """RUN/: config.yaml, plan.json, metrics.jsonl, rollouts.jsonl, summary.json, checkpoints/, adapter/, student/."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path, self.config = path, config
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig) -> RunDir:
+        """Start a run directory; its config.yaml is written first.
+
+        Raises:
+            RunDirError: the folder holds something already, or cannot be made.
+        """
+        if path.is_dir() and any(path.iterdir()):
+            remedy = f"Resume it with `qswitch distill --resume {path}`" if (path / "config.yaml").exists() else "Empty it"
+            raise RunDirError(f"{path} is not empty. {remedy}, or choose another --output-dir.")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunDirError(f"{path} cannot be made ({error.strerror}). Choose another --output-dir.") from error
+        run = cls(path, config)
+        write_atomically(run.config_path, dump_config(config))
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDir:
+        """Open an existing run.
+
+        Raises:
+            RunDirError: the folder or its config.yaml is missing.
+            ConfigError: its config.yaml is not valid.
+        """
+        config_path = path / "config.yaml"
+        if not config_path.is_file():
+            reason = "holds no config.yaml, so it is no run directory" if path.is_dir() else "does not exist"
+            raise RunDirError(f"{path} {reason}. Name the folder that `qswitch distill` printed.")
+        return cls(path, build_config(read_yaml(config_path), source=str(config_path)))
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def rollouts_path(self) -> Path:
+        return self.path / "rollouts.jsonl"
+
+    @property
+    def summary_path(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter_path(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def student_base_path(self) -> Path:
+        """The student's base where it was cut from a larger model for this run."""
+        return self.path / "student"
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        _append_lines(self.metrics_path, [metrics])
+
+    def append_rollouts(self, rollouts: Iterable[Mapping[str, Any]]) -> None:
+        """Lines of rollouts.jsonl."""
+        _append_lines(self.rollouts_path, rollouts)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """RUN/name, whole or not at all."""
+        write_atomically(self.path / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; an unfinished last line of a crash is left out."""
+        return _read_lines(self.metrics_path)
+
+    def read_rollouts(self) -> list[dict[str, Any]]:
+        """The lines of rollouts.jsonl; an unfinished last line of a crash is left out."""
+        return _read_lines(self.rollouts_path)
+
+    def truncate_logs(self, step: int) -> None:
+        """Drop log lines after `step`, which a resumed run writes again."""
+        for path in (self.metrics_path, self.rollouts_path):
+            lines = _read_lines(path)
+            if lines:
+                kept = [line for line in lines if line["step"] <= step]
+                write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        if not self.checkpoints_path.is_dir():
+            return []
+        return sorted(p for p in self.checkpoints_path.glob("step-*") if (p / "state.json").is_file())
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint."""
+        found = self.checkpoints()
+        return found[-1] if found else None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text`, UTF-8: readers see the old or the new file, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, path)
+
+
+def _append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    if text:
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write(text)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
