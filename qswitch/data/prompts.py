@@ -37,8 +37,9 @@ _ALPACA_JINJA = (
     "{% endfor %}"
 ).replace("\n", "\\n")
 _PLAIN_JINJA = (
-    "{% for message in messages %}{{ message.content }}"
-    "{% if not loop.last %}{{ '\\n\\n' }}{% elif message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% for message in messages %}"
+    "{% if not loop.first and message.role != 'assistant' %}{{ '\\n\\n' }}{% endif %}{{ message.content }}"
+    "{% if loop.last and message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 _BATCH_TEXTS = 1024
 
@@ -108,7 +109,7 @@ class PromptEncoder:
         if self._kind == "alpaca":
             return _alpaca_text(record)
         if self._kind == "plain":
-            return "\n\n".join(m.content for m in record.messages)
+            return _plain_text(record)
         return self._render_chat(record, response=None)
 
     def encode(self, record: Record) -> Prompt:
@@ -276,6 +277,14 @@ def _alpaca_text(record: Record) -> str:
     if record.input:
         text += f"### Input:\n{record.input}\n\n"
     return text + "### Response:\n"
+
+
+def _plain_text(record: Record) -> str:
+    """Turns as they are: the assistant's continues the text before it, every other begins after a blank line."""
+    text = record.messages[0].content
+    for turn in record.messages[1:]:
+        text += turn.content if turn.role == "assistant" else f"\n\n{turn.content}"
+    return text
 
 
 def _chat_template(tokenizer: Any) -> str | None:

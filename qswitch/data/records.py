@@ -6,6 +6,7 @@ Detects the format of every row from its columns (`data.columns` decides first).
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -98,9 +99,7 @@ def load_records(data: DataSection, reference: str | list[str], *, limit: int | 
         raise DataError(f"data.columns.{unknown[0]} is not a field that a record has. {hint}")
     records: list[Record] = []
     columns: dict[str, None] = {}
-    for row in iter_rows(reference, split=data.split):
-        if limit is not None and len(records) >= limit:
-            break
+    for row in itertools.islice(iter_rows(reference, split=data.split), limit):
         columns.update(dict.fromkeys(row.fields))
         records.append(_record(row, len(records), data))
     for ours, column in data.columns.items():

@@ -114,12 +114,11 @@ def test_csv_keeps_leading_zeros_and_lines_inside_quotes(tmp_path):
 
 def test_parquet_and_folder_and_list(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     folder = tmp_path / "folder"
     folder.mkdir()
     turns = [{"role": "user", "content": "from parquet"}, {"role": "assistant", "content": "yes"}]
-    pyarrow.parquet.write_table(pyarrow.table({"messages": [turns]}), folder / "b.parquet")
+    parquet.write_table(pyarrow.table({"messages": [turns]}), folder / "b.parquet")
     write_lines(folder / "a.jsonl", {"prompt": "from lines"})
     (folder / "notes.xyz").write_text("not data")
     records = load_records(DataSection(train="unused"), [str(folder), str(folder / "a.jsonl")])
@@ -179,7 +178,7 @@ GOOD = '{"prompt": "a"}\n'
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{broken\n", "not valid JSON.*column 2.*Mend|not valid JSON.*column 2.*mend"),
+        ("{broken\n", "not valid JSON.*column 2.*mend"),
         ('{"prompt": NaN}\n', "NaN is not JSON"),
         ("7\n", "expected an object.*found int"),
         ('{"prompt": {"a": 1}}\n', "prompt must be text, found an object"),
