@@ -44,7 +44,7 @@ class _EpochOrder:
         """The next n (index, epoch) pairs."""
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
-        taken = []
+        taken: list[tuple[int, int]] = []
         while len(taken) < n:
             if self.cursor == self.size:
                 self._start(self.epoch + 1, 0)
