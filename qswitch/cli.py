@@ -105,7 +105,9 @@ def _print_plan(config: Any, vram: str | None, as_json: bool) -> None:
     source = f"--vram {vram}"
     if budget is None:
         budget, source = detect_budget_bytes(config.train.device)
-    plan = plan_run(config, budget_bytes=budget)
+    # A named budget is a GPU's, also where this machine has none.
+    device = "cuda" if vram is not None and config.train.device != "cpu" else None
+    plan = plan_run(config, budget_bytes=budget, device=device)
     if as_json:
         print(json.dumps(plan.to_dict(), indent=1))
     else:
@@ -125,8 +127,9 @@ def distill(
     resume: Annotated[
         Path | None, typer.Option("--resume", "--resume-from-checkpoint", help="Go on with this run directory.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the settings and print the plan; load nothing.")]
-    = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the settings and print the plan; load nothing.")
+    ] = False,
     vram: Vram = None,
     as_json: AsJson = False,
 ) -> None:
@@ -137,9 +140,9 @@ def distill(
         if preset or config or overrides or output_dir:
             raise ConfigError("--resume goes on with the run's own config.yaml; leave --preset, --config, --set and "
                               "--output-dir out.")  # fmt: skip
-        run_dir, settings = None, RunDir.open(resume).config
+        settings = RunDir.open(resume).config
     else:
-        run_dir, settings = None, _load(preset, config, overrides)
+        settings = _load(preset, config, overrides)
     if dry_run:
         _print_plan(settings, vram, as_json)
         return

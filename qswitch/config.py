@@ -194,9 +194,9 @@ class RolloutSection(Section):
 class LossSection(Section):
     """What the student is pulled towards, and over which tokens."""
 
-    divergence: Literal[
-        "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"
-    ] = "skew_reverse_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"] = (
+        "skew_reverse_kl"
+    )
     """p is the teacher, q the student: skew_reverse_kl = KL(q || (1-alpha) p + alpha q)."""
     alpha: float = Field(default=0.1, ge=0, lt=1)
     """Skew of the skew_ divergences."""

@@ -39,9 +39,7 @@ def list_presets() -> list[PresetInfo]:
     for name in preset_names():
         about = load_preset(name).get("about", {})
         path = presets_folder() / f"{name}.yaml"
-        infos.append(
-            PresetInfo(name, about.get("description", ""), bool(about.get("gated")), about.get("twin"), path)
-        )
+        infos.append(PresetInfo(name, about.get("description", ""), bool(about.get("gated")), about.get("twin"), path))
     return infos
 
 

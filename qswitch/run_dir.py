@@ -30,7 +30,9 @@ class RunDir:
             RunDirError: the folder holds something already, or cannot be made.
         """
         if path.is_dir() and any(path.iterdir()):
-            remedy = f"Resume it with `qswitch distill --resume {path}`" if (path / "config.yaml").exists() else "Empty it"
+            remedy = (
+                f"Resume it with `qswitch distill --resume {path}`" if (path / "config.yaml").exists() else "Empty it"
+            )
             raise RunDirError(f"{path} is not empty. {remedy}, or choose another --output-dir.")
         try:
             path.mkdir(parents=True, exist_ok=True)

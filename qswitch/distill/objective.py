@@ -66,7 +66,9 @@ def collate(sequences: Sequence[TrainingSequence], pad_id: int, device: torch.de
         mask[i, : len(tokens)] = 1
         rows += [i] * len(sequence.loss_steps)
         columns += [len(sequence.prompt_ids) - 1 + step for step in sequence.loss_steps]
-    return MicroBatch(ids.to(device), mask.to(device), torch.tensor(rows, device=device), torch.tensor(columns, device=device))
+    return MicroBatch(
+        ids.to(device), mask.to(device), torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+    )
 
 
 class StudentObjective(nn.Module):

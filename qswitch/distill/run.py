@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import signal
 import subprocess
@@ -22,12 +23,15 @@ from qswitch.data.records import load_records
 from qswitch.distill.checkpoint import checkpoint_name
 from qswitch.distill.progress import Progress
 from qswitch.distill.trainer import GIB, Trainer, peak_bytes
+from qswitch.errors import DataError
 from qswitch.models.load import load_teacher, make_runtime
 from qswitch.models.pair import TokenizerPair, load_pair_tokenizer, template_tokenizer
 from qswitch.models.shrink import shrink_to_folder
 from qswitch.models.student import load_adapter, load_student, save_adapter
 from qswitch.plan.scheduler import detect_budget_bytes, plan_run, require_fit
 from qswitch.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +124,7 @@ def distill(config: RunConfig, run_dir: RunDir, *, resume: bool = False, budget_
 def load_prompts(config: RunConfig, pair: TokenizerPair) -> tuple[PromptEncoder, list[Prompt], list[Prompt]]:
     """The encoder, the training prompts and the held-out prompts, which never overlap."""
     data = config.data
-    encoder = PromptEncoder(
-        template_tokenizer(pair, data.template), data.template, end_token_ids=pair.eos_ids
-    )
+    encoder = PromptEncoder(template_tokenizer(pair, data.template), data.template, end_token_ids=pair.eos_ids)
 
     def encode(reference: str | list[str], limit: int | None = None) -> list[Prompt]:
         prompts, _ = encode_all(
@@ -135,7 +137,14 @@ def load_prompts(config: RunConfig, pair: TokenizerPair) -> tuple[PromptEncoder,
 
     prompts = encode(data.train, data.limit)
     if data.validation is not None:
-        return encoder, prompts, encode(data.validation)[: data.num_validation]
+        held_out = encode(data.validation)[: data.num_validation]
+        texts = {p.text for p in held_out}
+        kept = [p for p in prompts if p.text not in texts]
+        if len(kept) < len(prompts):
+            logger.warning("Left out %d training prompts that are held out for validation.", len(prompts) - len(kept))
+        if not kept:
+            raise DataError("Every training prompt is also in data.validation. Name another file for one of them.")
+        return encoder, kept, held_out
     # A small file gives at most a fifth of its prompts away.
     held_out_count = min(data.num_validation, max(1, len(prompts) // 5))
     train, held_out = split_validation(prompts, held_out_count, config.seed)
@@ -181,7 +190,9 @@ def _finish(
 
 def adapter_card(config: RunConfig, summary: Summary) -> str:
     """The model card of RUN/adapter, Hugging Face layout."""
-    licences = "\n".join(f"- {model}: {licence}" for model, licence in config.about.licences.items()) or "- see the models"
+    licences = (
+        "\n".join(f"- {model}: {licence}" for model, licence in config.about.licences.items()) or "- see the models"
+    )
     return f"""---
 library_name: peft
 tags: [distillation, switch, qswitch]

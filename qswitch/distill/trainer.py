@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -285,7 +286,10 @@ class Trainer:
                 raise self._not_finite("gradient norm", norm)
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.lr_scheduler.step()
+        with warnings.catch_warnings():
+            # A skipped step moves the schedule without the optimizer, which torch takes for a mistake.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+            self.lr_scheduler.step()
         return norm
 
     def _backward(self, loss: Tensor) -> float:
@@ -369,9 +373,7 @@ class Trainer:
         if folder is None:
             self.run_dir.truncate_logs(0)
             return False
-        state = load_checkpoint(
-            folder, student=self.student, optimizer=self.optimizer, lr_scheduler=self.lr_scheduler
-        )
+        state = load_checkpoint(folder, student=self.student, optimizer=self.optimizer, lr_scheduler=self.lr_scheduler)
         self.step = state["step"]
         self.loader.load_state_dict(state["loader"])
         if self.corpus is not None:

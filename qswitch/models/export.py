@@ -26,8 +26,8 @@ from qswitch.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
-MAX_LOGIT_DIFFERENCE = 1e-4
-"""Of the fp32 merge against base + adapter."""
+MAX_MERGE_ERROR = 1e-4
+"""Largest logit difference of the fp32 merge against base + adapter, passes in fp64; above it nothing is written."""
 MAX_KL_NATS = 1e-3
 """Of the saved model against base + adapter."""
 
@@ -38,7 +38,10 @@ class MergeReport:
 
     output_dir: Path
     max_logit_difference: float
-    """Largest |logit difference| of the merge in fp32, before it is rounded to the saved dtype."""
+    """Largest |logit difference| between base + adapter and the fp32 merge, passes in fp32."""
+    merge_error: float
+    """The same weights with passes in fp64: what merging itself changed. Two fp32 passes over a model with logits of 40
+    differ by up to 1.4e-4 in rounding alone (measured on a 16-layer SmolLM2), with no fault in the merge."""
     kl_nats: float
     """KL(base + adapter || saved model), mean over the tokens of the prompts, both computed in fp32."""
     num_prompts: int
@@ -46,8 +49,8 @@ class MergeReport:
 
     @property
     def agrees(self) -> bool:
-        """Whether both differences are within the limits."""
-        return self.max_logit_difference <= MAX_LOGIT_DIFFERENCE and self.kl_nats <= MAX_KL_NATS
+        """Whether merge error and KL are within their limits."""
+        return self.merge_error <= MAX_MERGE_ERROR and self.kl_nats <= MAX_KL_NATS
 
 
 def merge_run(
@@ -59,7 +62,7 @@ def merge_run(
 ) -> MergeReport:
     """Merge RUN/adapter (or the latest checkpoint's) into its unquantised base and save a plain model folder.
 
-    Runs on CPU in fp32, which needs 4 bytes per parameter twice over.
+    Runs on the CPU and needs about 12 bytes of memory per parameter.
 
     Raises:
         RunDirError: run_path is no run directory.
@@ -76,32 +79,37 @@ def merge_run(
     ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
 
     reference = _trained(config, base, adapter)
-    before = _logits(reference.hf, ids)
-    if config.student.adapter == "lora":
-        merged = reference.hf.merge_and_unload(safe_merge=True)
-    else:
-        merged = reference.hf
-    difference = max((a - b).abs().max().item() for a, b in zip(before, _logits(merged, ids), strict=True))
-    if not difference <= MAX_LOGIT_DIFFERENCE * max(1.0, max(row.abs().max().item() for row in before)):
+    before, before_exact = _logits(reference.hf, ids), _exact_logits(reference.hf, ids)
+    merged = reference.hf.merge_and_unload(safe_merge=True) if config.student.adapter == "lora" else reference.hf
+    difference = _largest_difference(before, _logits(merged, ids))
+    merge_error = _largest_difference(before_exact, _exact_logits(merged, ids))
+    if not merge_error <= MAX_MERGE_ERROR:
         raise ModelError(
-            f"The merge changes logits by up to {difference:.3g} in fp32 (limit {MAX_LOGIT_DIFFERENCE:g}), so nothing "
-            "was written. Load the adapter with peft instead, and please report the adapter settings."
+            f"The merge changes logits by up to {merge_error:.3g} (limit {MAX_MERGE_ERROR:g}), so nothing was written. "
+            "Load the adapter with peft instead, and please report the adapter settings."
         )
     _restore_hidden_config(merged, base)
     merged.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
-    card = model_card(config, base, _summary(run_dir), difference, dtype)
+    card = model_card(config, base, _summary(run_dir), merge_error, dtype)
     write_model_folder(merged, tokenizer, output_dir, {"README.md": card})
     del merged, reference
 
     kl_nats = _kl_nats(before, _logits(_plain(output_dir), ids))
     report = MergeReport(
-        output_dir=output_dir, max_logit_difference=difference, kl_nats=kl_nats, num_prompts=len(ids), dtype=dtype
+        output_dir=output_dir,
+        max_logit_difference=difference,
+        merge_error=merge_error,
+        kl_nats=kl_nats,
+        num_prompts=len(ids),
+        dtype=dtype,
     )
     if not report.agrees:
         logger.warning(
-            "The merged model in %s differs from the adapter by %.3g nats (limit %g); dtype fp32 keeps it closer.",
-            dtype, kl_nats, MAX_KL_NATS,
-        )  # fmt: skip
+            "The model saved in %s differs from base + adapter by KL %.3g nats (limit %g). Use dtype fp32 to keep it closer.",
+            dtype,
+            kl_nats,
+            MAX_KL_NATS,
+        )
     return report
 
 
@@ -118,7 +126,8 @@ def _adapter_folder(run_dir: RunDir) -> Path:
 def _base(config: RunConfig, run_dir: RunDir) -> ResolvedModel:
     """The student's base: the one cut into the run directory, else what student.model names."""
     if run_dir.student_base_path.is_dir():
-        return ResolvedModel(str(run_dir.student_base_path), None, run_dir.student_base_path.name)
+        source = Path(_names(config.student.model)[0]).name.removesuffix(".gguf")
+        return ResolvedModel(str(run_dir.student_base_path), None, f"{source}-{config.student.shrink_to_layers}-layers")
     return resolve_reference(config.student.model, config.student.revision)
 
 
@@ -156,6 +165,20 @@ def _logits(hf: Any, ids: Sequence[Tensor]) -> list[Tensor]:
     return [hf(input_ids=row, use_cache=False).logits[0].float() for row in ids]
 
 
+def _exact_logits(hf: Any, ids: Sequence[Tensor]) -> list[Tensor]:
+    """Logits of the same fp32 weights with fp64 arithmetic; the weights go to fp64 and back, which loses nothing."""
+    hf.to(torch.float64)
+    try:
+        with torch.no_grad():
+            return [hf(input_ids=row, use_cache=False).logits[0] for row in ids]
+    finally:
+        hf.to(torch.float32)
+
+
+def _largest_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+
+
 def _kl_nats(p_logits: Sequence[Tensor], q_logits: Sequence[Tensor]) -> float:
     """KL(p || q), mean over all tokens."""
     total, tokens = 0.0, 0
@@ -177,9 +200,7 @@ def _summary(run_dir: RunDir) -> dict[str, Any]:
     return json.loads(run_dir.summary_path.read_text(encoding="utf-8"))
 
 
-def model_card(
-    config: RunConfig, base: ResolvedModel, summary: dict[str, Any], max_logit_difference: float, dtype: str
-) -> str:
+def model_card(config: RunConfig, base: ResolvedModel, summary: dict[str, Any], merge_error: float, dtype: str) -> str:
     """README.md of the merged model: what it is, from what, how it was trained, its figures, how to load it."""
     teacher, student = _named(config.teacher.model), _named(config.student.model)
     licences = config.about.licences
@@ -201,7 +222,7 @@ def model_card(
         + (f", schedule `{rollout.schedule}`" if rollout.policy == "switch" else "")
         + f", loss `{loss.divergence}` over `{loss.scope}`, {config.train.max_steps} steps",
         f"- Adapter: {_adapter_line(config)}; weights saved in {dtype}",
-        f"- Merge check: largest logit difference {max_logit_difference:.2g} in fp32 against base + adapter",
+        f"- Merge check: merging changed logits by at most {merge_error:.2g} against base + adapter",
     ]
     figures = {
         "kl_before_nats": "KL(teacher || student) before, nats per token, held-out prompts",

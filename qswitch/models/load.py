@@ -190,7 +190,8 @@ def _hub(reference: str, revision: str | None) -> ResolvedModel:
         raise _UnavailableError("not in the local Hugging Face cache, and HF_HUB_OFFLINE is set; unset it to download")
     at = f" at revision {revision}" if revision else ""
     try:
-        huggingface_hub.hf_hub_download(reference, "config.json", revision=revision, etag_timeout=10)
+        # One request without retries: a machine without a network should hear so in a second, not in half a minute.
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(reference, "config.json", revision=revision))
     except errors.GatedRepoError:
         raise _UnavailableError(
             f"gated: accept its licence at https://huggingface.co/{reference} and set HF_TOKEN to your token"
@@ -199,14 +200,12 @@ def _hub(reference: str, revision: str | None) -> ResolvedModel:
         raise _UnavailableError(f"the hub has no revision {revision} of it") from None
     except errors.RepositoryNotFoundError:
         raise _UnavailableError("not on the hub (or private: set HF_TOKEN), and no such folder") from None
-    except errors.EntryNotFoundError as error:
-        if isinstance(error, errors.LocalEntryNotFoundError):
-            raise _UnavailableError(
-                f"the hub cannot be reached and it is not in the local cache{at}; go online, or give a folder"
-            ) from None
+    except errors.EntryNotFoundError:
         raise _UnavailableError(f"the repository has no config.json{at}; it must hold a transformers model") from None
     except Exception as error:  # httpx, OSError and proxies raise many kinds; all mean that it cannot be had
-        raise _UnavailableError(f"the hub cannot be reached ({type(error).__name__}); check the connection") from None
+        raise _UnavailableError(
+            f"not in the local cache, and the hub cannot be reached ({type(error).__name__}); go online, or give a folder"
+        ) from None
     return found
 
 

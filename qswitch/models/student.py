@@ -117,7 +117,8 @@ def attach_lora(hf: Any, lora: LoraSection, *, seed: int, dtype: torch.dtype = t
     kinds = _module_kinds(hf)
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of names that transformers is about to rename
             torch.manual_seed(seed)
             wrapped = peft.get_peft_model(hf, peft.LoraConfig(**options), autocast_adapter_dtype=False)
     except (ValueError, TypeError, KeyError, RuntimeError, ImportError, NotImplementedError) as error:

@@ -124,9 +124,7 @@ def rollout(
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
             batch = [requests[i] for i in members]
-            written = _write_batch(
-                batch, teacher, student, policy, seed, temperature, eos_ids, pad_id, keep, stats
-            )
+            written = _write_batch(batch, teacher, student, policy, seed, temperature, eos_ids, pad_id, keep, stats)
             for i, result in zip(members, written, strict=True):
                 results[i] = result
     stats.seconds = time.perf_counter() - started

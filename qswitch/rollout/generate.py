@@ -43,12 +43,12 @@ def generate_from_run(
         adapter = latest / "adapter"
     runtime = make_runtime(config.train)
     pair = load_pair_tokenizer(config)
-    student = load_student(
-        config, runtime, vocab_size=pair.vocab_size, base_path=run_dir.student_base_path
-    )
+    student = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=run_dir.student_base_path)
     load_adapter(student, adapter)
     teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size) if show_writers else None
-    encoder = PromptEncoder(template_tokenizer(pair, config.data.template), config.data.template)
+    encoder = PromptEncoder(
+        template_tokenizer(pair, config.data.template), config.data.template, end_token_ids=pair.eos_ids
+    )
     turns = (Message("system", config.data.system_prompt),) if config.data.system_prompt else ()
     record = Record(id=0, messages=(*turns, Message("user", prompt)), response=None, source="command line")
     encoded = encoder.encode(record)

@@ -162,9 +162,7 @@ class MixturePolicy:
         log_w = math.log(w) if w > 0 else -math.inf
         log_rest = math.log1p(-w) if w < 1 else -math.inf
         mixed = torch.logaddexp(p + log_w, q + log_rest)
-        return Decision(
-            torch.full_like(steps, MIXTURE, dtype=torch.int8), mixed, jsd_bits_from_log_probs(p, q), None
-        )
+        return Decision(torch.full_like(steps, MIXTURE, dtype=torch.int8), mixed, jsd_bits_from_log_probs(p, q), None)
 
 
 def make_policy(rollout: RolloutSection) -> Policy:

@@ -68,7 +68,12 @@ def test_the_merged_model_equals_the_adapter_in_fp32(tmp_path, arch):
 def test_every_kind_of_student_merges_into_plain_bf16(tmp_path, student):
     run_dir, _ = trained_run(tmp_path, **student)
     report = merge_run(run_dir.path, tmp_path / "out", prompts=TEXTS)
-    assert report.max_logit_difference <= 1e-4 and report.kl_nats < 1e-2 and report.dtype == "bf16"
+    assert (
+        report.max_logit_difference <= 1e-4
+        and report.merge_error <= 1e-4
+        and report.kl_nats < 1e-2
+        and report.dtype == "bf16"
+    )
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
     assert not any("adapter" in name for name in names)

@@ -219,3 +219,20 @@ def test_a_broken_gguf_file_is_explained_and_leaves_nothing(tmp_path, monkeypatc
     with pytest.raises(ModelError, match="cannot be converted"):
         resolve_reference(str(path))
     assert not list((tmp_path / "cache" / "models").iterdir())
+
+
+def test_an_unreachable_hub_is_said_in_one_request(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    calls = []
+
+    def fail(url, **_):
+        calls.append(url)
+        raise OSError("no network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
+    with pytest.raises(ModelError, match="hub cannot be reached"):
+        resolve_reference("owner/name")
+    assert len(calls) == 1

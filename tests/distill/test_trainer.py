@@ -1,0 +1,266 @@
+"""The loop on two-layer random models: accumulation, teacher-free training, resume, checkpoints, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qswitch.config import RunConfig, build_config
+from qswitch.distill.divergence import divergence
+from qswitch.distill.run import Interrupted, distill, load_prompts
+from qswitch.distill.trainer import Trainer
+from qswitch.errors import TrainingError
+from qswitch.models.load import load_teacher, make_runtime
+from qswitch.models.pair import load_pair_tokenizer
+from qswitch.models.student import load_student, trainable_state
+from qswitch.run_dir import RunDir
+from tests.tiny import save_tiny_pair
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path, Path]:
+    folder = tmp_path_factory.mktemp("pair")
+    teacher, student = save_tiny_pair(folder)
+    data = folder / "data.jsonl"
+    lines = [
+        {"prompt": f"tell me about {'abcdefghij'[i % 10] * (1 + i % 7)}", "response": f"it is {i}"} for i in range(30)
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    return teacher, student, data
+
+
+def settings(folders, **changes: Any) -> RunConfig:
+    teacher, student, data = folders
+    values: dict[str, Any] = {
+        "teacher": {"model": str(teacher), "precision": "fp32"},
+        "student": {"model": str(student), "precision": "fp32", "lora": {"r": 4, "alpha": 8}},
+        "data": {"train": str(data), "num_validation": 4},
+        "rollout": {"max_new_tokens": 10, "batch_size": 4},
+        "train": {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+                  "learning_rate": 5e-3, "eval_steps": 2, "save_steps": 2, "device": "cpu", "compute_dtype": "fp32"},
+    }  # fmt: skip
+    for dotted, value in changes.items():
+        section, _, key = dotted.partition("__")
+        values.setdefault(section, {})[key] = value
+    return build_config(values)
+
+
+def make_trainer(config: RunConfig, path: Path) -> Trainer:
+    run_dir = RunDir.create(path, config)
+    pair = load_pair_tokenizer(config)
+    _, prompts, held_out = load_prompts(config, pair)
+    runtime = make_runtime(config.train)
+    teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size)
+    student = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=None)
+    return Trainer(
+        config, run_dir, teacher=teacher, student=student, pair=pair, prompts=prompts, validation_prompts=held_out
+    )
+
+
+def gradients(trainer: Trainer) -> list[torch.Tensor]:
+    """Gradients of the first step, before the optimizer uses them."""
+    items = trainer.loader.next(8)
+    sequences = [s for s in trainer.cache_teacher(trainer.roll_out(items)[0]) if s.loss_steps]
+    trainer.learn(sequences, sum(len(s.loss_steps) for s in sequences))
+    return [p.grad.clone() for p in trainer.trainable if p.grad is not None]
+
+
+def test_accumulation_equals_the_big_batch(folders, tmp_path):
+    found = []
+    for micro, accumulation in ((1, 8), (8, 1), (3, 3)):
+        config = settings(
+            folders, train__per_device_train_batch_size=micro, train__gradient_accumulation_steps=accumulation,
+            train__compute_dtype="fp64", loss__divergence="forward_kl",
+        )  # fmt: skip
+        found.append(gradients(make_trainer(config, tmp_path / f"{micro}")))
+    assert len(found[0]) > 4 and any(g.abs().max() > 1e-6 for g in found[0])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("scope", ["interventions", "all"])
+def test_training_needs_no_teacher_and_equals_rescoring(folders, tmp_path, scope):
+    config = settings(
+        folders, loss__scope=scope, loss__divergence="forward_kl", train__compute_dtype="fp64", rollout__decay_rate=0.5
+    )
+    trainer = make_trainer(config, tmp_path / "run")
+    rollouts, _ = trainer.roll_out(trainer.loader.next(6))
+    sequences = [s for s in trainer.cache_teacher(rollouts) if s.loss_steps]
+    tokens = sum(len(s.loss_steps) for s in sequences)
+    assert tokens > 5
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("the teacher ran during training")
+
+    handles = [m.register_forward_pre_hook(refuse) for m in [trainer.teacher.hf.base_model]]
+    loss = trainer.learn(sequences, tokens)
+    for handle in handles:
+        handle.remove()
+
+    total = 0.0
+    with torch.no_grad():
+        for s in sequences:
+            ids = torch.tensor([s.prompt_ids + s.response_ids])
+            trainer.student.eval()
+            p, q = trainer.teacher.hf(ids).logits[0], trainer.student.hf(ids).logits[0]
+            at = torch.tensor(s.loss_steps) + len(s.prompt_ids) - 1
+            p_log, q_log = p[at].log_softmax(-1), q[at].log_softmax(-1)
+            total += (p_log.exp() * (p_log - q_log)).sum().item()
+    assert loss == pytest.approx(total / tokens, rel=1e-10)
+
+
+def test_topk_cache_is_a_lower_bound_of_the_loss(folders, tmp_path):
+    losses = {}
+    for name, extra in (("hidden", {}), ("topk", {"cache__topk": 8})):
+        config = settings(folders, cache__format=name, loss__divergence="forward_kl", **extra)
+        trainer = make_trainer(config, tmp_path / name)
+        sequences = [s for s in trainer.cache_teacher(trainer.roll_out(trainer.loader.next(6))[0]) if s.loss_steps]
+        losses[name] = trainer.learn(sequences, sum(len(s.loss_steps) for s in sequences))
+    assert 0 < losses["topk"] < losses["hidden"]
+
+
+def adapter_bytes(path: Path) -> bytes:
+    return (path / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data__ground_truth_mix": 0.5, "student__lora": {"r": 4, "alpha": 8, "dropout": 0.2}},
+        {"rollout__policy": "student", "loss__scope": "all"},
+    ],
+    ids=["interventions", "ground truth and dropout", "student policy"],
+)
+def test_resumed_run_ends_with_the_same_bytes(folders, tmp_path, changes):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    config = settings(folders, **changes)
+    summary = distill(config, RunDir.create(whole, config))
+
+    run_dir = RunDir.create(halves, config)
+    original = Trainer.train_step
+
+    def stop_at_two(self: Trainer):
+        if self.step == 2:
+            self.stop_requested = True
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Trainer, "train_step", stop_at_two)
+        distill(config, run_dir)
+    assert run_dir.latest_checkpoint().name == "step-000003"
+    resumed = distill(RunDir.open(halves).config, RunDir.open(halves), resume=True)
+
+    assert adapter_bytes(whole) == adapter_bytes(halves)
+    assert resumed.kl_after_nats == summary.kl_after_nats
+    assert resumed.rollout_tokens == summary.rollout_tokens
+    steps = [m["step"] for m in RunDir.open(halves).read_metrics() if "loss" in m]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_run_leaves_everything_and_loads_with_plain_peft(folders, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = settings(folders, data__lm_corpus=str(folders[2].parent / "corpus.txt"), loss__lm_block_tokens=32)
+    run_dir = RunDir.create(tmp_path / "run", config)
+    summary = distill(config, run_dir)
+    for name in ("config.yaml", "plan.json", "metrics.jsonl", "rollouts.jsonl", "summary.json", "adapter"):
+        assert (run_dir.path / name).exists(), name
+    assert RunDir.open(run_dir.path).config == config
+    assert summary.kl_before_nats > 0 and math.isfinite(summary.kl_after_nats)
+    assert json.loads(run_dir.summary_path.read_text())["kl_before_nats"] == summary.kl_before_nats
+    line = run_dir.read_metrics()[0]
+    assert line["rollout_tokens"] > 0 and line["peak_gib"] > 0 and 0 <= line["teacher_share"] <= 1
+    rollout = run_dir.read_rollouts()[0]
+    assert "".join(t["text"] for t in rollout["tokens"]).replace("</s>", "") == rollout["response"]
+    assert {t["writer"] for t in rollout["tokens"]} <= {"student", "teacher"}
+
+    base = AutoModelForCausalLM.from_pretrained(config.student.model)
+    tokenizer = AutoTokenizer.from_pretrained(run_dir.adapter_path)
+    before = base(torch.tensor([[5, 6, 7]])).logits
+    adapted = PeftModel.from_pretrained(base, run_dir.adapter_path)
+    assert not torch.allclose(adapted(torch.tensor([[5, 6, 7]])).logits, before)
+    assert tokenizer.chat_template
+
+
+def test_full_fine_tuning_trains_and_resumes_its_weights(folders, tmp_path):
+    config = settings(folders, student__adapter="none", train__max_steps=2, student__lora={})
+    run_dir = RunDir.create(tmp_path / "run", config)
+    summary = distill(config, run_dir)
+    assert summary.kl_after_nats < summary.kl_before_nats
+    assert (run_dir.adapter_path / "model.safetensors").exists()
+
+
+def test_distillation_brings_the_student_closer(folders, tmp_path):
+    config = settings(
+        folders, train__max_steps=30, loss__divergence="forward_kl", train__eval_steps=30, train__save_steps=30,
+        train__learning_rate=2e-2,
+    )  # fmt: skip
+    summary = distill(config, RunDir.create(tmp_path / "run", config))
+    assert summary.kl_after_nats < 0.8 * summary.kl_before_nats
+
+
+def test_steps_without_interventions_are_counted_and_change_nothing(folders, tmp_path):
+    config = settings(folders, rollout__schedule="constant", rollout__constant_threshold=1.0)
+    trainer = make_trainer(config, tmp_path / "run")
+    before = {k: v.clone() for k, v in trainable_state(trainer.student).items()}
+    counters = trainer.run()
+    assert counters.steps_without_loss == 4
+    assert all(torch.equal(v, before[k]) for k, v in trainable_state(trainer.student).items())
+
+
+def test_non_finite_loss_stops_before_the_optimizer(folders, tmp_path):
+    trainer = make_trainer(settings(folders), tmp_path / "run")
+    trainer.train_step()
+    with torch.no_grad():
+        trainer.trainable[-1].fill_(math.nan)
+    before = [p.clone() for p in trainer.trainable]
+    # The poisoned student cannot write; ground truth of the teacher's reaches the loss.
+    prompt, visit = trainer.loader.next(1)[0]
+    sequences = trainer.read_ground_truth([(prompt, visit)])
+    with pytest.raises(TrainingError, match=r"loss is nan at step 0.*Lower train.learning_rate"):
+        trainer.learn(sequences, len(sequences[0].loss_steps))
+    assert all(
+        torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(before, trainer.trainable, strict=True)
+    )
+
+
+def test_checkpoints_rotate_and_the_best_stays(folders, tmp_path):
+    config = settings(folders, train__max_steps=6, train__save_steps=1, train__save_total_limit=2, train__eval_steps=2)
+    run_dir = RunDir.create(tmp_path / "run", config)
+    summary = distill(config, run_dir)
+    names = [p.name for p in run_dir.checkpoints()]
+    assert f"step-{summary.best_step:06d}" in names
+    assert "step-000006" in names and len(names) <= 3
+    assert not list(run_dir.checkpoints_path.glob(".*partial"))
+
+
+def test_ground_truth_mix_without_responses_is_refused(folders, tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(12)))
+    config = settings(folders, data__train=str(data), data__ground_truth_mix=0.5)
+    with pytest.raises(TrainingError, match="have none"):
+        make_trainer(config, tmp_path / "run")
+
+
+def test_the_loss_is_the_named_divergence(folders, tmp_path):
+    config = settings(folders, loss__divergence="skew_reverse_kl", train__compute_dtype="fp64")
+    trainer = make_trainer(config, tmp_path / "run")
+    sequences = [s for s in trainer.cache_teacher(trainer.roll_out(trainer.loader.next(4))[0]) if s.loss_steps]
+    tokens = sum(len(s.loss_steps) for s in sequences)
+    expected = 0.0
+    with torch.no_grad():
+        for s in sequences:
+            ids = torch.tensor([s.prompt_ids + s.response_ids])
+            at = torch.tensor(s.loss_steps) + len(s.prompt_ids) - 1
+            p, q = (m.hf(ids).logits[0][at] for m in (trainer.teacher, trainer.student))
+            expected += divergence("skew_reverse_kl", p, q, alpha=0.1).sum().item()
+    assert trainer.learn(sequences, tokens) == pytest.approx(expected / tokens, rel=1e-10)
