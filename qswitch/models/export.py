@@ -105,7 +105,7 @@ def merge_run(
     )
     if not report.agrees:
         logger.warning(
-            "The model saved in %s differs from base + adapter by KL %.3g nats (limit %g). Use dtype fp32 to keep it closer.",
+            "The model saved in %s differs from base + adapter by KL %.3g nats (limit %g). Use dtype fp32.",
             dtype,
             kl_nats,
             MAX_KL_NATS,

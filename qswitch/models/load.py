@@ -204,7 +204,7 @@ def _hub(reference: str, revision: str | None) -> ResolvedModel:
         raise _UnavailableError(f"the repository has no config.json{at}; it must hold a transformers model") from None
     except Exception as error:  # httpx, OSError and proxies raise many kinds; all mean that it cannot be had
         raise _UnavailableError(
-            f"not in the local cache, and the hub cannot be reached ({type(error).__name__}); go online, or give a folder"
+            f"not in the local cache, and the hub cannot be reached ({type(error).__name__}); give a folder"
         ) from None
     return found
 
