@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -106,7 +106,7 @@ def _print_plan(config: Any, vram: str | None, as_json: bool) -> None:
     if budget is None:
         budget, source = detect_budget_bytes(config.train.device)
     # A named budget is a GPU's, also where this machine has none.
-    device = "cuda" if vram is not None and config.train.device != "cpu" else None
+    device: Literal["cuda"] | None = "cuda" if vram is not None and config.train.device != "cpu" else None
     plan = plan_run(config, budget_bytes=budget, device=device)
     if as_json:
         print(json.dumps(plan.to_dict(), indent=1))

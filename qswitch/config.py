@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qswitch.errors import ConfigError
+from qswitch.yaml_file import parse_yaml
 
 ModelReference = str | list[str]
 
@@ -149,7 +149,7 @@ class DataSection(Section):
     split: str = "train"
     """Split of a hub data set."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Our field (prompt, response, system, instruction, input, output, messages, conversations) -> column of the file."""
+    """Our field (prompt, response, system, instruction, input, output, messages, ...) -> column of the file."""
     template: str = "teacher"
     """teacher or student (that tokenizer's chat template), alpaca, plain (the prompt as it is), or a Jinja file."""
     system_prompt: str | None = None
@@ -314,7 +314,7 @@ def _settings_without_effect(config: RunConfig):
     if written(loss, "beta") and loss.divergence != "jsd" and loss.beta != 0.5:
         yield f"loss.beta has no effect with loss.divergence={loss.divergence}. Use jsd or remove it."
     if cache.format == "topk" and loss.temperature != 1:
-        yield "cache.format=topk holds probabilities at temperature 1 only. Set loss.temperature=1 or cache.format=hidden."
+        yield "cache.format=topk holds probabilities at temperature 1. Set loss.temperature=1 or cache.format=hidden."
     if cache.format != "topk" and written(cache, "topk") and cache.topk != 64:
         yield f"cache.topk has no effect with cache.format={cache.format}."
     if data.lm_corpus is None:
@@ -355,8 +355,6 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
     """
     import copy
 
-    import yaml
-
     result = copy.deepcopy(dict(values))
     problems = []
     for override in overrides:
@@ -366,8 +364,8 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
             problems.append(f"--set {override!r}: write it as section.key=value, for example train.max_steps=100")
             continue
         try:
-            value = yaml.safe_load(text) if text.strip() else None
-        except yaml.YAMLError:
+            value = parse_yaml(text) if text.strip() else None
+        except ValueError:
             problems.append(f"--set {override!r}: the value is not valid YAML; put it in quotes")
             continue
         if isinstance(value, str):
@@ -466,28 +464,3 @@ def _explain(error: Any) -> str:
     value = error.get("input")
     shown = repr(value) if not isinstance(value, dict) else "a mapping"
     return f"{dotted} = {shown}: {error['msg']}."
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file.
-
-    Raises:
-        ConfigError: the file is missing, not UTF-8, no YAML, or no mapping; names the line.
-    """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist.") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder, not a YAML file.") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}).") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}.") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected settings (key: value), found {type(values).__name__}.")
-    return values

@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qswitch.config import RunConfig, apply_overrides, build_config, read_yaml
 from qswitch.errors import ConfigError
+from qswitch.yaml_file import read_yaml
+
+if TYPE_CHECKING:
+    from qswitch.config import RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,8 @@ def preset_path(name: str) -> Path:
 def load_preset(name_or_path: str | Path) -> dict[str, Any]:
     """Settings of a preset, or of a YAML file, with `extends` resolved.
 
-    `extends` names a preset, or a file relative to the one that says it; the extending file wins key by key.
+    `extends` names a preset, or a file relative to the one that says it; the extending file wins key by key, and
+    `key: null` in it takes the extended file's value away.
 
     Raises:
         ConfigError: unknown preset, unreadable file, or files that extend each other in a circle.
@@ -77,6 +81,8 @@ def load_run_config(source: str | Path, overrides: list[str] | None = None) -> R
     Raises:
         ConfigError: every problem found.
     """
+    from qswitch.config import apply_overrides, build_config  # pydantic costs 0.2 s; listing presets needs none
+
     return build_config(apply_overrides(load_preset(source), overrides or []), source=str(source))
 
 
@@ -98,7 +104,9 @@ def _load(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict) and key not in ("shape", "columns"):
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict) and key not in ("shape", "columns"):
             merged[key] = _merge(merged[key], value)
         else:
             merged[key] = value

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qswitch.config import RunConfig, build_config, dump_config, read_yaml
+from qswitch.config import RunConfig, build_config, dump_config
 from qswitch.errors import RunDirError
+from qswitch.yaml_file import read_yaml
 
 
 class RunDir:

@@ -257,7 +257,7 @@ class Trainer:
         """
         self.wrapped.train()
         size = self.config.train.per_device_train_batch_size
-        total = 0.0 if sequences else None
+        total = 0.0
         # Similar lengths share a micro-batch: less padding, and the token mean does not see the order.
         ordered = sorted(sequences, key=lambda s: (s.num_tokens, s.example_id, s.visit))
         for start in range(0, len(ordered), size):
@@ -268,8 +268,7 @@ class Trainer:
             total += self._backward(loss)
         if self.corpus is not None:
             self._backward(self.config.loss.lm_coefficient * self._corpus_loss(size))
-            total = total if total is not None else 0.0
-        return total
+        return total if sequences or self.corpus is not None else None
 
     def update(self, loss: float | None) -> float | None:
         """Clip and step the optimizer; the gradient norm, or None for a step that had no loss token.

@@ -197,8 +197,9 @@ def verify_head(model: LanguageModel) -> None:
 def output_rows(linear: nn.Module) -> int:
     """Number of rows (ids) of an output embedding, also where its weight is packed or wrapped."""
     for module in (linear, getattr(linear, "base_layer", None), getattr(linear, "original_module", None)):
-        if getattr(module, "out_features", None) is not None:
-            return int(module.out_features)
+        rows = getattr(module, "out_features", None)
+        if rows is not None:
+            return int(rows)
     return int(linear.weight.shape[0])
 
 

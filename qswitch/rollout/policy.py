@@ -40,8 +40,11 @@ class Decision:
 class Policy(Protocol):
     """Decides the writers of one step."""
 
-    uses_teacher: bool
-    uses_student: bool
+    @property
+    def uses_teacher(self) -> bool: ...
+
+    @property
+    def uses_student(self) -> bool: ...
 
     def decide(
         self, teacher_log_probs: Tensor | None, student_log_probs: Tensor | None, steps: Tensor, coins: Tensor
@@ -181,4 +184,4 @@ def make_policy(rollout: RolloutSection) -> Policy:
         return RandomPolicy(rollout.teacher_probability)
     if rollout.policy == "mixture":
         return MixturePolicy(rollout.mixture_teacher_weight)
-    return {"student": StudentPolicy, "teacher": TeacherPolicy}[rollout.policy]()
+    return StudentPolicy() if rollout.policy == "student" else TeacherPolicy()
