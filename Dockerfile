@@ -4,7 +4,7 @@
 #   docker run --rm --gpus all qswitch doctor
 #   docker run --rm -it --gpus all \
 #     -v "$PWD/data:/data:ro" -v "$PWD/runs:/runs" -v qswitch-cache:/cache -e HF_TOKEN \
-#     qswitch distill --preset llama-7b-to-1b --set data.train=/data/my_prompts.jsonl --set 'data.columns={}'
+#     qswitch distill --preset llama-7b-to-1b --set data.train=/data/my_prompts.jsonl
 #
 # The host needs the NVIDIA driver and the NVIDIA Container Toolkit. CUDA's libraries come with the torch wheel of PyPI
 # (Linux x86-64), so a plain Python image is enough.

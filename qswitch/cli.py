@@ -314,12 +314,15 @@ def presets_list(as_json: AsJson = False) -> None:
 
     infos = list_presets()
     if as_json:
-        fields = [{"name": i.name, "description": i.description, "gated": i.gated, "twin": i.twin} for i in infos]
-        print(json.dumps(fields, indent=1))
+        from dataclasses import asdict
+
+        print(json.dumps([asdict(info) for info in infos], default=str, indent=1))
         return
     width = max(len(i.name) for i in infos)
     for info in infos:
-        print(f"{info.name:<{width}}  {info.description}")
+        twin = f" Without one: {info.twin}." if info.twin else ""
+        paper = " The paper's hyper-parameters." if info.paper else ""
+        print(f"{info.name:<{width}}  {info.description}{twin}{paper}")
 
 
 @presets_app.command("show", epilog="Example: qswitch presets show smollm2-demo")

@@ -22,6 +22,9 @@ class PresetInfo:
     description: str
     gated: bool
     twin: str | None
+    """For a gated preset: the one that needs no token."""
+    paper: bool
+    """Whether the hyper-parameters are the paper's."""
     path: Path
 
 
@@ -42,7 +45,16 @@ def list_presets() -> list[PresetInfo]:
     for name in preset_names():
         about = load_preset(name).get("about", {})
         path = presets_folder() / f"{name}.yaml"
-        infos.append(PresetInfo(name, about.get("description", ""), bool(about.get("gated")), about.get("twin"), path))
+        infos.append(
+            PresetInfo(
+                name=name,
+                description=about.get("description", ""),
+                gated=about.get("gated", False),
+                twin=about.get("twin"),
+                paper=about.get("paper", False),
+                path=path,
+            )
+        )
     return infos
 
 

@@ -109,9 +109,8 @@ class RunDir:
     def truncate_logs(self, step: int) -> None:
         """Drop log lines after `step`, which a resumed run writes again."""
         for path in (self.metrics_path, self.rollouts_path):
-            lines = _read_lines(path)
-            if lines:
-                kept = [line for line in lines if line["step"] <= step]
+            if path.exists():
+                kept = [line for line in _read_lines(path) if line["step"] <= step]
                 write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
     def checkpoints(self) -> list[Path]:

@@ -29,6 +29,7 @@ from qswitch.models.pair import TokenizerPair, load_pair_tokenizer, template_tok
 from qswitch.models.shrink import shrink_to_folder
 from qswitch.models.student import load_adapter, load_student, save_adapter
 from qswitch.plan.scheduler import detect_budget_bytes, plan_run, require_fit
+from qswitch.rollout.kv_cache import refuse_short_window
 from qswitch.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,8 @@ def distill(config: RunConfig, run_dir: RunDir, *, resume: bool = False, budget_
     progress.say(f"loading the teacher ({config.teacher.precision}) and the student on {runtime.device}")
     teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size)
     student = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=run_dir.student_base_path)
+    for model in (teacher, student):
+        refuse_short_window(model, config.data.max_prompt_tokens + config.rollout.max_new_tokens)
     corpus = None
     if config.data.lm_corpus is not None:
         corpus = load_corpus_tokens(config.data.lm_corpus, pair.tokenizer, split=config.data.split)
@@ -199,8 +202,8 @@ tags: [distillation, switch, qswitch]
 ---
 # {summary.student}, distilled from {summary.teacher}
 
-Trained with qswitch by the SWITCH method (Koo et al., Findings of NAACL 2025), policy `{config.rollout.policy}`,
-loss `{config.loss.divergence}` over `{config.loss.scope}`, {summary.steps} steps.
+Trained with qswitch (preset `{config.about.name}`) by the SWITCH method (Koo et al., Findings of NAACL 2025), policy
+`{config.rollout.policy}`, loss `{config.loss.divergence}` over `{config.loss.scope}`, {summary.steps} steps.
 
 | KL(teacher \\|\\| student), nats per token, {summary.validation_prompts} held-out prompts | |
 |---|---|

@@ -12,7 +12,26 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from qswitch.errors import ModelError
 from qswitch.models.language_model import LanguageModel
+
+
+def refuse_short_window(model: LanguageModel, max_tokens: int) -> None:
+    """Refuse a sliding window shorter than prompt and response together.
+
+    transformers counts slots where the window means positions, and padding makes them differ; a window that is never
+    reached does no harm.
+
+    Raises:
+        ModelError: the window is shorter than `max_tokens`.
+    """
+    window = getattr(model.config, "sliding_window", None)
+    if getattr(model.config, "use_sliding_window", True) and window is not None and window < max_tokens:
+        raise ModelError(
+            f"{type(model.causal_model).__name__} attends over a sliding window of {window} tokens, but a prompt and "
+            f"its response may have {max_tokens}. Lower data.max_prompt_tokens or rollout.max_new_tokens until their "
+            f"sum is at most {window}."
+        )
 
 
 class KVState:
