@@ -13,12 +13,29 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from qswitch import __version__
 from qswitch.errors import ConfigError, QSwitchError
 
+
+class _Interrupted(Exception):
+    """Ctrl-C inside a command; its argument, if any, is the run directory to resume."""
+
+
+class _Commands(TyperGroup):
+    """typer turns KeyboardInterrupt into a bare exit code; this keeps what it says."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Interrupted(*error.args) from error
+
+
 app = typer.Typer(
     name="qswitch",
+    cls=_Commands,
     help="Distil a large language model into a small one on one consumer GPU, with the SWITCH method.",
     no_args_is_help=True,
     add_completion=False,
@@ -49,7 +66,7 @@ def run(arguments: list[str]) -> int:
     except QSwitchError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt as error:
+    except _Interrupted as error:
         hint = f" Resume with: qswitch distill --resume {error.args[0]}" if error.args else ""
         print(f"interrupted.{hint}", file=sys.stderr)
         return 130

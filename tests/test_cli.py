@@ -1,0 +1,117 @@
+"""Exit codes and messages: what a user sees when something is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qswitch.cli import app, run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["distill"], "--preset NAME or --config FILE"),
+        (["distill", "--preset", "smolm2-demo"], "Did you mean smollm2-demo?"),
+        (["distill", "--preset", "smollm2-demo", "--set", "train.max_step=3"], "Did you mean train.max_steps?"),
+        (["distill", "--config", "nowhere.yaml"], "does not exist"),
+        (["distill", "--resume", "nowhere"], "does not exist"),
+        (["distill", "--resume", "x", "--preset", "smollm2-demo"], "leave --preset"),
+        (["plan", "--preset", "smollm2-demo", "--vram", "lots"], "lots"),
+        (["merge", "nowhere", "--output-dir", "out"], "does not exist"),
+        (["generate", "nowhere", "--prompt", "hello"], "does not exist"),
+        (["presets", "show", "nothing"], "presets list"),
+        (["presets", "copy", "smollm2-demo", "x.txt"], ".yaml ending"),
+    ],
+)
+def test_mistakes_end_with_2_and_one_message(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err
+    assert not list(tmp_path.iterdir()), "nothing may be left behind"
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["distill", "--presett", "x"], ["shrink", "m"]])
+def test_usage_errors_end_with_2(arguments, capsys):
+    assert run(arguments) == 2
+
+
+def test_a_plan_that_does_not_fit_ends_with_3(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(["plan", "--preset", "llama-7b-to-1b", "--vram", "3GiB"]) == 3
+    assert "the budget is 3.0" in capsys.readouterr().err
+    assert run(["distill", "--preset", "smollm2-demo", "--vram", "100MiB"]) == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_plan_json_has_the_documented_keys(capsys):
+    assert run(["plan", "--preset", "llama-7b-to-1b", "--vram", "12GiB", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] and plan["budget_gib"] == 12.0 and plan["total_gib"] <= 12.0
+    assert {"parts", "choices", "phases"} <= set(plan) and {"rollout", "train"} <= set(plan["phases"])
+
+
+def test_an_interruption_ends_with_130_and_the_way_back(capsys, monkeypatch):
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt("runs/x")
+
+    monkeypatch.setattr("qswitch.presets.list_presets", interrupted)
+    assert run(["presets", "list"]) == 130
+    assert "qswitch distill --resume runs/x" in capsys.readouterr().err
+
+
+def test_our_bugs_keep_their_traceback(monkeypatch):
+    def broken():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("qswitch.presets.list_presets", broken)
+    with pytest.raises(ZeroDivisionError):
+        run(["presets", "list"])
+
+
+def test_a_copied_preset_is_a_whole_configuration(tmp_path, capsys):
+    target = tmp_path / "mine.yaml"
+    assert run(["presets", "copy", "smollm2-demo", str(target)]) == 0
+    assert run(["distill", "--config", str(target), "--dry-run"]) == 0
+    assert run(["presets", "copy", "smollm2-demo", str(target)]) == 2
+
+
+def test_every_command_has_an_example_and_kebab_case_options(capsys):
+    names = [c.name or c.callback.__name__ for c in app.registered_commands]
+    assert {"distill", "plan", "merge", "generate", "shrink", "doctor"} <= set(names)
+    for command in [[n] for n in names] + [["presets", n] for n in ("list", "show", "copy")]:
+        assert run([*command, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert "Example: qswitch" in text
+        assert "_" not in "".join(word for word in text.split() if word.startswith("--"))
+
+
+def test_a_stopped_run_names_its_directory(tmp_path, capsys, monkeypatch):
+    """`distill` stopped where training would start: a directory, a hint, and no second run in the same place."""
+
+    def stopped(config, run_dir, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qswitch.distill.run.distill", stopped)
+    path = tmp_path / "run"
+    assert run(["distill", "--preset", "smollm2-demo", "--output-dir", str(path)]) == 130
+    assert f"qswitch distill --resume {path}" in capsys.readouterr().err
+    assert (path / "config.yaml").is_file()
+    # The way back works: the same configuration, and no second run in the same place.
+    assert run(["distill", "--resume", str(path)]) == 130
+    assert run(["distill", "--preset", "smollm2-demo", "--output-dir", str(path)]) == 2
+    assert f"--resume {path}" in capsys.readouterr().err
+
+
+def test_the_console_script_ends_with_the_same_codes():
+    import subprocess
+    import sys
+
+    for arguments, code in [(["--version"], 0), (["presets", "show", "nothing"], 2), (["plan", "--bogus"], 2)]:
+        result = subprocess.run([sys.executable, "-m", "qswitch.cli", *arguments], capture_output=True, text=True)
+        assert result.returncode == code
+        assert "Traceback" not in result.stderr
+        assert bool(result.stderr) == (code != 0)

@@ -1,0 +1,157 @@
+"""Configuration: every problem at once, nothing without effect, and every field read by the code."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+import qswitch
+from qswitch import config as config_module
+from qswitch.config import ALIASES, RunConfig, apply_overrides, build_config, dump_config, known_keys
+from qswitch.errors import ConfigError
+
+PACKAGE = Path(qswitch.__file__).parent
+MINIMAL = {"teacher": {"model": "big"}, "student": {"model": "small"}, "data": {"train": "prompts.jsonl"}}
+
+
+def build(*overrides: str) -> RunConfig:
+    return build_config(apply_overrides(MINIMAL, list(overrides)))
+
+
+def refused(*overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        build(*overrides)
+    return caught.value.problems
+
+
+def test_a_resolved_configuration_builds_an_equal_one():
+    config = build("train.learning_rate=3e-4", "rollout.schedule=linear", "student.lora.r=64")
+    assert build_config(yaml.safe_load(dump_config(config))) == config
+
+
+def test_overrides_are_yaml_and_scientific_notation_is_a_number():
+    config = build("train.learning_rate=1e-4", "data.train=[a.jsonl, b.jsonl]", "teacher.revision=main")
+    assert config.train.learning_rate == 1e-4
+    assert config.data.train == ["a.jsonl", "b.jsonl"]
+    assert config.teacher.revision == "main"
+
+
+def test_overrides_leave_the_given_values_alone():
+    apply_overrides(MINIMAL, ["teacher.model=other"])
+    assert MINIMAL["teacher"] == {"model": "big"}
+
+
+@pytest.mark.parametrize("override", ["train.max_steps", "=3", "train.max_steps=[1"])
+def test_a_malformed_override_is_named(override: str):
+    assert len(refused(override)) == 1
+    assert repr(override) in refused(override)[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("train.max_step=3", "train.max_steps"),
+        ("rollout.decay=0.2", "rollout.decay_rate"),
+        ("student.lora.rank_patern={}", "student.lora.rank_pattern"),
+        ("trian.max_steps=3", "train"),
+        ("learning_rat=1", "learning_rate"),
+        ("loss.decay_rate=0.2", "rollout.decay_rate"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_spelling(wrong: str, right: str):
+    (problem,) = refused(wrong)
+    assert f"Did you mean {right}?" in problem
+
+
+def test_all_problems_are_reported_at_once():
+    problems = refused("train.max_steps=0", "rollout.tau_0=2", "loss.divergence=kl", "nonsense=1")
+    for key in ("train.max_steps", "rollout.tau_0", "loss.divergence", "nonsense"):
+        assert any(key in problem for problem in problems), key
+
+
+def test_a_missing_setting_is_named():
+    with pytest.raises(ConfigError, match=r"data\.train is missing"):
+        build_config({"teacher": {"model": "big"}, "student": {"model": "small"}, "data": {}})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rollout.policy=student", "loss.scope=all", "rollout.tau_0=0.5"],
+        ["rollout.schedule=constant", "rollout.decay_rate=0.3"],
+        ["rollout.schedule=linear", "rollout.decay_rate=0.3"],
+        ["rollout.teacher_probability=0.1"],
+        ["rollout.policy=student"],
+        ["rollout.policy=mixture"],
+        ["loss.divergence=forward_kl", "loss.alpha=0.3"],
+        ["loss.beta=0.3"],
+        ["cache.format=topk", "loss.temperature=2"],
+        ["cache.topk=8"],
+        ["loss.lm_coefficient=2"],
+        ["student.adapter=none", "student.precision=nf4"],
+        ["student.adapter=none", "student.lora.r=8"],
+        ["train.max_steps=10", "train.warmup_steps=10"],
+        ["train.device=cpu", "train.optimizer=paged_adamw_8bit"],
+    ],
+    ids=" ".join,
+)
+def test_a_setting_without_effect_is_refused(overrides: list[str]):
+    assert len(refused(*overrides)) == 1
+
+
+@pytest.mark.parametrize("alias", sorted(ALIASES))
+def test_an_alias_of_the_hugging_face_tools_names_an_existing_setting(alias: str):
+    assert ALIASES[alias] in known_keys()
+
+
+def test_aliases_work_in_files_and_overrides():
+    assert build("lora_r=8").student.lora.r == 8
+    assert build_config({**MINIMAL, "per_device_train_batch_size": 2}).train.per_device_train_batch_size == 2
+
+
+def test_an_alias_beside_its_setting_with_another_value_is_refused():
+    with pytest.raises(ConfigError, match="keep one"):
+        build_config({**MINIMAL, "learning_rate": 1e-3, "train": {"learning_rate": 1e-4}})
+
+
+def test_every_field_has_a_docstring():
+    for section in [v for v in vars(config_module).values() if isinstance(v, type)]:
+        if issubclass(section, config_module.Section) and section not in (config_module.Section, RunConfig):
+            for name, field in section.model_fields.items():
+                assert field.description, f"{section.__name__}.{name}"
+
+
+def fields_read() -> set[tuple[str, str]]:
+    """Every `a.b` and `about.get("b")` of the package outside config.py, as (last part of a, b)."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        if path.name == "config.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = node.value
+                name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", None)
+                if name is not None:
+                    found.add((name, node.attr))
+            # Listing presets reads `about` from plain YAML, because pydantic takes longer than the list.
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+                arguments = [a.value for a in node.args[:1] if isinstance(a, ast.Constant)]
+                if getattr(node.func.value, "id", None) == "about":
+                    found |= {("about", str(a)) for a in arguments}
+    return found
+
+
+def test_every_field_is_read_somewhere():
+    read = fields_read()
+    # Teacher and student share their loading code, where either is called `section`.
+    shared = {"teacher": {"section"}, "student": {"section"}}
+    unread = []
+    for key in known_keys():
+        owner, _, field = key.rpartition(".")
+        owner = owner.rpartition(".")[2] or "config"
+        if not any((name, field) in read for name in {owner} | shared.get(owner, set())):
+            unread.append(key)
+    assert not unread, f"nothing reads {', '.join(unread)}"

@@ -1,0 +1,145 @@
+"""Imports point down the list of stages, and the commands that need no model import no torch."""
+
+from __future__ import annotations
+
+import ast
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qswitch
+
+PACKAGE = Path(qswitch.__file__).parent
+HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate", "bitsandbytes")
+
+# Higher may import lower and its equals; docs/architecture.md has the same list.
+LAYERS = [
+    ["cli"],
+    ["doctor"],
+    ["report"],
+    ["evaluate"],
+    ["distill.run"],
+    ["distill.trainer"],
+    ["rollout", "distill"],
+    ["models", "data"],
+    ["plan", "presets", "run_dir"],
+    ["config"],
+    ["yaml_file"],
+    ["errors"],
+]
+# Pure mathematics, for anyone.
+ANYWHERE = {"distill.divergence"}
+COLD = [
+    "__init__.py",
+    "cli.py",
+    "config.py",
+    "doctor.py",
+    "errors.py",
+    "presets.py",
+    "run_dir.py",
+    "yaml_file.py",
+    "plan",
+]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def layer(module: str) -> int:
+    """Depth of a module; the longest name that fits decides."""
+    fits = [
+        (len(name), depth)
+        for depth, names in enumerate(LAYERS)
+        for name in names
+        if f"{module}.".startswith(f"{name}.")
+    ]
+    assert fits, f"qswitch.{module} has no place in LAYERS; give it one here and in docs/architecture.md"
+    return max(fits)[1]
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Every module that is imported, also inside functions; `from a import b` counts as a and a.b."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", modules(), ids=module_name)
+def test_imports_point_down(path: Path):
+    here = module_name(path)
+    existing = {module_name(p) for p in modules()}
+    for name in imports(ast.parse(path.read_text(encoding="utf-8"))):
+        target = name.removeprefix("qswitch.")
+        if name.startswith("qswitch.") and target in existing and target not in ANYWHERE:
+            assert layer(target) >= layer(here), f"qswitch.{here} imports qswitch.{target}, which is above it"
+
+
+def test_rollout_knows_no_cache_cache_no_model_policy_no_tokenizer_trainer_no_typer():
+    def imported(name: str) -> set[str]:
+        return imports(ast.parse((PACKAGE / name).read_text(encoding="utf-8")))
+
+    for path in (PACKAGE / "rollout").glob("*.py"):
+        assert "qswitch.distill.logit_cache" not in imported(f"rollout/{path.name}"), path.name
+    assert not any(m.startswith(("qswitch.models", "transformers")) for m in imported("distill/logit_cache.py"))
+    assert not any(m.startswith(("transformers", "tokenizers", "qswitch.data")) for m in imported("rollout/policy.py"))
+    for path in (PACKAGE / "distill").glob("*.py"):
+        assert not any(m.split(".")[0] == "typer" for m in imported(f"distill/{path.name}")), path.name
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_importing_a_cold_module_loads_nothing_heavy():
+    names = []
+    for entry in COLD:
+        path = PACKAGE / entry
+        for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+            names.append("qswitch." + module_name(file) if file != PACKAGE / "__init__.py" else "qswitch")
+    code = f"import sys\n{chr(10).join('import ' + n for n in names)}\nprint([m for m in {HEAVY} if m in sys.modules])"
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+COMMANDS = [
+    ["--help"],
+    ["distill", "--help"],
+    ["--version"],
+    ["presets", "list"],
+    ["distill", "--dry-run", "--preset", "smollm2-demo"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_cold_command_imports_nothing_heavy_and_answers_at_once(command: list[str]):
+    code = (
+        "import json, sys\n"
+        "from qswitch.cli import run\n"
+        f"code = run({command!r})\n"
+        f"print(json.dumps([code, [m for m in {HEAVY} if m in sys.modules]]), file=sys.stderr)\n"
+    )
+    seconds: list[float] = []
+    while len(seconds) < 10 and min(seconds, default=1.0) >= 0.4:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = run_python(code)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stderr.splitlines()[-1]) == [0, []]
+        # Processor time, which other work on the machine changes little; on an idle machine it is the waiting time.
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.4, f"qswitch {' '.join(command)} took {min(seconds):.2f} s at best"

@@ -1,0 +1,122 @@
+"""The run directory: whole files or none, logs that can be cut, and no run overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from qswitch.config import build_config
+from qswitch.errors import RunDirError
+from qswitch.run_dir import RunDir, write_atomically
+
+
+@pytest.fixture
+def config():
+    return build_config({"teacher": {"model": "big"}, "student": {"model": "small"}, "data": {"train": "a.jsonl"}})
+
+
+def test_create_writes_a_configuration_that_open_reads_back(tmp_path: Path, config):
+    run = RunDir.create(tmp_path / "deep" / "run", config)
+    assert RunDir.open(run.path).config == config
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path, config):
+    run = RunDir.create(tmp_path / "run", config)
+    with pytest.raises(RunDirError, match=r"not empty.*--resume .*another --output-dir"):
+        RunDir.create(run.path, config)
+
+
+def test_a_folder_that_is_no_run_is_not_offered_for_resuming(tmp_path: Path, config):
+    (tmp_path / "thesis.txt").write_text("do not touch")
+    with pytest.raises(RunDirError) as caught:
+        RunDir.create(tmp_path, config)
+    assert "--resume" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.txt"]
+
+
+def test_an_empty_folder_is_fine(tmp_path: Path, config):
+    assert RunDir.create(tmp_path, config).config_path.is_file()
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path, config):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirError, match="cannot be made"):
+        RunDir.create(tmp_path / "file" / "run", config)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_opening_what_is_no_run_says_which(tmp_path: Path, exists: bool):
+    path = tmp_path if exists else tmp_path / "none"
+    with pytest.raises(RunDirError, match=r"no config\.yaml" if exists else "does not exist"):
+        RunDir.open(path)
+
+
+def test_logs_grow_by_lines_and_skip_the_unfinished_one_of_a_crash(tmp_path: Path, config):
+    run = RunDir.create(tmp_path / "run", config)
+    assert run.read_metrics() == []
+    run.append_metrics({"step": 1, "loss": 0.5})
+    run.append_metrics({"step": 2, "loss": 0.25})
+    with run.metrics_path.open("a") as handle:
+        handle.write('{"step": 3, "lo')
+    assert [m["step"] for m in run.read_metrics()] == [1, 2]
+
+
+def test_truncate_logs_drops_what_a_resumed_run_writes_again(tmp_path: Path, config):
+    run = RunDir.create(tmp_path / "run", config)
+    for step in (1, 2, 3):
+        run.append_metrics({"step": step})
+        run.append_rollouts([{"step": step, "response": "größer"}] * 2)
+    with run.metrics_path.open("a") as handle:
+        handle.write('{"step": 4')
+    run.truncate_logs(2)
+    run.append_metrics({"step": 3, "again": True})
+    assert [m["step"] for m in run.read_metrics()] == [1, 2, 3]
+    assert [r["step"] for r in run.read_rollouts()] == [1, 1, 2, 2]
+    assert run.read_rollouts()[0]["response"] == "größer"
+
+
+def test_a_truncated_log_holds_no_rest_of_a_crash_even_at_step_0(tmp_path: Path, config):
+    run = RunDir.create(tmp_path / "run", config)
+    run.metrics_path.write_text('{"step": 1, "lo')
+    run.truncate_logs(0)
+    run.append_metrics({"step": 1})
+    assert run.read_metrics() == [{"step": 1}]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch):
+    path = tmp_path / "plan.json"
+    write_atomically(path, "old")
+
+    def crash(*_):
+        raise OSError("power cut")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(OSError, match="power cut"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_write_json_is_json(tmp_path: Path, config):
+    run = RunDir.create(tmp_path / "run", config)
+    run.write_json("plan.json", {"teacher": "大"})
+    assert json.loads((run.path / "plan.json").read_text(encoding="utf-8")) == {"teacher": "大"}
+
+
+def test_only_complete_checkpoints_count_and_they_sort_by_step(tmp_path: Path, config):
+    run = RunDir.create(tmp_path / "run", config)
+    assert run.checkpoints() == [] and run.latest_checkpoint() is None
+    for name, complete in [
+        ("step-000100", True),
+        ("step-000020", True),
+        ("step-000200", False),
+        (".step-000300.partial", True),
+    ]:
+        folder = run.checkpoints_path / name
+        folder.mkdir(parents=True)
+        if complete:
+            (folder / "state.json").write_text("{}")
+    assert [p.name for p in run.checkpoints()] == ["step-000020", "step-000100"]
+    assert run.latest_checkpoint() == run.checkpoints_path / "step-000100"
