@@ -51,7 +51,7 @@ def bytes_per_row(format: str, *, width: int, vocab_size: int, topk: int, dtype_
         "hidden": width * dtype_bytes,
         "bf16": 2 * vocab_size,
         "int8": vocab_size + 4,
-        "topk": 8 * topk + 4,
+        "topk": 8 * min(topk, vocab_size) + 4,
     }[format]
 
 
