@@ -10,6 +10,7 @@ Letters: `N` rows, `D` teacher width, `V` shared vocabulary.
 from __future__ import annotations
 
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -43,16 +44,6 @@ class TopkTargets:
     log_probs: Tensor
     ids: Tensor
     tail_log_prob: Tensor
-
-
-def bytes_per_row(format: str, *, width: int, vocab_size: int, topk: int, dtype_bytes: int = 2) -> int:
-    """Bytes of one cached row; `dtype_bytes` is the size of a stored hidden value."""
-    return {
-        "hidden": width * dtype_bytes,
-        "bf16": 2 * vocab_size,
-        "int8": vocab_size + 4,
-        "topk": 8 * min(topk, vocab_size) + 4,
-    }[format]
 
 
 @dataclass(slots=True)
@@ -144,7 +135,7 @@ class LogitCache:
         self._blocks: OrderedDict[int, _Block] = OrderedDict()
         self._index: dict[Key, tuple[_Block, int]] = {}
         self._head: HeadFunction | None = None
-        self._next_block = 0
+        self._next_block = self._next_file = 0
         self._said: set[str] = set()
 
     def put(self, keys: Tensor, hidden: Tensor, head: HeadFunction) -> None:
@@ -206,7 +197,8 @@ class LogitCache:
     @torch.no_grad()
     def _encode(self, hidden: Tensor, head: HeadFunction) -> dict[str, Tensor]:
         if self.format == "hidden":
-            return {"hidden": hidden.detach().to(self._dtype)}
+            # A copy: a view would keep the caller's whole tensor alive, uncounted.
+            return {"hidden": hidden.detach().to(self._dtype, copy=True)}
         parts: dict[str, list[Tensor]] = {}
         for start in range(0, len(hidden), _ENCODE_ROWS):
             logits = head(hidden[start : start + _ENCODE_ROWS])
@@ -216,8 +208,10 @@ class LogitCache:
 
     def _encode_logits(self, logits: Tensor) -> dict[str, Tensor]:
         if self.format == "topk":
-            log_probs, ids = torch.log_softmax(logits.float(), dim=-1).topk(self._topk, dim=-1)
-            tail = torch.log1p(-log_probs.double().exp().sum(dim=-1).clamp(max=1.0)).float()
+            every = torch.log_softmax(logits.float(), dim=-1)
+            log_probs, ids = every.topk(self._topk, dim=-1)
+            # Summing the rest itself: 1 minus the sum of the largest loses a small tail to rounding.
+            tail = every.scatter(-1, ids, -torch.inf).logsumexp(dim=-1)
             return {"log_probs": log_probs, "ids": ids.int(), "tail": tail}
         # Softmax ignores a constant per row; centred logits use the small floats, and both signs of int8.
         centred = logits.float() - logits.float().mean(dim=-1, keepdim=True)
@@ -263,8 +257,12 @@ class LogitCache:
                 "cache.host_budget_gib, or use cache.format=hidden or topk."
             )
         self._disk_path.mkdir(parents=True, exist_ok=True)
-        path = self._disk_path / f"{id(block):x}-{name}.bin"
+        path = self._disk_path / f"{self._next_file}-{name}.bin"
+        self._next_file += 1
         try:
+            # Reserve the bytes first: a mapped file that outgrows the disk ends the process without a message.
+            with path.open("wb") as handle:
+                os.posix_fallocate(handle.fileno(), 0, max(1, tensor.numel() * tensor.element_size()))
             mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
             mapped.copy_(tensor.flatten())
         except (OSError, RuntimeError) as error:

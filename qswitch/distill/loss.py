@@ -32,7 +32,10 @@ class _ChunkedLoss(torch.autograd.Function):
         wants_hidden = ctx.needs_input_grad[0]
         wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[4:], strict=True) if needed]
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
-        parameter_grads = [torch.zeros_like(p) for p in wanted]
+        # Summed in fp32: many chunks added up in bf16 would lose percents of a trainable head's gradient.
+        parameter_grads = [
+            torch.zeros_like(p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32) for p in wanted
+        ]
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=dtype, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_tokens):
@@ -53,13 +56,14 @@ class _ChunkedLoss(torch.autograd.Function):
                 buffer += gradient
         ctx.save_for_backward(*([hidden_grad] if hidden_grad is not None else []), *parameter_grads)
         ctx.wants_hidden = wants_hidden
+        ctx.parameter_dtypes = [p.dtype for p in wanted]
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = list(ctx.saved_tensors)
         hidden_grad = saved.pop(0) if ctx.wants_hidden else None
-        scaled = iter([g * grad_output.to(g.dtype) for g in saved])
+        scaled = iter([(g * grad_output.to(g.dtype)).to(d) for g, d in zip(saved, ctx.parameter_dtypes, strict=True)])
         parameters = tuple(next(scaled) if needed else None for needed in ctx.needs_input_grad[4:])
         first = hidden_grad * grad_output.to(hidden_grad.dtype) if hidden_grad is not None else None
         return (first, None, None, None, *parameters)
@@ -107,6 +111,8 @@ def chunked_divergence_values(
     """The divergence of each position, without gradients: [N, D] -> [N], nats."""
     if hidden.shape[0] != targets.num_positions:
         raise ValueError(f"{hidden.shape[0]} student positions, but {targets.num_positions} teacher targets")
+    if not targets.num_positions:
+        return hidden.new_zeros(0, dtype=torch.float32)
     with torch.no_grad():
         return torch.cat(
             [

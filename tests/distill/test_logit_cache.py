@@ -16,9 +16,9 @@ from qswitch.distill.logit_cache import (
     LogitTargets,
     Targets,
     TopkTargets,
-    bytes_per_row,
 )
 from qswitch.errors import TrainingError
+from qswitch.plan.memory import cache_row_bytes
 
 D, V, K = 6, 40, 5
 CPU = torch.device("cpu")
@@ -151,11 +151,11 @@ def test_a_duplicate_key_is_refused_and_nothing_changes():
 
 @pytest.mark.parametrize("topk", [K, V + 3])
 @ANY
-def test_bytes_per_row_is_what_a_row_takes(format, topk):
+def test_the_plan_of_a_row_is_what_a_row_takes(format, topk):
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         cache = make_cache(format, dtype=dtype, topk=topk)
         cache.put(keys(0, 7), rows(0, 7), head)
-        expected = 7 * bytes_per_row(format, width=D, vocab_size=V, topk=topk, dtype_bytes=size)
+        expected = 7 * cache_row_bytes(format, D, V, topk, size)
         assert cache.stats() == {"rows": 7, "device_bytes": expected, "host_bytes": 0, "disk_bytes": 0}
 
 
@@ -181,7 +181,7 @@ def test_drop_and_clear_free_rows():
 @ANY
 def test_overflow_moves_the_oldest_down_and_changes_no_value(format, tmp_path: Path, caplog):
     folder = tmp_path / "cache"
-    block = 4 * bytes_per_row(format, width=D, vocab_size=V, topk=K, dtype_bytes=4)
+    block = 4 * cache_row_bytes(format, D, V, K, 4)
     cache = make_cache(format, device_budget_bytes=2 * block, host_budget_bytes=block, disk_path=folder)
     roomy = make_cache(format)
     with caplog.at_level(logging.WARNING, logger="qswitch.distill.logit_cache"):

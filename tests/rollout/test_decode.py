@@ -231,6 +231,6 @@ def test_student_policy_never_intervenes(pair):
 def test_a_window_that_a_sequence_would_outgrow_is_refused():
     model = LanguageModel(tiny_model("mistral"))
     refuse_short_window(model, 8)
-    with pytest.raises(ModelError, match="sliding window of 8 tokens.*at most 8"):
+    with pytest.raises(ModelError, match=r"sliding window of 8 tokens.*at most 8"):
         refuse_short_window(model, 9)
     refuse_short_window(LanguageModel(tiny_model("llama")), 10_000)
