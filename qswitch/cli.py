@@ -203,7 +203,7 @@ def _print_result(run_dir: Any, summary: Any) -> None:
     console.print(
         f"\nKL(teacher || student) on {summary.validation_prompts} held-out prompts, teacher-written responses "
         f"({summary.validation_tokens} tokens):\n"
-        f"  before {summary.kl_before_nats:.3f}   after {summary.kl_after_nats:.3f} nats/token ({fall:+.0%} down)\n"
+        f"  before {summary.kl_before_nats:.3f}   after {summary.kl_after_nats:.3f} nats/token ({fall:.0%} lower)\n"
         f"  {summary.steps} steps, {summary.rollout_tokens} rollout tokens, {summary.trained_tokens} trained tokens, "
         f"{summary.seconds:.0f} s of training\n"
         f"  memory: {summary.peak_gib:.2f} GiB measured, {summary.planned_gib:.2f} GiB planned\n"
