@@ -14,7 +14,7 @@ def examine() -> dict[str, Any]:
     """Findings by name; a finding that went wrong holds the reason as text."""
     import torch
 
-    from qswitch.models.load import has_native_bf16
+    from qswitch.models.runtime import has_native_bf16
     from qswitch.plan.scheduler import detect_budget_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -24,8 +24,9 @@ from qswitch.distill.checkpoint import checkpoint_name
 from qswitch.distill.progress import Progress
 from qswitch.distill.trainer import GIB, Trainer, peak_bytes
 from qswitch.errors import DataError
-from qswitch.models.load import load_teacher, make_runtime
+from qswitch.models.load import load_teacher
 from qswitch.models.pair import TokenizerPair, load_pair_tokenizer, template_tokenizer
+from qswitch.models.runtime import make_runtime
 from qswitch.models.shrink import shrink_to_folder
 from qswitch.models.student import load_adapter, load_student, save_adapter
 from qswitch.plan.scheduler import detect_budget_bytes, plan_run, require_fit

@@ -19,7 +19,10 @@ from torch import Tensor
 from qswitch.config import RunConfig
 from qswitch.errors import ModelError
 from qswitch.models.language_model import LanguageModel
-from qswitch.models.load import ResolvedModel, Runtime, quiet, read_model, read_tokenizer, resolve_reference
+from qswitch.models.load import read_model, read_tokenizer
+from qswitch.models.messages import quiet
+from qswitch.models.references import ResolvedModel, resolve_reference
+from qswitch.models.runtime import Runtime
 from qswitch.models.shrink import CALIBRATION_PROMPTS, refuse_non_empty, write_model_folder
 from qswitch.models.student import attach_lora, load_adapter
 from qswitch.run_dir import RunDir

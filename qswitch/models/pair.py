@@ -9,7 +9,8 @@ from transformers import AutoConfig, GenerationConfig
 
 from qswitch.config import RunConfig, StudentSection, TeacherSection
 from qswitch.errors import ModelError
-from qswitch.models.load import load_tokenizer, resolve_reference
+from qswitch.models.load import load_tokenizer
+from qswitch.models.references import resolve_reference
 from qswitch.models.vocab import check_tokenizers
 
 
@@ -59,7 +60,7 @@ def template_tokenizer(pair: TokenizerPair, template: str) -> Any:
 def _num_rows(section: TeacherSection | StudentSection) -> int:
     resolved = resolve_reference(section.model, section.revision)
     config = AutoConfig.from_pretrained(
-        resolved.path_or_id, revision=resolved.revision, trust_remote_code=section.trust_remote_code
+        resolved.path, revision=resolved.revision, trust_remote_code=section.trust_remote_code
     )
     return int(config.get_text_config().vocab_size)
 
@@ -67,7 +68,7 @@ def _num_rows(section: TeacherSection | StudentSection) -> int:
 def _generation_eos(section: TeacherSection | StudentSection) -> set[int]:
     resolved = resolve_reference(section.model, section.revision)
     try:
-        eos = GenerationConfig.from_pretrained(resolved.path_or_id, revision=resolved.revision).eos_token_id
+        eos = GenerationConfig.from_pretrained(resolved.path, revision=resolved.revision).eos_token_id
     except OSError:  # models without a generation_config.json are common, and the tokenizer's token stands
         return set()
     return set(eos) if isinstance(eos, list) else ({eos} if eos is not None else set())

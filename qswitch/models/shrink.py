@@ -21,7 +21,10 @@ from torch import Tensor, nn
 
 from qswitch.config import ModelReference
 from qswitch.errors import ModelError
-from qswitch.models.load import Runtime, quiet, read_model, read_tokenizer, resolve_reference
+from qswitch.models.load import read_model, read_tokenizer
+from qswitch.models.messages import quiet
+from qswitch.models.references import resolve_reference
+from qswitch.models.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

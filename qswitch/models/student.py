@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from qswitch.config import LoraSection, RunConfig
 from qswitch.errors import ModelError
 from qswitch.models.language_model import LanguageModel, verify_head
-from qswitch.models.load import Runtime, load_base, quiet, resolve_precision
+from qswitch.models.load import load_base, resolve_precision
+from qswitch.models.messages import quiet
+from qswitch.models.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from qswitch.data.prompts import PromptEncoder
 from qswitch.data.records import Message, Record
 from qswitch.errors import RunDirError
-from qswitch.models.load import load_teacher, make_runtime
+from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer, template_tokenizer
+from qswitch.models.runtime import make_runtime
 from qswitch.models.student import load_adapter, load_student
 from qswitch.rollout.decode import RolloutRequest, rollout
 from qswitch.rollout.policy import StudentPolicy, make_policy

@@ -15,8 +15,9 @@ from qswitch.distill.divergence import divergence
 from qswitch.distill.run import Interrupted, distill, load_prompts
 from qswitch.distill.trainer import Trainer
 from qswitch.errors import TrainingError
-from qswitch.models.load import load_teacher, make_runtime
+from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer
+from qswitch.models.runtime import make_runtime
 from qswitch.models.student import load_student, trainable_state
 from qswitch.run_dir import RunDir
 from tests.tiny import save_tiny_pair

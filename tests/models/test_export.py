@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qswitch.config import RunConfig, build_config
 from qswitch.errors import ModelError
 from qswitch.models.export import merge_run
-from qswitch.models.load import Runtime
+from qswitch.models.runtime import Runtime
 from qswitch.models.student import load_student, save_adapter
 from qswitch.run_dir import RunDir
 from tests.tiny import ARCHITECTURES, save_tiny, tiny_tokenizer

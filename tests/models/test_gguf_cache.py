@@ -1,0 +1,29 @@
+"""A GGUF file that cannot be read is explained, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+
+from qswitch.errors import ModelError
+from qswitch.models import gguf_cache
+from qswitch.models.references import resolve_reference
+
+
+def test_gguf_without_the_package_names_the_extra(tmp_path, monkeypatch):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF")
+    monkeypatch.setenv("QSWITCH_CACHE", str(tmp_path / "cache"))
+    real = gguf_cache.importlib.util.find_spec
+    monkeypatch.setattr(gguf_cache.importlib.util, "find_spec", lambda n, *a: None if n == "gguf" else real(n, *a))
+    with pytest.raises(ModelError, match=r"qswitch\[gguf\]"):
+        resolve_reference(str(path))
+
+
+def test_a_broken_gguf_file_is_explained_and_leaves_nothing(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF but not really, only bytes" * 10)
+    monkeypatch.setenv("QSWITCH_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ModelError, match="cannot be converted"):
+        resolve_reference(str(path))
+    assert not list((tmp_path / "cache" / "models").iterdir())
