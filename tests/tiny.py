@@ -11,14 +11,17 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PhiConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 ARCHITECTURES = ("llama", "gpt2", "opt", "qwen2", "mistral", "gemma2")
@@ -30,16 +33,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer(characters: str = CHARACTERS, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """One token per character; ids 0 to 3 are pad, BOS, EOS and unknown."""
+def tiny_tokenizer(
+    characters: str = CHARACTERS, chat_template: str | None = CHAT_TEMPLATE, **special: str | None
+) -> PreTrainedTokenizerFast:
+    """One token per character; ids 0 to 3 are pad, BOS, EOS and unknown. `special` renames or takes away (None) one."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
+    tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **special}
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        padding_side="left",
-    )  # fmt: skip
+        tokenizer_object=tokenizer, padding_side="left", **{k: v for k, v in tokens.items() if v is not None}
+    )
     fast.chat_template = chat_template
     return fast
 
@@ -56,6 +61,17 @@ def tiny_config(arch: str = "llama", *, layers: int = 2, vocab_size: int = VOCAB
     }  # fmt: skip
     if arch == "llama":
         return LlamaConfig(**{**modern, "tie_word_embeddings": False, **changes})
+    if arch == "llama3":
+        scaling = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                   "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+        return LlamaConfig(**{**modern, "tie_word_embeddings": True, "rope_parameters": scaling, **changes})
+    if arch == "qwen3":
+        return Qwen3Config(**{**modern, "head_dim": 32, "tie_word_embeddings": True, **changes})
+    if arch == "phi3":
+        return Phi3Config(**{**modern, "tie_word_embeddings": False, **changes})
+    if arch == "gemma3":
+        return Gemma3TextConfig(**{**modern, "head_dim": 16, "sliding_window": 8, "layer_types": _alternating(layers),
+                                   **changes})  # fmt: skip
     if arch == "qwen2":
         return Qwen2Config(**{**modern, "tie_word_embeddings": True, **changes})
     if arch == "mistral":
@@ -79,6 +95,10 @@ def tiny_config(arch: str = "llama", *, layers: int = 2, vocab_size: int = VOCAB
             "max_position_embeddings": 512, "word_embed_proj_dim": 32, **changes,
         })  # fmt: skip
     raise ValueError(arch)
+
+
+def _alternating(layers: int) -> list[str]:
+    return ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(layers)]
 
 
 def tiny_model(arch: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

@@ -1,0 +1,224 @@
+"""Every family goes the whole way on disk: NF4 teacher, distil, stop, resume, merge, load with plain transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qswitch.config import LoraSection, RunConfig, build_config
+from qswitch.distill.run import Interrupted, distill
+from qswitch.distill.trainer import Trainer
+from qswitch.errors import ModelError
+from qswitch.models.export import merge_run
+from qswitch.models.load import load_teacher
+from qswitch.models.pair import load_pair_tokenizer
+from qswitch.models.runtime import make_runtime
+from qswitch.models.student import attach_lora
+from qswitch.run_dir import RunDir
+from tests.tiny import VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
+
+LLAMA_TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+WINDOW = 512
+"""No sequence of these runs reaches it, so that sliding layers see what full ones see."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family as a pair of tiny models on disk."""
+
+    arch: str
+    targets: set[str]
+    """What all-linear adapts."""
+    tied: bool
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Configuration values of both models."""
+    teacher_rows: int = VOCAB_SIZE
+    student_rows: int = VOCAB_SIZE
+    special: dict[str, str | None] = field(default_factory=dict)
+    """Special tokens that differ from the tiny tokenizer's."""
+    eos: int | list[int] = 2
+    """eos_token_id of the generation config."""
+    left_out: set[str] = field(default_factory=set)
+    """Linear layers of the teacher that NF4 leaves alone."""
+
+
+FAMILIES = {
+    # A transposed Conv1D, learned positions, one token for BOS, EOS and, in a real GPT-2, no pad.
+    "gpt2": Family(
+        arch="gpt2", targets={"c_attn", "c_proj", "c_fc"}, tied=True,
+        special={"pad_token": None, "bos_token": "</s>"},
+    ),
+    "opt": Family(
+        arch="opt", targets={"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}, tied=True,
+        changes={"word_embed_proj_dim": 64}, special={"bos_token": "</s>"},
+    ),
+    # OPT-350m: embeddings narrower than the layers and projected into them, norms after the residual.
+    "opt-350m": Family(
+        arch="opt", targets={"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "project_in", "project_out"},
+        tied=True, changes={"word_embed_proj_dim": 32, "do_layer_norm_before": False}, special={"bos_token": "</s>"},
+        left_out={"project_in"},
+    ),
+    "llama": Family(arch="llama", targets=LLAMA_TARGETS, tied=False, special={"pad_token": None}),
+    "llama3": Family(
+        arch="llama3", targets=LLAMA_TARGETS, tied=True, special={"pad_token": None}, eos=[2, 3],
+    ),
+    # One tokenizer before heads of different height, as Qwen2.5-7B and 0.5B have; no BOS at all.
+    "qwen2": Family(
+        arch="qwen2", targets=LLAMA_TARGETS, tied=True, teacher_rows=VOCAB_SIZE + 57, student_rows=VOCAB_SIZE + 25,
+        special={"bos_token": None}, eos=[2, 3],
+    ),
+    "qwen3": Family(
+        arch="qwen3", targets=LLAMA_TARGETS, tied=True, teacher_rows=VOCAB_SIZE + 9, special={"bos_token": None},
+    ),
+    "mistral": Family(
+        arch="mistral", targets=LLAMA_TARGETS, tied=False, changes={"sliding_window": WINDOW},
+        special={"pad_token": None},
+    ),
+    "gemma2": Family(
+        arch="gemma2", targets=LLAMA_TARGETS, tied=True, changes={"sliding_window": WINDOW}, eos=[2, 3],
+    ),
+    "gemma3": Family(
+        arch="gemma3", targets=LLAMA_TARGETS, tied=True, changes={"sliding_window": WINDOW}, eos=[2, 3],
+    ),
+    # Fused query, key and value, and fused MLP; the student's head is the taller one here.
+    "phi3": Family(
+        arch="phi3", targets={"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}, tied=False,
+        student_rows=VOCAB_SIZE + 12, special={"pad_token": "</s>"},
+    ),
+    "phi": Family(arch="phi", targets={"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}, tied=False),
+    "smollm2": Family(arch="llama", targets=LLAMA_TARGETS, tied=True, changes={"tie_word_embeddings": True}),
+}  # fmt: skip
+
+
+def save_pair(folder: Path, family: Family) -> tuple[Path, Path]:
+    """(teacher, student), with the family's tokenizer and generation config."""
+    paths = []
+    for role, seed, rows in (("teacher", 1, family.teacher_rows), ("student", 2, family.student_rows)):
+        path = save_tiny(
+            folder / role, family.arch, seed=seed, vocab_size=rows, tokenizer=tiny_tokenizer(**family.special),
+            **family.changes,
+        )  # fmt: skip
+        generation = path / "generation_config.json"
+        values = json.loads(generation.read_text()) | {"eos_token_id": family.eos}
+        generation.write_text(json.dumps(values))
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+def run_config(folder: Path, family: Family) -> RunConfig:
+    teacher, student = save_pair(folder, family)
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"say {'abcdefgh'[i % 8] * (1 + i % 5)}"}) + "\n" for i in range(16)))
+    return build_config({
+        "teacher": {"model": str(teacher), "precision": "nf4"},
+        "student": {"model": str(student), "precision": "fp32", "lora": {"r": 4, "alpha": 8}},
+        "data": {"train": str(data), "num_validation": 2, "max_prompt_tokens": 64},
+        # A threshold that falls at once: the teacher writes, so that every step learns something.
+        "rollout": {"max_new_tokens": 8, "batch_size": 4, "decay_rate": 1.0},
+        "train": {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+                  "learning_rate": 1e-2, "eval_steps": 3, "save_steps": 3, "device": "cpu", "compute_dtype": "fp32"},
+    })  # fmt: skip
+
+
+def run_with_a_stop(config: RunConfig, path: Path) -> RunDir:
+    """A run that is stopped in its second step and resumed."""
+    original = Trainer.train_step
+
+    def stop_in_the_second(self: Trainer) -> Any:
+        self.stop_requested = self.step == 1
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Trainer, "train_step", stop_in_the_second)
+        distill(config, RunDir.create(path, config))
+    run_dir = RunDir.open(path)
+    assert run_dir.latest_checkpoint().name == "step-000002"
+    summary = distill(run_dir.config, run_dir, resume=True)
+    assert summary.steps == 3 and summary.steps_without_loss < 3
+    assert 0 < summary.kl_before_nats < math.inf and summary.kl_after_nats < math.inf
+    return run_dir
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_goes_the_whole_way(tmp_path: Path, name: str):
+    family = FAMILIES[name]
+    config = run_config(tmp_path, family)
+    pair = load_pair_tokenizer(config)
+    assert pair.vocab_size == min(family.teacher_rows, family.student_rows)
+    assert set(pair.eos_ids) == {2, *(family.eos if isinstance(family.eos, list) else [family.eos])}
+    assert pair.pad_id is not None
+
+    run_dir = run_with_a_stop(config, tmp_path / "run")
+    adapter = json.loads((run_dir.adapter_path / "adapter_config.json").read_text())
+    assert set(adapter["target_modules"]) == family.targets
+    assert adapter["fan_in_fan_out"] == (family.arch == "gpt2")
+
+    report = merge_run(run_dir.path, tmp_path / "merged", dtype="fp32")
+    assert report.agrees
+    ids = torch.tensor([[5, 9, 30, 12, 44]])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    base = AutoModelForCausalLM.from_pretrained(config.student.model).eval()
+    with torch.no_grad():
+        before = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, run_dir.adapter_path).eval()(ids).logits
+        torch.testing.assert_close(merged(ids).logits, adapted, atol=1e-4, rtol=0)
+    assert not torch.allclose(adapted, before, atol=1e-3)
+    assert merged.config.vocab_size == family.student_rows
+    assert merged.generation_config.eos_token_id == family.eos
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    written = merged.generate(**tokenizer("say a", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    assert written.shape[1] > len("say a")
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        pytest.param({"adapter": "none"}, id="in full"),
+        pytest.param({"lora": {"r": 4, "alpha": 8, "use_dora": True}, "gradient_checkpointing": True}, id="dora"),
+    ],
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_kinds_of_students_go_the_whole_way(tmp_path: Path, name: str, student: dict[str, Any]):
+    values = run_config(tmp_path, FAMILIES[name]).model_dump()
+    values["student"] = {"model": values["student"]["model"], "precision": "fp32", **student}
+    run_dir = run_with_a_stop(build_config(values), tmp_path / "run")
+    assert merge_run(run_dir.path, tmp_path / "merged", dtype="fp32").agrees
+
+
+def test_a_quantised_gpt2_student_merges_into_its_transposed_layers(tmp_path: Path):
+    values = run_config(tmp_path, FAMILIES["gpt2"]).model_dump()
+    values["student"] = {"model": values["student"]["model"], "precision": "nf4", "lora": {"r": 4, "alpha": 8}}
+    run_dir = run_with_a_stop(build_config(values), tmp_path / "run")
+    assert merge_run(run_dir.path, tmp_path / "merged", dtype="fp32").agrees
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nf4_packs_every_linear_layer_but_the_head(tmp_path: Path, name: str):
+    import bitsandbytes as bnb
+
+    family = FAMILIES[name]
+    config = run_config(tmp_path, family)
+    teacher = load_teacher(config.teacher, make_runtime(config.train))
+    packed = {n.rpartition(".")[2] for n, m in teacher.hf.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    assert packed == family.targets - family.left_out
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_adapter_on_a_tied_head_is_refused_and_on_an_untied_one_trains(name: str):
+    family = FAMILIES[name]
+    model = tiny_model(family.arch, **family.changes)
+    lora = LoraSection(r=2, target_modules=["lm_head"])
+    if family.tied:
+        with pytest.raises(ModelError, match="tied to its input embedding"):
+            attach_lora(model, lora, seed=0)
+    else:
+        trained = [n for n, p in attach_lora(model, lora, seed=0).named_parameters() if p.requires_grad]
+        assert len(trained) == 2 and all("lm_head" in n for n in trained)
