@@ -184,10 +184,14 @@ def distill(
         summary = run_distillation(settings, run_dir, resume=resume is not None, budget_bytes=budget)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(str(run_dir.path)) from None
+    from qswitch.report.page import write_report
+
+    report_path = write_report(run_dir.path)
     if as_json:
         print(run_dir.summary_path.read_text(encoding="utf-8"), end="")
         return
     _print_result(run_dir, summary)
+    print(f"  report:  {report_path}")
 
 
 def _print_result(run_dir: Any, summary: Any) -> None:
@@ -289,6 +293,18 @@ def generate(
         _print_tokens(Console(highlight=False), [(t.text, t.writer) for t in result.tokens])
     else:
         print(result.text)
+
+
+@app.command(epilog="Example: qswitch report runs/my-run")
+def report(
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, finished or not.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write RUN/report.html: one page that needs no network."""
+    from qswitch.report.page import write_report
+
+    path = write_report(run_path)
+    print(json.dumps({"report": str(path)}) if as_json else path)
 
 
 @app.command(epilog="Example: qswitch shrink HuggingFaceTB/SmolLM2-360M-Instruct --layers 20 --output-dir student")

@@ -145,5 +145,6 @@ def _append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    # Not splitlines: it also splits at U+2028 and the like, which models write and JSON does not escape.
+    *whole, _unfinished = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in whole]

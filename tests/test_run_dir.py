@@ -64,6 +64,15 @@ def test_logs_grow_by_lines_and_skip_the_unfinished_one_of_a_crash(tmp_path: Pat
     assert [m["step"] for m in run.read_metrics()] == [1, 2]
 
 
+def test_logs_survive_the_line_separators_that_models_write(tmp_path: Path, config):
+    run = RunDir.create(tmp_path / "run", config)
+    rows = [{"step": 1, "text": "a\u2028b\u2029c\x85d\x0be\x1cf\r\ng"}, {"step": 2, "text": "h"}]
+    run.append_rollouts(rows)
+    assert run.read_rollouts() == rows
+    run.truncate_logs(1)
+    assert run.read_rollouts() == rows[:1]
+
+
 def test_truncate_logs_drops_what_a_resumed_run_writes_again(tmp_path: Path, config):
     run = RunDir.create(tmp_path / "run", config)
     for step in (1, 2, 3):

@@ -1,1 +1,1 @@
-"""Measuring whether the student got better."""
+"""Did the student get better: scores with intervals, comparisons of methods, what quantisation does to the teacher."""

@@ -21,6 +21,7 @@ from qswitch.data.prompts import pad_left
 from qswitch.models.language_model import LanguageModel
 from qswitch.rollout import sampling
 from qswitch.rollout.kv_cache import KVState
+from qswitch.rollout.no_repeat import banned_tokens
 from qswitch.rollout.policy import TEACHER, Policy
 
 Keep = Literal["interventions", "all", "nothing"]
@@ -100,14 +101,20 @@ def rollout(
     pad_id: int,
     batch_size: int,
     keep: Keep,
+    no_repeat_ngram_size: int = 0,
 ) -> tuple[list[Rollout], RolloutStats]:
     """Write one response per request; the answer keeps the order of the requests.
 
     The tokens depend on (seed, example id, visit, prompt) and the weights alone: batch_size and order change speed.
+    With `no_repeat_ngram_size` n above 0 no n-gram of prompt and response is written twice (evaluation only, so for a
+    single writer).
 
     Raises:
-        ValueError: the policy asks a model that is not given, or teacher outputs are to be kept without a teacher.
+        ValueError: the policy asks a model that is not given, teacher outputs are to be kept without a teacher, or
+            n-grams are banned with two writers.
     """
+    if no_repeat_ngram_size and policy.uses_teacher and policy.uses_student:
+        raise ValueError(f"no_repeat_ngram_size is for a single writer, not for {type(policy).__name__}")
     if (policy.uses_teacher and teacher is None) or (policy.uses_student and student is None):
         raise ValueError(f"{type(policy).__name__} needs a model that was not given")
     if keep != "nothing" and not policy.uses_teacher:
@@ -124,7 +131,9 @@ def rollout(
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
             batch = [requests[i] for i in members]
-            written = _write_batch(batch, teacher, student, policy, seed, temperature, eos_ids, pad_id, keep, stats)
+            written = _write_batch(
+                batch, teacher, student, policy, seed, temperature, eos_ids, pad_id, keep, stats, no_repeat_ngram_size
+            )
             for i, result in zip(members, written, strict=True):
                 results[i] = result
     stats.seconds = time.perf_counter() - started
@@ -150,6 +159,7 @@ def _write_batch(
     pad_id: int,
     keep: Keep,
     stats: RolloutStats,
+    no_repeat_ngram_size: int,
 ) -> list[Rollout]:
     reference = student if student is not None else teacher
     assert reference is not None
@@ -184,6 +194,11 @@ def _write_batch(
         width = hidden["teacher"].shape[-1]
         teacher_states = hidden["teacher"].new_empty((num_rows, max_steps, width))
 
+    if no_repeat_ngram_size:  # prompt and response of each row from slot 0 on
+        prompt_lengths = mask.sum(dim=1)
+        history = torch.zeros((num_rows, ids.shape[1] + max_steps), dtype=torch.int64, device=device)
+        for i, request in enumerate(batch):
+            history[i, : len(request.prompt_ids)] = torch.tensor(request.prompt_ids, device=device)
     live = torch.arange(num_rows, device=device)  # (R,) rows still being written
     for t in range(max_steps):
         steps = torch.full_like(live, t)
@@ -191,11 +206,19 @@ def _write_batch(
         decision = policy.decide(
             _log_probs(teacher, hidden.get("teacher")), _log_probs(student, hidden.get("student")), steps, coins
         )
+        log_probs = decision.log_probs
+        if no_repeat_ngram_size:
+            banned = banned_tokens(
+                history[live], prompt_lengths[live] + t, no_repeat_ngram_size, decision.log_probs.shape[-1]
+            )
+            log_probs = log_probs.masked_fill(banned, float("-inf"))
         if temperature == 0:
-            drawn = decision.log_probs.argmax(dim=-1)
+            drawn = log_probs.argmax(dim=-1)
         else:
-            noise = sampling.gumbel(sampling.step_keys(keys[live], steps), decision.log_probs.shape[-1])
-            drawn = sampling.draw(decision.log_probs, noise, temperature)
+            noise = sampling.gumbel(sampling.step_keys(keys[live], steps), log_probs.shape[-1])
+            drawn = sampling.draw(log_probs, noise, temperature)
+        if no_repeat_ngram_size:
+            history[live, prompt_lengths[live] + t] = drawn
 
         tokens[live, t] = drawn
         writers[live, t] = decision.writers

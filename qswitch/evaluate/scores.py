@@ -1,0 +1,157 @@
+"""Scores of one model on one set, and the paired difference of two models. Pure: rows in, figures out.
+
+A record's score is the mean over its seeds; intervals are over records. KL and agreement are token means, so a record
+weighs as many tokens as the teacher wrote.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qswitch.evaluate.intervals import Estimate, mean_interval, paired_difference, standard_deviation
+from qswitch.evaluate.rouge import rouge_l
+from qswitch.evaluate.testset import BUCKETS, bucket_of
+
+METRICS = ("rouge_l", "rouge_l_teacher", "kl_nats", "top1_agreement")
+"""rouge_l: against the references; rouge_l_teacher: against the teacher's response; both x 100."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One figure per record."""
+
+    values: dict[int, float]
+    """Record id -> value."""
+    weights: dict[int, float] | None
+    """Record id -> tokens; None: every record counts the same."""
+
+    def estimate(self, ids: Sequence[int]) -> Estimate:
+        """Mean over the records `ids`."""
+        weights = None if self.weights is None else [self.weights[i] for i in ids]
+        return mean_interval([self.values[i] for i in ids], weights)
+
+
+@dataclass(frozen=True, slots=True)
+class SetScores:
+    """Everything measured of one model on one set."""
+
+    metrics: dict[str, Metric]
+    buckets: dict[int, str]
+    """Record id -> bucket of its reference length."""
+    seed_deviation: float | None
+    """Standard deviation of ROUGE-L over the seeds' means."""
+    responses: int
+    response_tokens: float
+    """Mean, end token included."""
+    ended_share: float
+    """Responses that ended before the limit."""
+    distinct_1: float
+    distinct_2: float
+    """Distinct words and pairs of words / all of them, within a seed, mean over seeds (Li et al. 2016)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For results.json."""
+        return {
+            "metrics": {
+                name: {"all": asdict(metric.estimate(sorted(metric.values)))}
+                | {bucket: asdict(metric.estimate(ids)) for bucket, ids in _by_bucket(metric, self.buckets)}
+                for name, metric in self.metrics.items()
+            },
+            "rouge_l_seed_deviation": self.seed_deviation,
+            "responses": self.responses,
+            "response_tokens": self.response_tokens,
+            "ended_share": self.ended_share,
+            "distinct_1": self.distinct_1,
+            "distinct_2": self.distinct_2,
+        }
+
+
+def score_set(
+    responses: Sequence[Mapping[str, Any]],
+    distances: Sequence[Mapping[str, Any]],
+    *,
+    reference_tokens: Mapping[int, int],
+    teacher_texts: Mapping[int, str],
+) -> SetScores:
+    """Scores from the stored rows of a model: responses, and distances from the teacher where it was measured."""
+    by_seed: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in responses:
+        by_seed[row["seed"]].append(row)
+    metrics: dict[str, Metric] = {}
+    scored = [row for row in responses if "rouge_l" in row]
+    if scored:
+        metrics["rouge_l"] = Metric(_mean_by_record(scored, lambda row: row["rouge_l"]), None)
+    if teacher_texts:
+        metrics["rouge_l_teacher"] = Metric(
+            _mean_by_record(responses, lambda row: rouge_l(row["response"], [teacher_texts[row["id"]]])), None
+        )
+    if distances:
+        tokens = {row["id"]: float(row["tokens"]) for row in distances}
+        for name in ("kl_nats", "top1_agreement"):
+            metrics[name] = Metric({row["id"]: row[name] for row in distances}, tokens)
+    seed_means = [
+        sum(r["rouge_l"] for r in rows if "rouge_l" in r) / max(1, sum("rouge_l" in r for r in rows))
+        for rows in by_seed.values()
+    ]
+    count = len(responses)
+    return SetScores(
+        metrics=metrics,
+        buckets={i: bucket_of(n) for i, n in reference_tokens.items()},
+        seed_deviation=standard_deviation(seed_means) if scored else None,
+        responses=count,
+        response_tokens=sum(row["tokens"] for row in responses) / count,
+        ended_share=sum(bool(row["ended"]) for row in responses) / count,
+        distinct_1=_mean([distinct_n([r["response"] for r in rows], 1) for rows in by_seed.values()]),
+        distinct_2=_mean([distinct_n([r["response"] for r in rows], 2) for rows in by_seed.values()]),
+    )
+
+
+def compare_scores(ours: SetScores, first: SetScores) -> dict[str, Any]:
+    """Paired differences ours - first over the records that both have, in all and by bucket, for results.json."""
+    result: dict[str, Any] = {}
+    for name, metric in ours.metrics.items():
+        other = first.metrics.get(name)
+        if other is None:
+            continue
+        shared = Metric({i: v for i, v in metric.values.items() if i in other.values}, metric.weights)
+        groups = [("all", sorted(shared.values)), *_by_bucket(shared, ours.buckets)]
+        result[name] = {
+            bucket: asdict(
+                paired_difference(
+                    [metric.values[i] for i in ids],
+                    [other.values[i] for i in ids],
+                    None if metric.weights is None else [metric.weights[i] for i in ids],
+                )
+            )
+            for bucket, ids in groups
+            if ids
+        }
+    return result
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Distinct n-grams of words / all n-grams of the texts together, in [0, 1]; 0 where there is none."""
+    grams = [tuple(words[i : i + n]) for words in (text.split() for text in texts) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _by_bucket(metric: Metric, buckets: Mapping[int, str]) -> list[tuple[str, list[int]]]:
+    groups: dict[str, list[int]] = {name: [] for name, _, _ in BUCKETS}
+    for i in sorted(metric.values):
+        if i in buckets:
+            groups[buckets[i]].append(i)
+    return [(name, ids) for name, ids in groups.items() if ids]
+
+
+def _mean_by_record(rows: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> dict[int, float]:
+    found: dict[int, list[float]] = defaultdict(list)
+    for row in rows:
+        found[row["id"]].append(value(row))
+    return {i: _mean(values) for i, values in found.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

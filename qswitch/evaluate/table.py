@@ -1,0 +1,107 @@
+"""results.json of an evaluation as a markdown table. Cold and pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qswitch.evaluate.intervals import Estimate
+
+COLUMNS = {
+    "rouge_l": "ROUGE-L",
+    "rouge_l_teacher": "ROUGE-L to teacher",
+    "kl_nats": "KL to teacher, nats/token",
+    "top1_agreement": "top-1 agreement",
+}
+"""Metric -> heading."""
+LOWER_IS_BETTER = ("kl_nats",)
+
+
+def estimate(values: Mapping[str, Any] | None) -> str:
+    """`12.30 [11.20, 13.40]`, or nothing."""
+    return "" if values is None else str(Estimate(**values))
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table, its first column left and the others right aligned."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """All sets of an evaluation: scores, buckets, paired differences."""
+    protocol = results["protocol"]
+    seeds = ", ".join(map(str, protocol["seeds"]))
+    parts = [
+        f"Protocol {protocol['name']}: seeds {seeds}, temperature {protocol['temperature']:g}, no repeated "
+        f"{protocol['no_repeat_ngram_size'] or 'no'}-grams, template {protocol['template']}, prompts up to "
+        f"{protocol['max_prompt_tokens']} and responses up to {protocol['max_new_tokens']} tokens.\n"
+        if protocol["no_repeat_ngram_size"]
+        else f"Protocol {protocol['name']}: seeds {seeds}, temperature {protocol['temperature']:g}, template "
+        f"{protocol['template']}, prompts up to {protocol['max_prompt_tokens']} and responses up to "
+        f"{protocol['max_new_tokens']} tokens.\n"
+    ]
+    if results["departures"]:
+        parts.append("Differs from that protocol: " + "; ".join(results["departures"]) + ".\n")
+    if results["teacher"]:
+        parts.append(f"Teacher: {results['teacher']}; its own responses at temperature 1 are the yardstick.\n")
+    parts.append("Brackets: 95 % bootstrap intervals over records.\n")
+    for name, one in results["sets"].items():
+        parts.append(_render_set(name, one))
+    for name, tasks in results.get("lm_eval", {}).items():
+        rows = [(task, key, f"{value:.4g}") for task, values in tasks.items() for key, value in values.items()]
+        parts.append(f"## lm-eval: {name}\n\n" + markdown_table(("task", "metric", "value"), rows))
+    return "\n".join(parts)
+
+
+def _render_set(name: str, one: Mapping[str, Any]) -> str:
+    models = one["models"]
+    present = [m for m in COLUMNS if any(m in v["metrics"] for v in models.values())]
+    left_out = f", {one['left_out']} left out" if one["left_out"] else ""
+    text = [f"## {name} ({one['records']} records{left_out})\n"]
+    header = ["model", *(COLUMNS[m] for m in present), "tokens", "ended", "distinct-1", "distinct-2"]
+    rows = [
+        [
+            model,
+            *(estimate(values["metrics"].get(m, {}).get("all")) for m in present),
+            f"{values['response_tokens']:.1f}",
+            f"{values['ended_share']:.0%}",
+            f"{values['distinct_1']:.3f}",
+            f"{values['distinct_2']:.3f}",
+        ]
+        for model, values in models.items()
+    ]
+    text.append(markdown_table(header, rows))
+    buckets = [b for b in _keys(models, present) if b != "all"]
+    if len(buckets) > 1:
+        text.append("By length of the reference, tokens:\n")
+        rows = [
+            [
+                model,
+                bucket,
+                str(_records(values, present, bucket)),
+                *(estimate(values["metrics"].get(m, {}).get(bucket)) for m in present),
+            ]
+            for model, values in models.items()
+            for bucket in buckets
+        ]
+        text.append(markdown_table(["model", "bucket", "records", *(COLUMNS[m] for m in present)], rows))
+    if one["differences"]:
+        first = next(iter(models))
+        text.append(f"Paired differences from {first} (below zero: lower than {first}):\n")
+        rows = [
+            [model, bucket, *(estimate(values.get(m, {}).get(bucket)) for m in present)]
+            for model, values in one["differences"].items()
+            for bucket in ["all", *(buckets if len(buckets) > 1 else [])]
+        ]
+        text.append(markdown_table(["model", "bucket", *(COLUMNS[m] for m in present)], rows))
+    return "\n".join(text)
+
+
+def _keys(models: Mapping[str, Any], present: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(b for v in models.values() for m in present for b in v["metrics"].get(m, {})))
+
+
+def _records(values: Mapping[str, Any], present: Sequence[str], bucket: str) -> int:
+    return max((values["metrics"].get(m, {}).get(bucket, {"records": 0})["records"] for m in present), default=0)
