@@ -1,8 +1,8 @@
 """Teacher outputs kept between rollout and training, so that the teacher does not run twice.
 
-Rows are addressed by (example id, visit, step) and stored in one of four formats. Blocks of rows live on the device, in
-host memory or in a file; where a tier is full its oldest blocks move down a tier, and that is said once. No row is ever
-dropped silently. Knows no model: a head is any callable from hidden states to logits.
+Rows are addressed by (example id, visit, step) and stored in one of the formats of `cache_format.py`. Blocks of rows
+live on the device, in host memory or in a file; where a tier is full its oldest blocks move down a tier, and that is
+said once. No row is ever dropped silently. Knows no model: a head is any callable from hidden states to logits.
 
 Letters: `N` rows, `D` teacher width, `V` shared vocabulary.
 """
@@ -11,49 +11,38 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qswitch.distill.cache_format import FORMATS, LogitTargets, TopkTargets, decode, encode_logits
 from qswitch.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
 HeadFunction = Callable[[Tensor], Tensor]
 Key = tuple[int, int, int]
-FORMATS = ("hidden", "bf16", "int8", "topk")
+TIERS = ("device", "host", "disk")
 _ENCODE_ROWS = 256
 """Rows projected to the vocabulary at a time while encoding."""
 
 
-@dataclass(frozen=True, slots=True)
-class LogitTargets:
-    """Teacher logits [n, V]."""
-
-    logits: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class TopkTargets:
-    """The k largest teacher log-probabilities [n, k], their ids [n, k] and the log-probability of the rest [n]."""
-
-    log_probs: Tensor
-    ids: Tensor
-    tail_log_prob: Tensor
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Block:
-    """Rows that were put together, field by field; `live` counts those not dropped."""
+    """Rows that were put together, field by field, and which keys of them are still alive (row -> key)."""
 
     fields: dict[str, Tensor]
     tier: str
-    live: int
+    keys: dict[int, Key]
     paths: list[Path] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        return len(next(iter(self.fields.values())))
 
     @property
     def num_bytes(self) -> int:
@@ -71,7 +60,7 @@ class Targets:
     @classmethod
     def from_hidden(cls, hidden: Tensor, head: HeadFunction) -> Targets:
         """Targets from final hidden states [N, D] that never were in a cache."""
-        block = _Block({"hidden": hidden}, "device", len(hidden))
+        block = _Block({"hidden": hidden}, "device", {})
         return cls("hidden", [(block, i) for i in range(len(hidden))], head, hidden.dtype)
 
     @property
@@ -80,17 +69,13 @@ class Targets:
 
     def chunk(self, start: int, stop: int, device: torch.device) -> LogitTargets | TopkTargets:
         """The teacher's outputs of positions start..stop on `device`; nothing else is moved or computed."""
-        rows = self._gather(self._places[start:stop], device)
+        rows = self.gather(self._places[start:stop], device)
         if self._format == "hidden":
             return LogitTargets(self._head(rows["hidden"].to(self._score_dtype)))
-        if self._format == "bf16":
-            return LogitTargets(rows["logits"].float())
-        if self._format == "int8":
-            return LogitTargets(rows["values"].float() * rows["scale"][:, None])
-        return TopkTargets(rows["log_probs"], rows["ids"].long(), rows["tail"])
+        return decode(self._format, rows)
 
     @staticmethod
-    def _gather(places: Sequence[tuple[_Block, int]], device: torch.device) -> dict[str, Tensor]:
+    def gather(places: Sequence[tuple[_Block, int]], device: torch.device) -> dict[str, Tensor]:
         """Rows in the order of `places`; one copy per run of rows of the same block."""
         pieces: dict[str, list[Tensor]] = {}
         begin = 0
@@ -132,14 +117,14 @@ class LogitCache:
         self._device, self._dtype, self._topk = device, dtype, min(topk, vocab_size)
         self._budgets = {"device": device_budget_bytes, "host": host_budget_bytes}
         self._disk_path = disk_path
-        self._blocks: OrderedDict[int, _Block] = OrderedDict()
+        self._blocks: list[_Block] = []  # oldest first
         self._index: dict[Key, tuple[_Block, int]] = {}
         self._head: HeadFunction | None = None
-        self._next_block = self._next_file = 0
+        self._next_file = 0
         self._said: set[str] = set()
 
     def put(self, keys: Tensor, hidden: Tensor, head: HeadFunction) -> None:
-        """Store rows: keys int64 [N, 3], the teacher's final hidden states [N, D], its head.
+        """Store rows: keys int64 [N, 3], the teacher's final hidden states [N, D], its head. All of them, or none.
 
         Raises:
             ValueError: numbers of keys and rows differ, or a key is stored already.
@@ -148,51 +133,85 @@ class LogitCache:
         names = _key_list(keys)
         if len(names) != len(hidden):
             raise ValueError(f"{len(names)} keys for {len(hidden)} rows")
-        known = next((k for k in names if k in self._index), None)
-        if known is not None or len(set(names)) != len(names):
-            raise ValueError(f"(example, visit, step) {known or 'within one call'} is stored already")
-        self._head = head
-        block = _Block(self._encode(hidden, head), "device", len(names))
-        block.fields = {name: tensor.to(self._device) for name, tensor in block.fields.items()}
-        self._blocks[self._next_block] = block
-        self._next_block += 1
-        self._index |= {key: (block, row) for row, key in enumerate(names)}
-        self._make_room()
+        self._refuse_known(names)
+        self._add(names, self._encode(hidden, head), head)
 
     def get(self, keys: Tensor) -> Targets:
-        """Targets of the keys int64 [N, 3], in that order.
+        """Targets of the keys int64 [N, 3], in that order; they outlive `discard` and `clear`.
 
         Raises:
-            KeyError: a key that was never put, or was dropped.
+            KeyError: a key that was never put, or was discarded.
         """
-        places = []
-        for key in _key_list(keys):
-            if key not in self._index:
-                raise KeyError(f"no teacher output for (example, visit, step) {key}")
-            places.append(self._index[key])
+        places = self._places(_key_list(keys))
         assert self._head is not None or not places
         return Targets(self.format, places, self._head or (lambda hidden: hidden), self._dtype)
 
+    def keys(self) -> Tensor:
+        """Keys of every stored row, oldest first: int64 [N, 3]."""
+        return torch.tensor(list(self._index), dtype=torch.int64).reshape(-1, 3)
+
+    def discard(self, keys: Tensor) -> int:
+        """Forget the keys int64 [N, 3] that are stored, and return how many those were.
+
+        A block's bytes come back when more than half of its rows are gone: the others are then copied out of it.
+        """
+        return self._forget(key for key in _key_list(keys) if key in self._index)
+
     def drop(self, example_id: int, visit: int) -> None:
         """Forget every step of one rollout."""
-        for key in [k for k in self._index if k[:2] == (example_id, visit)]:
-            block, _ = self._index.pop(key)
-            block.live -= 1
-        self._release([number for number, block in self._blocks.items() if block.live == 0])
+        self._forget([k for k in self._index if k[:2] == (example_id, visit)])
 
     def clear(self) -> None:
         """Forget everything."""
-        self._index.clear()
-        self._release(list(self._blocks))
+        self._forget(list(self._index))
+        for block in list(self._blocks):
+            self._release(block)  # blocks that were put without a row
+
+    def export(self, keys: Tensor | None = None) -> dict[str, Any]:
+        """Rows as they are stored, by key: copies on the CPU, of every tier, that `restore` takes back bit for bit.
+
+        Holds format (str), keys int64 [N, 3] and the format's tensors [N, ...]; torch.load reads it with weights_only.
+
+        Raises:
+            KeyError: as `get`.
+        """
+        asked = self.keys() if keys is None else keys
+        places = self._places(_key_list(asked))
+        rows = Targets.gather(places, torch.device("cpu")) if places else {}
+        return {"format": self.format, "keys": asked.clone(), **rows}
+
+    def restore(self, state: dict[str, Any], head: HeadFunction) -> None:
+        """Add the rows of an `export`.
+
+        Raises:
+            ValueError: they have another format, or a key is stored already.
+            TrainingError: every tier is full.
+        """
+        if state["format"] != self.format:
+            raise ValueError(f"rows of format {state['format']} cannot go into a cache of format {self.format}")
+        names = _key_list(state["keys"])
+        self._refuse_known(names)
+        if names:
+            fields = {name: state[name].clone() for name in state if name not in ("format", "keys")}
+            self._add(names, fields, head)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every row, as `export`."""
+        return self.export()
+
+    def load_state_dict(self, state: dict[str, Any], head: HeadFunction) -> None:
+        """Hold exactly the rows of a `state_dict`; raises as `restore`."""
+        self.clear()
+        self.restore(state, head)
 
     def stats(self) -> dict[str, int]:
         """Rows stored, and bytes by tier."""
-        used = {f"{tier}_bytes": 0 for tier in ("device", "host", "disk")}
-        for block in self._blocks.values():
+        used = {f"{tier}_bytes": 0 for tier in TIERS}
+        for block in self._blocks:
             used[f"{block.tier}_bytes"] += block.num_bytes
         return {"rows": len(self._index), **used}
 
-    # ---------------------------------------------------------------- formats
+    # ---------------------------------------------------------------- rows
 
     @torch.no_grad()
     def _encode(self, hidden: Tensor, head: HeadFunction) -> dict[str, Tensor]:
@@ -200,66 +219,126 @@ class LogitCache:
             # A copy: a view would keep the caller's whole tensor alive, uncounted.
             return {"hidden": hidden.detach().to(self._dtype, copy=True)}
         parts: dict[str, list[Tensor]] = {}
-        for start in range(0, len(hidden), _ENCODE_ROWS):
+        for start in range(0, max(1, len(hidden)), _ENCODE_ROWS):
             logits = head(hidden[start : start + _ENCODE_ROWS])
-            for name, tensor in self._encode_logits(logits).items():
+            for name, tensor in encode_logits(self.format, logits, self._topk).items():
                 parts.setdefault(name, []).append(tensor)
         return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
-    def _encode_logits(self, logits: Tensor) -> dict[str, Tensor]:
-        if self.format == "topk":
-            every = torch.log_softmax(logits.float(), dim=-1)
-            log_probs, ids = every.topk(self._topk, dim=-1)
-            # Summing the rest itself: 1 minus the sum of the largest loses a small tail to rounding.
-            tail = every.scatter(-1, ids, -torch.inf).logsumexp(dim=-1)
-            return {"log_probs": log_probs, "ids": ids.int(), "tail": tail}
-        # Softmax ignores a constant per row; centred logits use the small floats, and both signs of int8.
-        centred = logits.float() - logits.float().mean(dim=-1, keepdim=True)
-        if self.format == "bf16":
-            return {"logits": centred.bfloat16()}
-        scale = centred.abs().amax(dim=-1).clamp_min(1e-12) / 127
-        return {"values": (centred / scale[:, None]).round().to(torch.int8), "scale": scale}
+    def _refuse_known(self, names: Sequence[Key]) -> None:
+        known = next((k for k in names if k in self._index), None)
+        if known is not None or len(set(names)) != len(names):
+            raise ValueError(f"(example, visit, step) {known or 'within one call'} is stored already")
+
+    def _places(self, names: Sequence[Key]) -> list[tuple[_Block, int]]:
+        for key in names:
+            if key not in self._index:
+                raise KeyError(f"no teacher output for (example, visit, step) {key}")
+        return [self._index[key] for key in names]
+
+    def _add(self, names: Sequence[Key], fields: dict[str, Tensor], head: HeadFunction) -> None:
+        """A new block, which is in the index only once there is room for it."""
+        block = _Block({name: tensor.to(self._device) for name, tensor in fields.items()}, "device", {})
+        self._make_room([*self._blocks, block])
+        block.keys = dict(enumerate(names))
+        self._blocks.append(block)
+        self._index |= {key: (block, row) for row, key in block.keys.items()}
+        self._head = head
+
+    def _forget(self, names: Iterable[Key]) -> int:
+        count, touched = 0, set()
+        for key in names:
+            block, row = self._index.pop(key)
+            del block.keys[row]
+            touched.add(block)
+            count += 1
+        for block in [b for b in self._blocks if b in touched]:
+            if not block.keys:
+                self._release(block)
+            elif 2 * len(block.keys) < block.num_rows:
+                self._rewrite(block)
+        return count
+
+    def _rewrite(self, block: _Block) -> None:
+        """Copy a block's live rows into a new one of the same tier; targets handed out before keep the old one."""
+        rows = torch.tensor(list(block.keys))
+        fields = {name: tensor[rows.to(tensor.device)] for name, tensor in block.fields.items()}
+        smaller = _Block(fields, "device", dict(enumerate(block.keys.values())))
+        if block.tier != "device":
+            try:
+                self._move(smaller, block.tier)
+            except TrainingError:
+                return  # no room on the disk for the copy: the block stays as it is
+        self._blocks[self._blocks.index(block)] = smaller
+        self._index |= {key: (smaller, row) for row, key in smaller.keys.items()}
+        _unlink(block)
+
+    def _release(self, block: _Block) -> None:
+        self._blocks.remove(block)
+        _unlink(block)
 
     # ---------------------------------------------------------------- tiers
 
-    def _make_room(self) -> None:
+    def _make_room(self, blocks: Sequence[_Block]) -> None:
+        """Move the oldest of `blocks` down until every tier is within its budget; an error leaves each block whole.
+
+        Raises:
+            TrainingError: there is no tier below, or it cannot be written.
+        """
+        goal = {id(block): block.tier for block in blocks}
         for tier, below in (("device", "host"), ("host", "disk")):
-            used = self.stats()[f"{tier}_bytes"]
-            for block in list(self._blocks.values()):  # oldest first
+            members = [b for b in blocks if goal[id(b)] == tier]
+            used = sum(b.num_bytes for b in members)
+            for block in members:
                 if used <= self._budgets[tier]:
                     break
-                if block.tier == tier:
-                    used -= block.num_bytes
-                    self._move(block, below)
-
-    def _move(self, block: _Block, tier: str) -> None:
-        if tier not in self._said:
-            self._said.add(tier)
-            logger.warning(
-                "The teacher-output cache is over its %s budget (%.2f GiB); its oldest rows move to %s.",
-                block.tier,
-                self._budgets[block.tier] / 2**30,
-                "host memory" if tier == "host" else f"{self._disk_path}",
-            )
-        if tier == "host":
-            pin = self._device.type == "cuda"
-            block.fields = {n: t.cpu().pin_memory() if pin else t.cpu() for n, t in block.fields.items()}
-        else:
-            block.fields = {name: self._to_file(block, name, t) for name, t in block.fields.items()}
-        block.tier = tier
-
-    def _to_file(self, block: _Block, name: str, tensor: Tensor) -> Tensor:
-        """The same values in a memory-mapped file."""
-        if self._disk_path is None:
+                used -= block.num_bytes
+                goal[id(block)] = below
+        if self._disk_path is None and "disk" in goal.values():
             raise TrainingError(
                 f"The teacher-output cache needs more than cache.device_budget_gib + cache.host_budget_gib "
                 f"({sum(self._budgets.values()) / 2**30:.2f} GiB) and has no folder to go to. Raise "
                 "cache.host_budget_gib, or use cache.format=hidden or topk."
             )
-        self._disk_path.mkdir(parents=True, exist_ok=True)
+        # The lowest tier first: host memory is freed before more moves into it.
+        for tier in ("disk", "host"):
+            for block in blocks:
+                if goal[id(block)] == tier != block.tier:
+                    self._say_full(block.tier, tier)
+                    self._move(block, tier)
+
+    def _say_full(self, tier: str, below: str) -> None:
+        # A block may skip host memory; what is full is the tier above the one it goes to.
+        full = "device" if below == "host" else "host"
+        if below not in self._said:
+            self._said.add(below)
+            logger.warning(
+                "The teacher-output cache is over its %s budget (%.2f GiB); its oldest rows move to %s.",
+                full,
+                self._budgets[full] / 2**30,
+                "host memory" if below == "host" else f"{self._disk_path}",
+            )
+
+    def _move(self, block: _Block, tier: str) -> None:
+        if tier == "host":
+            pin = self._device.type == "cuda"
+            block.fields = {n: t.cpu().pin_memory() if pin else t.cpu() for n, t in block.fields.items()}
+        else:
+            try:
+                block.fields = {name: self._to_file(block, name, t) for name, t in block.fields.items()}
+            except TrainingError:
+                _unlink(block)
+                raise
+        block.tier = tier
+
+    def _to_file(self, block: _Block, name: str, tensor: Tensor) -> Tensor:
+        """The same values in a memory-mapped file."""
+        assert self._disk_path is not None
         path = self._disk_path / f"{self._next_file}-{name}.bin"
         self._next_file += 1
         try:
+            self._disk_path.mkdir(parents=True, exist_ok=True)
+            block.paths.append(path)
             # Reserve the bytes first: a mapped file that outgrows the disk ends the process without a message.
             with path.open("wb") as handle:
                 os.posix_fallocate(handle.fileno(), 0, max(1, tensor.numel() * tensor.element_size()))
@@ -270,14 +349,14 @@ class LogitCache:
                 f"The teacher-output cache cannot write {path} ({error}). Free disk space, or raise "
                 "cache.host_budget_gib."
             ) from error
-        block.paths.append(path)
         return mapped.view(tensor.shape)
 
-    def _release(self, numbers: Iterable[int]) -> None:
-        for number in numbers:
-            block = self._blocks.pop(number)
-            for path in block.paths:
-                path.unlink(missing_ok=True)
+
+def _unlink(block: _Block) -> None:
+    """Delete a block's files; a mapping that is still in use keeps its bytes until it goes."""
+    for path in block.paths:
+        path.unlink(missing_ok=True)
+    block.paths.clear()
 
 
 def _key_list(keys: Tensor) -> list[Key]:

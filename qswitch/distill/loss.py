@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qswitch.distill.cache_format import LogitTargets
 from qswitch.distill.divergence import divergence, topk_divergence
-from qswitch.distill.logit_cache import LogitTargets, Targets
+from qswitch.distill.logit_cache import Targets
 
 ChunkLoss = Callable[[Tensor, int, int], Tensor]
 """(student hidden states [n, D], start, stop) -> loss per position [n], for positions start..stop."""
