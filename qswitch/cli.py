@@ -295,6 +295,117 @@ def generate(
         print(result.text)
 
 
+@app.command(
+    "eval", epilog="Example: qswitch eval runs/my-run runs/my-run:base --data dolly_eval.jsonl --protocol paper"
+)
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Run, adapter folder, model folder or hub id; RUN:base and RUN:teacher are a run's other models. "
+            "Several are compared with the first. NAME=MODEL gives one a name.",
+        ),
+    ],
+    data: Annotated[list[str], typer.Option("--data", help="Test set: file, folder or hub id. Repeatable.")],
+    protocol: Annotated[str, typer.Option(help="paper or greedy; see docs/evaluation.md.")] = "greedy",
+    teacher: Annotated[
+        str | None, typer.Option(help="Model to measure the distance from; default: the teacher of the first run.")
+    ] = None,
+    teacher_precision: Annotated[str, typer.Option(help="Of --teacher: nf4, int8, bf16 or fp32.")] = "nf4",
+    no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Measure no distance from a teacher.")] = False,
+    template: Annotated[
+        str | None, typer.Option(help="As data.template, or `own`: the one that the first model was trained with.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Comma-separated, one response a record each.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Response limit, tokens.")] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longer prompts are left out.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First records of each set only.")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", help="Our field=column of the file, for example response=answer.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded together; changes speed only.")] = 16,
+    precision: Annotated[str, typer.Option(help="Of models that are no run: auto, nf4, int8, bf16, fp32.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: as the run, else what there is.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the models.")] = False,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="Comma-separated tasks of EleutherAI's harness; needs qswitch[lm-eval].")
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Default: RUN/eval/<protocol>, or evals/<model>-<protocol>. Goes on where it was."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score models on test sets: ROUGE-L with intervals and length buckets, distance from the teacher."""
+    from qswitch.evaluate.command import EvalRequest, run_eval
+
+    results, folder = run_eval(
+        EvalRequest(
+            models=models, data=data, protocol=protocol, teacher=teacher, teacher_precision=teacher_precision,
+            no_teacher=no_teacher, template=template, seeds=seeds, temperature=temperature,
+            max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, limit=limit, columns=columns or [],
+            split=split, batch_size=batch_size, precision=precision, device=device,
+            trust_remote_code=trust_remote_code, lm_eval=lm_eval, output_dir=output_dir,
+        ),
+        say=_say,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps(results, ensure_ascii=False, indent=1))
+        return
+    print((folder / "results.md").read_text(encoding="utf-8"), end="")
+    print(f"\nresponses and scores: {folder}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@app.command(epilog="Example: qswitch fidelity runs/my-run --prompts 32")
+def fidelity(
+    run_path: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Run directory; else name --preset or --config.")
+    ] = None,
+    preset: Preset = None,
+    config: Config = None,
+    overrides: Overrides = None,
+    precisions: Annotated[
+        list[str] | None, typer.Option("--precision", help="nf4, fp4 or int8. Repeatable; default: all three.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts, the run's.")] = 32,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Response limit; default: the run's.")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Where fidelity.json goes; default: the run, or fidelity/<preset>.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what 4-bit and 8-bit weights do to the teacher, and to its interventions."""
+    from qswitch.run_dir import RunDir, write_atomically
+
+    run_dir = None
+    if run_path is not None:
+        if preset or config or overrides:
+            raise ConfigError("A run has its own configuration; leave --preset, --config and --set out.")
+        run_dir = RunDir.open(run_path)
+        settings, folder = run_dir.config, output_dir or run_path
+    else:
+        settings = _load(preset, config, overrides)
+        folder = output_dir or Path("fidelity") / (preset or (config.stem if config else "run"))
+
+    from qswitch.evaluate.fidelity import PRECISIONS, render
+    from qswitch.evaluate.fidelity import fidelity as measure
+
+    result = measure(
+        settings, run_dir=run_dir, work_dir=folder, precisions=precisions or PRECISIONS, num_prompts=num_prompts,
+        max_new_tokens=max_new_tokens, say=_say,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "fidelity.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    print(json.dumps(result, ensure_ascii=False, indent=1) if as_json else render(result))
+
+
 @app.command(epilog="Example: qswitch report runs/my-run")
 def report(
     run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, finished or not.")],

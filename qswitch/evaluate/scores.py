@@ -28,6 +28,12 @@ class Metric:
     weights: dict[int, float] | None
     """Record id -> tokens; None: every record counts the same."""
 
+    @property
+    def overall(self) -> float:
+        """The mean over all records."""
+        weights = self.weights or dict.fromkeys(self.values, 1.0)
+        return sum(v * weights[i] for i, v in self.values.items()) / sum(weights[i] for i in self.values)
+
     def estimate(self, ids: Sequence[int]) -> Estimate:
         """Mean over the records `ids`."""
         weights = None if self.weights is None else [self.weights[i] for i in ids]
@@ -106,6 +112,33 @@ def score_set(
         ended_share=sum(bool(row["ended"]) for row in responses) / count,
         distinct_1=_mean([distinct_n([r["response"] for r in rows], 1) for rows in by_seed.values()]),
         distinct_2=_mean([distinct_n([r["response"] for r in rows], 2) for rows in by_seed.values()]),
+    )
+
+
+def combine_scores(scores: Sequence[SetScores]) -> SetScores:
+    """One model trained with several seeds: the mean of every record's figure over them.
+
+    Raises:
+        ValueError: the seeds were not measured on the same records.
+    """
+    first = scores[0]
+    metrics = {}
+    for name, metric in first.metrics.items():
+        if any(one.metrics[name].values.keys() != metric.values.keys() for one in scores):
+            raise ValueError(f"{name} was measured on other records with another seed")
+        metrics[name] = Metric(
+            {i: _mean([one.metrics[name].values[i] for one in scores]) for i in metric.values}, metric.weights
+        )
+    deviations = [one.seed_deviation for one in scores if one.seed_deviation is not None]
+    return SetScores(
+        metrics=metrics,
+        buckets=first.buckets,
+        seed_deviation=_mean(deviations) if deviations else None,
+        responses=sum(one.responses for one in scores),
+        response_tokens=_mean([one.response_tokens for one in scores]),
+        ended_share=_mean([one.ended_share for one in scores]),
+        distinct_1=_mean([one.distinct_1 for one in scores]),
+        distinct_2=_mean([one.distinct_2 for one in scores]),
     )
 
 

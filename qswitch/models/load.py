@@ -12,7 +12,7 @@ from qswitch.config import StudentSection, TeacherSection
 from qswitch.errors import ModelError
 from qswitch.models.language_model import LanguageModel, verify_head
 from qswitch.models.messages import explained, quiet, say_once
-from qswitch.models.quantise import quantization_config, stored_quantization
+from qswitch.models.quantise import QUANTISED, quantization_config, stored_quantization
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
 
@@ -102,7 +102,7 @@ def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_
     options: dict[str, Any] = {"use_safetensors": True, "attn_implementation": attention_kind(config), **common}
     load_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision, runtime.compute_dtype)
     stored = stored_quantization(config, resolved, precision)
-    if precision in ("nf4", "int8"):
+    if precision in QUANTISED:
         if runtime.compute_dtype == torch.float64:
             raise ModelError(f"precision={precision} cannot compute in fp64. Set precision=fp32.")
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -131,7 +131,7 @@ def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_
         model = model.to(runtime.compute_dtype)
     elif precision == "fp32" and runtime.compute_dtype == torch.float64:
         model = model.to(torch.float64)
-    if precision not in ("nf4", "int8"):
+    if precision not in QUANTISED:
         model = model.to(runtime.device)
     return model
 

@@ -13,8 +13,10 @@ from qswitch.models.messages import explained, say_once
 from qswitch.models.references import ResolvedModel
 from qswitch.models.runtime import Runtime
 
+QUANTISED = ("nf4", "fp4", "int8")
+"""Precisions that bitsandbytes makes; fp4 is for comparing with nf4 (`qswitch fidelity`), no setting offers it."""
 QUANT_BLOCK = 64
-"""bitsandbytes on CPU reads NF4 in blocks of this many inputs."""
+"""bitsandbytes on CPU reads 4-bit weights in blocks of this many inputs."""
 
 
 def stored_quantization(config: Any, resolved: ResolvedModel, precision: str) -> bool:
@@ -23,7 +25,7 @@ def stored_quantization(config: Any, resolved: ResolvedModel, precision: str) ->
     if stored is None:
         return False
     values = stored if isinstance(stored, dict) else stored.to_dict()
-    if (precision == "nf4" and values.get("load_in_4bit") and values.get("bnb_4bit_quant_type") == "nf4") or (
+    if (values.get("load_in_4bit") and values.get("bnb_4bit_quant_type") == precision) or (
         precision == "int8" and values.get("load_in_8bit")
     ):
         return True
@@ -43,7 +45,7 @@ def quantization_config(
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_type=precision,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=runtime.compute_dtype,
         llm_int8_skip_modules=skip,
@@ -60,7 +62,7 @@ def unquantised_modules(
         shape = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     head = shape.get_output_embeddings()
     heads = [name for name, module in shape.named_modules() if module is head]
-    if precision != "nf4" or runtime.device.type != "cpu":
+    if precision == "int8" or runtime.device.type != "cpu":
         return heads
     widths = {name: width for name, width, _ in _linears(shape) if name not in heads and width % QUANT_BLOCK}
     if not widths:
@@ -70,8 +72,9 @@ def unquantised_modules(
     shown = ", ".join(f"{name} ({width})" for name, width in list(widths.items())[:3])
     if odd > sum(sizes.values()) / 2:
         raise ModelError(
-            f"{resolved.name} cannot be NF4 on a CPU: {len(widths)} of {len(sizes)} linear layers have an input width "
-            f"that is no multiple of {QUANT_BLOCK}, for example {shown}. Set precision=bf16 or fp32, or use a GPU."
+            f"{resolved.name} cannot be {precision} on a CPU: {len(widths)} of {len(sizes)} linear layers have an "
+            f"input width that is no multiple of {QUANT_BLOCK}, for example {shown}. Set precision=bf16 or fp32, or "
+            "use a GPU."
         )
     say_once(
         f"{resolved.name}: {len(widths)} of {len(sizes)} linear layers stay unquantised, their input width is no "

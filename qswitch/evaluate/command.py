@@ -1,0 +1,147 @@
+"""From the words of `qswitch eval` to an evaluation: which models, which teacher, which protocol, which folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qswitch.errors import ConfigError
+from qswitch.evaluate.evaluate import EvaluationSettings, evaluate
+from qswitch.evaluate.protocol import Protocol, make_protocol
+from qswitch.evaluate.subjects import Subject, find_subject
+from qswitch.evaluate.table import render
+from qswitch.run_dir import write_atomically
+
+PRECISIONS = ("auto", "nf4", "int8", "bf16", "fp32")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalRequest:
+    """The command line, unchecked."""
+
+    models: list[str]
+    data: list[str]
+    protocol: str = "greedy"
+    teacher: str | None = None
+    teacher_precision: str = "nf4"
+    no_teacher: bool = False
+    template: str | None = None
+    seeds: str | None = None
+    temperature: float | None = None
+    max_new_tokens: int | None = None
+    max_prompt_tokens: int | None = None
+    limit: int | None = None
+    columns: list[str]
+    split: str = "test"
+    batch_size: int = 16
+    precision: str = "auto"
+    device: str | None = None
+    trust_remote_code: bool = False
+    lm_eval: str | None = None
+    output_dir: Path | None = None
+
+
+def run_eval(request: EvalRequest, *, say: Callable[[str], None]) -> tuple[dict[str, Any], Path]:
+    """Evaluate and return (results, folder).
+
+    Raises:
+        ConfigError: the words contradict each other.
+        DataError, ModelError, RunDirError: as their messages say.
+    """
+    for name, value in (("precision", request.precision), ("teacher-precision", request.teacher_precision)):
+        if value not in PRECISIONS:
+            raise ConfigError(f"--{name} {value}: choose one of {', '.join(PRECISIONS)}.")
+    if request.device not in (None, "cuda", "cpu"):
+        raise ConfigError(f"--device {request.device}: choose cuda or cpu.")
+    protocol, departures = _protocol(request)
+    columns = _columns(request.columns)
+    subjects = [
+        find_subject(m, precision=request.precision, trust_remote_code=request.trust_remote_code)
+        for m in request.models
+    ]
+    teacher = _teacher(request, subjects)
+    folder = request.output_dir or _default_folder(subjects[0], protocol.name)
+    settings = EvaluationSettings(
+        subjects=subjects,
+        sets=request.data,
+        protocol=protocol,
+        departures=departures,
+        teacher=teacher,
+        columns=columns,
+        split=request.split,
+        limit=request.limit,
+        batch_size=request.batch_size,
+        device=request.device,
+    )
+    if request.lm_eval is not None:
+        from qswitch.evaluate.harness import require_harness
+
+        require_harness()  # before the hours of the rest
+    results = evaluate(settings, folder, say=say)
+    if request.lm_eval is not None:
+        from qswitch.evaluate.harness import run_tasks
+
+        tasks = [t.strip() for t in request.lm_eval.split(",") if t.strip()]
+        results["lm_eval"] = {
+            s.name: run_tasks(s, tasks, limit=request.limit, batch_size=request.batch_size, device=request.device)
+            for s in subjects
+        }
+        write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(folder / "results.md", render(results))
+    return results, folder
+
+
+def _protocol(request: EvalRequest) -> tuple[Protocol, list[str]]:
+    seeds = None
+    if request.seeds is not None:
+        try:
+            seeds = tuple(int(s) for s in request.seeds.split(","))
+        except ValueError:
+            raise ConfigError(f"--seeds {request.seeds}: write whole numbers, for example 10,20,30.") from None
+        if any(s < 0 for s in seeds):
+            raise ConfigError(f"--seeds {request.seeds}: seeds are from 0 on.")
+    template = None if request.template == "own" else request.template
+    protocol, departures = make_protocol(
+        request.protocol,
+        seeds=seeds,
+        temperature=request.temperature,
+        max_new_tokens=request.max_new_tokens,
+        max_prompt_tokens=request.max_prompt_tokens,
+        template=template,
+    )
+    if request.template == "own" and protocol.template is not None:
+        departures.append(f"template is that of the first model instead of {protocol.template}")
+        protocol = replace(protocol, template=None)
+    return protocol, departures
+
+
+def _columns(pairs: list[str]) -> dict[str, str]:
+    columns = {}
+    for pair in pairs:
+        field, separator, column = pair.partition("=")
+        if not separator or not field or not column:
+            raise ConfigError(f"--column {pair}: write it as field=column, for example response=answer.")
+        columns[field] = column
+    return columns
+
+
+def _teacher(request: EvalRequest, subjects: list[Subject]) -> Subject | None:
+    if request.no_teacher:
+        if request.teacher is not None:
+            raise ConfigError("--teacher and --no-teacher contradict each other; keep one.")
+        return None
+    if request.teacher is not None:
+        return find_subject(
+            request.teacher, precision=request.teacher_precision, trust_remote_code=request.trust_remote_code
+        )
+    run_dir = next((s.run_dir for s in subjects if s.run_dir is not None), None)
+    return None if run_dir is None else find_subject(f"{run_dir.path}:teacher")
+
+
+def _default_folder(first: Subject, protocol: str) -> Path:
+    if first.run_dir is not None and first.part == "student":
+        return first.run_dir.path / "eval" / protocol
+    return Path("evals") / f"{first.name}-{protocol}"

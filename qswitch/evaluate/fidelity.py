@@ -1,0 +1,357 @@
+"""What quantising the teacher does to it: how far each precision is from the bf16 teacher, and whether SWITCH notices.
+
+Two texts are read by every precision: the bf16 teacher's own responses, for KL(bf16 || precision) and top-1 agreement,
+and SWITCH rollouts of the bf16 teacher with the student, for the divergence from the student and the interventions. All
+precisions read the same tokens, so a difference is that of the weights and not of another sample.
+
+Letters: `T` response tokens, `D` hidden width, `V` shared vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qswitch.config import RolloutSection, RunConfig
+from qswitch.distill.divergence import divergence, jsd_bits
+from qswitch.distill.run import load_prompts
+from qswitch.errors import ConfigError, ModelError
+from qswitch.evaluate.intervals import Estimate, mean_interval
+from qswitch.evaluate.subjects import trained_weights
+from qswitch.evaluate.table import markdown_table
+from qswitch.evaluate.teacher_distance import CHUNK_TOKENS, TeacherView, detached_head
+from qswitch.evaluate.versions import versions
+from qswitch.models.language_model import Head, LanguageModel
+from qswitch.models.load import load_teacher
+from qswitch.models.pair import TokenizerPair, load_pair_tokenizer
+from qswitch.models.references import resolve_reference
+from qswitch.models.runtime import Runtime, make_runtime
+from qswitch.models.shrink import shrink_to_folder
+from qswitch.models.student import load_adapter, load_student
+from qswitch.rollout.decode import Rollout, RolloutRequest, rollout, score_responses
+from qswitch.rollout.policy import Policy, SwitchPolicy, TeacherPolicy, make_policy
+from qswitch.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("nf4", "fp4", "int8")
+REFERENCE = "bf16"
+POSITIONS = ((0, 7), (8, 31), (32, 127), (128, None))
+"""Response positions that are averaged together, first and last included."""
+SEED = 20_250_429
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Per token of one response: what one precision makes of it."""
+
+    kl_nats: Tensor
+    """[T] KL(bf16 || precision)."""
+    same_top1: Tensor
+    """[T] whether both find the same token likeliest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """Per token of one SWITCH rollout: divergence from the student, under the bf16 teacher and under a precision."""
+
+    reference_jsd: Tensor
+    """[T] bits."""
+    jsd: Tensor
+    """[T] bits."""
+    threshold: Tensor
+    """[T] bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionReport:
+    """One precision against bf16."""
+
+    precision: str
+    weights_gib: float
+    kl_nats: Estimate
+    """Token mean with an interval over responses."""
+    top1_agreement: Estimate
+    by_position: list[dict[str, Any]]
+    """first, last, tokens, kl_nats, top1_agreement of each range of positions."""
+    reference_jsd_bits: float
+    jsd_bits: float
+    """Mean divergence of the student from this teacher; `reference_jsd_bits` from the bf16 one."""
+    absolute_jsd_change_bits: float
+    """Mean |difference| per token."""
+    reference_intervention_share: float
+    intervention_share: float
+    """Share of tokens whose divergence exceeds the threshold."""
+    changed_decisions: Estimate
+    """Share of tokens at which the two teachers choose another writer."""
+
+
+def fidelity(
+    config: RunConfig,
+    *,
+    run_dir: RunDir | None,
+    work_dir: Path,
+    precisions: Sequence[str] = PRECISIONS,
+    num_prompts: int = 32,
+    max_new_tokens: int | None = None,
+    say: Callable[[str], None] = logger.info,
+) -> dict[str, Any]:
+    """Compare precisions of the teacher on the held-out prompts of a run; the result is fit for JSON.
+
+    The student is the trained one of `run_dir`, else as the configuration starts it (a cut one is made in `work_dir`).
+
+    Raises:
+        ConfigError: unknown precision.
+        ModelError: the bf16 teacher or the student cannot be loaded. A precision that cannot is reported and left out.
+    """
+    unknown = [p for p in precisions if p not in PRECISIONS]
+    if unknown:
+        raise ConfigError(f"--precision {unknown[0]}: choose among {', '.join(PRECISIONS)}.")
+    runtime = make_runtime(config.train)
+    pair = load_pair_tokenizer(config)
+    _, _, held_out = load_prompts(config, pair)
+    prompts = held_out[:num_prompts]
+    limit = max_new_tokens or config.rollout.max_new_tokens
+    requests = [RolloutRequest(p.example_id, 0, p.prompt_ids, limit) for p in prompts]
+
+    say(f"loading the teacher ({REFERENCE}) and the student")
+    teacher = _teacher(config, runtime, pair, REFERENCE)
+    student = _student(config, runtime, pair, run_dir, work_dir)
+    policy = _switch_policy(config, limit)
+    say(f"writing {len(prompts)} responses of the teacher and {len(prompts)} SWITCH rollouts")
+    common = {"seed": SEED, "eos_ids": pair.eos_ids, "pad_id": pair.pad_id, "temperature": 1.0,
+              "batch_size": config.rollout.batch_size, "keep": "all"}  # fmt: skip
+    own, _ = rollout(requests, teacher=teacher, student=None, policy=TeacherPolicy(), **common)  # type: ignore[arg-type]
+    mixed, _ = rollout(requests, teacher=teacher, student=student, policy=policy, **common)  # type: ignore[arg-type]
+    head = detached_head(teacher.head)
+    footprint = sum(p.numel() for p in teacher.parameters()) * 2 / 2**30  # also where a CPU keeps them wider
+    batch = config.train.per_device_train_batch_size
+    student_view = _view(student, mixed, pair, batch)
+    reference = [_view(teacher, written, pair, batch) for written in (own, mixed)]
+    del teacher, student
+    _free()
+
+    reports, failed = [], {}
+    for precision in precisions:
+        say(f"loading the teacher ({precision})")
+        try:
+            quantised = _teacher(config, runtime, pair, precision)
+            views = [_view(quantised, written, pair, batch) for written in (own, mixed)]
+        except (ModelError, RuntimeError, NotImplementedError) as error:
+            failed[precision] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            say(f"{precision} does not run here: {failed[precision]}")
+            continue
+        tokens = [
+            _tokens(r, q, head, quantised.head) for r, q in zip(reference[0].hidden, views[0].hidden, strict=True)
+        ]
+        decisions = [
+            _decisions(r, q, s, head, quantised.head, student_view.head, policy)
+            for r, q, s in zip(reference[1].hidden, views[1].hidden, student_view.hidden, strict=True)
+        ]
+        reports.append(summarise(precision, _gib(quantised), tokens, decisions))
+        del quantised, views
+        _free()
+    return {
+        "teacher": resolve_reference(config.teacher.model, config.teacher.revision).name,
+        "origin": origin_note(config),
+        "reference": {"precision": REFERENCE, "weights_gib": footprint},
+        "student": "trained" if run_dir is not None else "as it starts",
+        "prompts": len(prompts),
+        "teacher_tokens": sum(len(r.response_ids) for r in own),
+        "rollout_tokens": sum(len(r.response_ids) for r in mixed),
+        "max_new_tokens": limit,
+        "schedule": policy.threshold.schedule,
+        "compute_dtype": str(runtime.compute_dtype).removeprefix("torch."),
+        "device": str(runtime.device),
+        "precisions": [asdict(r) for r in reports],
+        "failed": failed,
+        "versions": versions(),
+    }
+
+
+def origin_note(config: RunConfig) -> str | None:
+    """What is known against the bf16 teacher as a yardstick: weights that were dequantised from a GGUF file."""
+    references = [config.teacher.model] if isinstance(config.teacher.model, str) else config.teacher.model
+    name = resolve_reference(config.teacher.model, config.teacher.revision).name
+    file = next((Path(r).name for r in references if r.endswith(".gguf") and Path(r).stem == name), None)
+    if file is None:
+        return None
+    bits = re.search(r"(?:^|[._-])I?Q(\d)", file, flags=re.IGNORECASE)
+    if bits is None:
+        return f"The {REFERENCE} weights were read from {file}."
+    return (
+        f"The {REFERENCE} weights were themselves dequantised from {file} ({bits[1]}-bit): the figures say what a "
+        "second quantisation changes, not what 4-bit does to the original model."
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- models and text
+
+
+def _teacher(config: RunConfig, runtime: Runtime, pair: TokenizerPair, precision: str) -> LanguageModel:
+    section = config.teacher.model_copy(update={"precision": precision})
+    return load_teacher(section, runtime, vocab_size=pair.vocab_size)
+
+
+def _student(
+    config: RunConfig, runtime: Runtime, pair: TokenizerPair, run_dir: RunDir | None, work_dir: Path
+) -> LanguageModel:
+    base = run_dir.student_base_path if run_dir is not None else work_dir / "student"
+    if run_dir is None and config.student.shrink_to_layers is not None and not base.exists():
+        shrink_to_folder(
+            config.student.model,
+            config.student.shrink_to_layers,
+            base,
+            revision=config.student.revision,
+            trust_remote_code=config.student.trust_remote_code,
+        )
+    student = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=base)
+    if run_dir is not None:
+        load_adapter(student, trained_weights(run_dir))
+    return student.eval()
+
+
+def _switch_policy(config: RunConfig, limit: int) -> SwitchPolicy:
+    """The run's SWITCH policy; for a run of another method, that of the defaults."""
+    section = config.rollout if config.rollout.policy == "switch" else RolloutSection(max_new_tokens=limit)
+    policy: Policy = make_policy(section)
+    assert isinstance(policy, SwitchPolicy)
+    return policy
+
+
+def _view(model: LanguageModel, written: Sequence[Rollout], pair: TokenizerPair, batch_size: int) -> TeacherView:
+    """Hidden states of whole responses by parallel passes, so that every precision is read in the same way."""
+    sequences = [(r.prompt_ids, r.response_ids) for r in written]
+    hidden = score_responses(model, sequences, pad_id=pair.pad_id, batch_size=batch_size)
+    return TeacherView(sequences, [h.cpu() for h in hidden], detached_head(model.head))
+
+
+def _gib(model: LanguageModel) -> float:
+    return model.causal_model.get_memory_footprint() / 2**30
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+@torch.no_grad()
+def _tokens(reference: Tensor, hidden: Tensor, reference_head: Head, head: Head) -> Tokens:
+    kl, same = [], []
+    device = next(head.linear.parameters()).device
+    for start in range(0, len(hidden), CHUNK_TOKENS):
+        chunk = slice(start, start + CHUNK_TOKENS)
+        p, q = reference_head(reference[chunk].to(device)), head(hidden[chunk].to(device))
+        kl.append(divergence("forward_kl", p, q).double().cpu())
+        same.append((p.argmax(dim=-1) == q.argmax(dim=-1)).cpu())
+    return Tokens(torch.cat(kl), torch.cat(same))
+
+
+@torch.no_grad()
+def _decisions(
+    reference: Tensor,
+    hidden: Tensor,
+    student: Tensor,
+    reference_head: Head,
+    head: Head,
+    student_head: Head,
+    policy: SwitchPolicy,
+) -> Decisions:
+    before, after = [], []
+    device = next(head.linear.parameters()).device
+    for start in range(0, len(hidden), CHUNK_TOKENS):
+        chunk = slice(start, start + CHUNK_TOKENS)
+        q = student_head(student[chunk].to(device))
+        before.append(jsd_bits(reference_head(reference[chunk].to(device)), q).double().cpu())
+        after.append(jsd_bits(head(hidden[chunk].to(device)), q).double().cpu())
+    steps = torch.arange(len(hidden))
+    return Decisions(torch.cat(before), torch.cat(after), policy.threshold(steps))
+
+
+def summarise(
+    precision: str, weights_gib: float, tokens: Sequence[Tokens], decisions: Sequence[Decisions]
+) -> PrecisionReport:
+    """Token means with intervals over responses."""
+    lengths = [float(len(t.kl_nats)) for t in tokens]
+    kl, same = torch.cat([t.kl_nats for t in tokens]), torch.cat([t.same_top1 for t in tokens]).double()
+    position = torch.cat([torch.arange(len(t.kl_nats)) for t in tokens])
+    ranges = []
+    for first, last in POSITIONS:
+        chosen = (position >= first) & (position <= (last if last is not None else torch.iinfo(position.dtype).max))
+        if chosen.any():
+            ranges.append(
+                {
+                    "first": first,
+                    "last": last,
+                    "tokens": int(chosen.sum()),
+                    "kl_nats": float(kl[chosen].mean()),
+                    "top1_agreement": float(same[chosen].mean()),
+                }
+            )
+    before, after = (torch.cat([getattr(d, n) for d in decisions]) for n in ("reference_jsd", "jsd"))
+    threshold = torch.cat([d.threshold for d in decisions])
+    changed = [((d.reference_jsd > d.threshold) != (d.jsd > d.threshold)).double() for d in decisions]
+    return PrecisionReport(
+        precision=precision,
+        weights_gib=weights_gib,
+        kl_nats=mean_interval([float(t.kl_nats.mean()) for t in tokens], lengths),
+        top1_agreement=mean_interval([float(t.same_top1.double().mean()) for t in tokens], lengths),
+        by_position=ranges,
+        reference_jsd_bits=float(before.mean()),
+        jsd_bits=float(after.mean()),
+        absolute_jsd_change_bits=float((after - before).abs().mean()),
+        reference_intervention_share=float((before > threshold).double().mean()),
+        intervention_share=float((after > threshold).double().mean()),
+        changed_decisions=mean_interval([float(c.mean()) for c in changed], [float(len(c)) for c in changed]),
+    )
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result as text with markdown tables."""
+    lines = [
+        f"Teacher {result['teacher']} in {result['reference']['precision']} "
+        f"({result['reference']['weights_gib']:.3f} GiB) against its quantised forms; {result['prompts']} held-out "
+        f"prompts, {result['teacher_tokens']} tokens written by the teacher, {result['rollout_tokens']} by SWITCH "
+        f"(schedule {result['schedule']}, student {result['student']}), arithmetic in {result['compute_dtype']}.",
+    ]
+    if result["origin"]:
+        lines.append(result["origin"])
+    rows = []
+    for one in result["precisions"]:
+        rows.append(
+            [
+                one["precision"],
+                f"{one['weights_gib']:.3f}",
+                str(Estimate(**one["kl_nats"])),
+                str(Estimate(**one["top1_agreement"])),
+                f"{one['reference_jsd_bits']:.4f} → {one['jsd_bits']:.4f}",
+                f"{one['absolute_jsd_change_bits']:.4f}",
+                f"{one['reference_intervention_share']:.1%} → {one['intervention_share']:.1%}",
+                f"{one['changed_decisions']['mean']:.1%}",
+            ]
+        )
+    header = ["precision", "weights, GiB", "KL from bf16, nats/token", "top-1 agreement", "JSD to student, bits",
+              "mean change, bits", "interventions", "changed writers"]  # fmt: skip
+    if rows:
+        lines += ["", markdown_table(header, rows), "KL from bf16 (nats/token) and top-1 agreement by position:", ""]
+        positions = result["precisions"][0]["by_position"]
+        names = [f"{p['first']}-{p['last']}" if p["last"] is not None else f"{p['first']}+" for p in positions]
+        cells = [
+            [one["precision"], *(f"{p['kl_nats']:.4f}, {p['top1_agreement']:.1%}" for p in one["by_position"])]
+            for one in result["precisions"]
+        ]
+        lines.append(markdown_table(["precision", *names], cells))
+    lines += [f"{precision} does not run here: {reason}" for precision, reason in result["failed"].items()]
+    return "\n".join(lines) + "\n"

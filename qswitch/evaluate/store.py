@@ -1,0 +1,116 @@
+"""What an evaluation leaves on disk, so that an interrupted one goes on: one line per response, one per measurement.
+
+    DIR/eval.json                  what is measured; a later call must say the same
+    DIR/sets/SET.json                     which records are asked, and the lengths of their references
+    DIR/teacher/SET.jsonl                 the teacher's responses
+    DIR/models/MODEL/SET.jsonl            responses of a model, one line per record and seed
+    DIR/models/MODEL/SET.teacher.jsonl    its distance from the teacher, one line per record
+    DIR/results.json, results.md          scores of the last call
+
+Cold: knows no model and no score.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qswitch.errors import RunDirError
+from qswitch.run_dir import write_atomically
+
+
+class EvaluationDir:
+    """The folder of one evaluation."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path, settings: Mapping[str, Any]) -> EvaluationDir:
+        """Start the folder, or go on with one that measures the same.
+
+        Raises:
+            RunDirError: the folder holds something else, or an evaluation with other settings.
+        """
+        saved = path / "eval.json"
+        if saved.is_file():
+            before = json.loads(saved.read_text(encoding="utf-8"))
+            here = json.loads(json.dumps(settings))
+            changed = sorted(k for k in before.keys() | here.keys() if before.get(k) != here.get(k))
+            if changed:
+                shown = "; ".join(f"{k} was {before.get(k)}, is {here.get(k)}" for k in changed[:3])
+                raise RunDirError(f"{path} holds an evaluation with other settings ({shown}). "
+                                  "Choose another --output-dir, or delete that folder.")  # fmt: skip
+        else:
+            if path.is_dir() and any(path.iterdir()):
+                raise RunDirError(f"{path} is not empty and holds no evaluation. Choose another --output-dir.")
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RunDirError(f"{path} cannot be made ({error.strerror}). Choose another --output-dir.") from error
+            write_atomically(saved, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        return cls(path)
+
+    def responses(self, model: str, set_name: str, fingerprint: str) -> Lines:
+        """The responses of a model to a set; forgotten when its weights changed."""
+        return Lines(self._folder(model, fingerprint) / f"{set_name}.jsonl", ("id", "seed"))
+
+    def distances(self, model: str, set_name: str, fingerprint: str) -> Lines:
+        """The distances of a model from the teacher on a set."""
+        return Lines(self._folder(model, fingerprint) / f"{set_name}.teacher.jsonl", ("id",))
+
+    def teacher_responses(self, set_name: str, fingerprint: str) -> Lines:
+        """The teacher's own responses to a set."""
+        return Lines(self._folder("teacher", fingerprint) / f"{set_name}.jsonl", ("id",))
+
+    def write_set(self, set_name: str, content: Mapping[str, Any]) -> None:
+        """sets/SET.json."""
+        (self.path / "sets").mkdir(exist_ok=True)
+        write_atomically(self.path / "sets" / f"{set_name}.json", json.dumps(content) + "\n")
+
+    def write(self, results: Mapping[str, Any], table: str) -> None:
+        """results.json and results.md."""
+        write_atomically(self.path / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(self.path / "results.md", table)
+
+    def _folder(self, name: str, fingerprint: str) -> Path:
+        folder = self.path / ("teacher" if name == "teacher" else f"models/{name}")
+        mark = folder / "weights.txt"
+        if mark.is_file() and mark.read_text(encoding="utf-8").strip() != fingerprint:
+            for old in folder.glob("*.jsonl"):
+                old.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(mark, fingerprint + "\n")
+        return folder
+
+
+class Lines:
+    """A file of JSON lines with a key each; what a crash cut off at its end is written again."""
+
+    def __init__(self, path: Path, key: tuple[str, ...]) -> None:
+        self.path, self._key = path, key
+        self.rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        if path.exists():
+            # Not splitlines: it also splits at U+2028 and the like, which models write and JSON does not escape.
+            *whole, unfinished = path.read_text(encoding="utf-8").split("\n")
+            self.rows = {self._of(row): row for row in map(json.loads, whole)}
+            if unfinished:
+                write_atomically(path, "".join(f"{line}\n" for line in whole))
+
+    def __contains__(self, key: tuple[Any, ...]) -> bool:
+        return key in self.rows
+
+    def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows and flush them to disk."""
+        rows = [dict(row) for row in rows]
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            handle.flush()
+            os.fsync(handle.fileno())
+        self.rows |= {self._of(row): row for row in rows}
+
+    def _of(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in self._key)

@@ -1,0 +1,222 @@
+"""What can be evaluated, and how it is read: a run, an adapter folder, a merged folder, any model reference.
+
+A run has three parts: `RUN` is its trained student, `RUN:base` the student before training, `RUN:teacher` its teacher.
+Knows nothing of records or scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qswitch.config import TrainSection
+from qswitch.errors import ModelError, RunDirError
+from qswitch.models.language_model import LanguageModel, verify_head
+from qswitch.models.load import load_teacher, read_model, read_tokenizer, resolve_precision
+from qswitch.models.pair import load_pair_tokenizer, template_tokenizer
+from qswitch.models.references import ResolvedModel, resolve_reference
+from qswitch.models.runtime import Runtime, make_runtime
+from qswitch.models.student import ADAPTER_CONFIG, load_adapter, load_student, read_adapter_config
+from qswitch.run_dir import RunDir
+
+Part = Literal["student", "base", "teacher"]
+PARTS = ("base", "teacher")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedSubject:
+    """A model ready to answer."""
+
+    model: LanguageModel
+    tokenizer: Any
+    """Turns text into ids and back."""
+    eos_ids: tuple[int, ...]
+    """Tokens that end a response."""
+    pad_id: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """Something to evaluate, not loaded yet."""
+
+    name: str
+    """For tables and folders; unique within an evaluation."""
+    reference: str
+    """As the user wrote it."""
+    kind: Literal["run", "adapter", "model"]
+    part: Part
+    fingerprint: str
+    """Changes when the weights on disk do; hub models are known by id and revision."""
+    run_dir: RunDir | None
+    precision: str
+    trust_remote_code: bool
+
+    @property
+    def identity(self) -> str:
+        """The same for the teachers of two runs that name the same one; for people, and to tell teachers apart."""
+        if self.run_dir is None or self.part != "teacher":
+            return self.reference
+        teacher = self.run_dir.config.teacher
+        model = teacher.model if isinstance(teacher.model, str) else " or ".join(teacher.model)
+        return f"{model}{'@' + teacher.revision if teacher.revision else ''} ({teacher.precision})"
+
+    @property
+    def template(self) -> str:
+        """data.template of the run, else the chat template of the model."""
+        return self.run_dir.config.data.template if self.run_dir is not None else "teacher"
+
+    @property
+    def system_prompt(self) -> str | None:
+        """data.system_prompt of the run."""
+        return self.run_dir.config.data.system_prompt if self.run_dir is not None else None
+
+    def tokenizer(self, template: str) -> Any:
+        """The tokenizer, with the chat template that `template` means; loads no weights."""
+        if self.run_dir is not None:
+            return template_tokenizer(load_pair_tokenizer(self.run_dir.config), template)
+        return read_tokenizer(self._tokenizer_source(), self.trust_remote_code)
+
+    def runtime(self, device: str | None) -> Runtime:
+        """Device and arithmetic: the run's, unless another device is named."""
+        train = self.run_dir.config.train if self.run_dir is not None else TrainSection()
+        return make_runtime(train.model_copy(update={"device": device}) if device is not None else train)
+
+    def load(self, device: str | None = None) -> LoadedSubject:
+        """Read the weights, in eval mode.
+
+        Raises:
+            ModelError: they cannot be had or read.
+        """
+        runtime = self.runtime(device)
+        if self.run_dir is not None:
+            return self._load_from_run(self.run_dir, runtime)
+        precision = resolve_precision(self.precision, runtime)
+        if self.kind == "adapter":
+            hf = self._with_adapter(read_model(self._base(), runtime, precision, self.trust_remote_code), runtime)
+        else:
+            hf = read_model(resolve_reference(self.reference), runtime, precision, self.trust_remote_code)
+        tokenizer = read_tokenizer(self._tokenizer_source(), self.trust_remote_code)
+        model = LanguageModel(hf, compute_dtype=runtime.compute_dtype)
+        model.requires_grad_(False).eval()
+        verify_head(model)
+        eos = {*model.generation_eos_ids, tokenizer.eos_token_id} - {None}
+        ids = tuple(sorted(i for i in eos if i < model.vocab_size))
+        return LoadedSubject(model=model, tokenizer=tokenizer, eos_ids=ids, pad_id=tokenizer.pad_token_id)
+
+    def _load_from_run(self, run_dir: RunDir, runtime: Runtime) -> LoadedSubject:
+        config = run_dir.config
+        pair = load_pair_tokenizer(config)
+        if self.part == "teacher":
+            model = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size)
+        else:
+            model = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=run_dir.student_base_path)
+            if self.part == "student":
+                load_adapter(model, trained_weights(run_dir))
+        model.requires_grad_(False).eval()
+        return LoadedSubject(model=model, tokenizer=pair.tokenizer, eos_ids=pair.eos_ids, pad_id=pair.pad_id)
+
+    def _base(self) -> ResolvedModel:
+        base = read_adapter_config(Path(self.reference)).get("base_model_name_or_path")
+        if not base:
+            raise ModelError(f"{self.reference}/{ADAPTER_CONFIG} names no base model. Name it there.")
+        return resolve_reference(base)
+
+    def _tokenizer_source(self) -> ResolvedModel:
+        if self.kind != "adapter":
+            return resolve_reference(self.reference)
+        folder = Path(self.reference)
+        if (folder / "tokenizer_config.json").is_file():
+            return ResolvedModel(str(folder), None, folder.name)
+        return self._base()
+
+    def _with_adapter(self, hf: Any, runtime: Runtime) -> Any:
+        import peft
+
+        try:
+            return peft.PeftModel.from_pretrained(hf, self.reference, torch_device=str(runtime.device))
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            first = str(error).strip().splitlines()
+            raise ModelError(
+                f"The adapter {self.reference} does not fit its base {self._base().name}: "
+                f"{first[0] if first else type(error).__name__}"
+            ) from error
+
+
+def find_subject(
+    reference: str, *, name: str | None = None, precision: str = "auto", trust_remote_code: bool = False
+) -> Subject:
+    """What `reference` means: `NAME=reference` gives it a name of its own; see the module for the parts of a run.
+
+    Raises:
+        RunDirError: a run without trained weights.
+        ModelError: nothing of that name is here or on the hub.
+    """
+    given, separator, rest = reference.partition("=")
+    if separator and re.fullmatch(r"[\w.-]+", given):
+        name, reference = given, rest
+    path_text, _, part_text = reference.rpartition(":")
+    part: Part = "student"
+    path = Path(reference).expanduser()
+    if part_text in PARTS and (Path(path_text).expanduser() / "config.yaml").is_file():
+        path, part = Path(path_text).expanduser(), part_text  # type: ignore[assignment]
+    run_dir = None
+    kind: Literal["run", "adapter", "model"] = "model"
+    if (path / "config.yaml").is_file():
+        run_dir, kind = RunDir.open(path), "run"
+        folder = {"student": trained_weights, "base": _base_folder, "teacher": lambda _: None}[part](run_dir)
+        teacher = run_dir.config.teacher
+        weights = _folder_fingerprint(folder) if folder is not None else f"{teacher.model}|{teacher.precision}"
+    elif (path / ADAPTER_CONFIG).is_file():
+        kind = "adapter"
+        weights = _folder_fingerprint(path)
+    else:
+        resolved = resolve_reference(reference)
+        local = Path(resolved.path)
+        weights = _folder_fingerprint(local) if local.is_dir() else resolved.path
+    label = path.resolve().name if path.exists() else reference.rpartition("/")[2]
+    if part != "student":
+        label = f"{label}-{part}"
+    return Subject(
+        name=_safe(name or label),
+        reference=reference,
+        kind=kind,
+        part=part,
+        fingerprint=hashlib.sha256(f"{weights}|{precision}".encode()).hexdigest()[:16],
+        run_dir=run_dir,
+        precision=precision,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def trained_weights(run_dir: RunDir) -> Path:
+    """RUN/adapter, else that of the newest checkpoint.
+
+    Raises:
+        RunDirError: neither exists.
+    """
+    if run_dir.adapter_path.is_dir():
+        return run_dir.adapter_path
+    latest = run_dir.latest_checkpoint()
+    if latest is None:
+        raise RunDirError(f"{run_dir.path} holds no adapter yet. Wait for its first checkpoint, or resume the run.")
+    return latest / "adapter"
+
+
+def _base_folder(run_dir: RunDir) -> Path | None:
+    if run_dir.student_base_path.is_dir():
+        return run_dir.student_base_path
+    resolved = resolve_reference(run_dir.config.student.model, run_dir.config.student.revision)
+    return Path(resolved.path) if Path(resolved.path).is_dir() else None
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    """Names, sizes and times of the weights and configurations in a folder."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".bin") and p.is_file())
+    return repr([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files])
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"

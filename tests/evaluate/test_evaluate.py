@@ -1,0 +1,203 @@
+"""`qswitch eval` on tiny models: figures against direct computations, resuming, what can be evaluated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rouge_score import rouge_scorer
+
+import qswitch.evaluate.evaluate as evaluate_module
+from qswitch.cli import run
+from qswitch.evaluate.command import EvalRequest, run_eval
+from qswitch.evaluate.subjects import find_subject
+from qswitch.models.export import merge_run
+from tests.evaluate.runs import make_run, write_test_set
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("eval")
+    return make_run(folder).path, write_test_set(folder / "questions.jsonl")
+
+
+def request(made, output_dir: Path, **changes) -> EvalRequest:
+    run_path, data = made
+    values = {
+        "models": [str(run_path)], "data": [str(data)], "protocol": "paper", "template": "own", "seeds": "10,20",
+        "max_new_tokens": 12, "columns": [], "batch_size": 4, "output_dir": output_dir,
+    }  # fmt: skip
+    return EvalRequest(**(values | changes))
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_figures_are_those_of_a_direct_computation(made, tmp_path):
+    run_path, data = made
+    models = [str(run_path), f"{run_path}:base", f"{run_path}:teacher"]
+    results, folder = run_eval(request(made, tmp_path / "out", models=models), say=lambda _: None)
+    records = lines(data)
+    rows = lines(folder / "models/run/questions.jsonl")
+    assert {(r["id"], r["seed"]) for r in rows} == {(i, s) for i in range(6) for s in (10, 20)}
+
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    by_record: dict[int, list[float]] = {}
+    for row in rows:
+        record = records[row["id"]]
+        references = record.get("references") or ([record["output"]] if "output" in record else [])
+        if not references:
+            assert "rouge_l" not in row
+            continue
+        by_record.setdefault(row["id"], []).append(
+            100 * max(scorer.score(r, row["response"])["rougeL"].fmeasure for r in references)
+        )
+    expected = sum(sum(v) / len(v) for v in by_record.values()) / len(by_record)
+    found = results["sets"]["questions"]["models"]["run"]["metrics"]
+    assert found["rouge_l"]["all"]["mean"] == pytest.approx(expected, abs=1e-12)
+    assert found["rouge_l"]["all"]["records"] == 5
+    # One token a character: the references have 3, 19, 36, ... of them.
+    assert set(found["rouge_l"]) == {"all", "1-10", "11-50", "51+"}
+
+    # KL and agreement from whole logits, one response at a time.
+    student, teacher = find_subject(str(run_path)).load(), find_subject(f"{run_path}:teacher").load()
+    tokenizer, total, agree, tokens = student.tokenizer, 0.0, 0, 0
+    for row in lines(folder / "teacher/questions.jsonl"):
+        record = records[row["id"]]
+        extra = f"\n\n{record['input']}" if record["input"] else ""
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": record["instruction"] + extra}], add_generation_prompt=True, tokenize=False
+        )
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        whole = torch.tensor([ids + row["response_ids"]])
+        with torch.no_grad():
+            p, q = (
+                m.model.hf(input_ids=whole).logits[0, len(ids) - 1 : -1].double().log_softmax(-1)
+                for m in (teacher, student)
+            )
+        total += float((p.exp() * (p - q)).sum())
+        agree += int((p.argmax(-1) == q.argmax(-1)).sum())
+        tokens += len(row["response_ids"])
+    assert found["kl_nats"]["all"]["mean"] == pytest.approx(total / tokens, rel=1e-4)
+    assert found["top1_agreement"]["all"]["mean"] == pytest.approx(agree / tokens)
+
+    against = results["sets"]["questions"]["models"]["run-teacher"]["metrics"]
+    assert abs(against["kl_nats"]["all"]["mean"]) < 1e-6 and against["top1_agreement"]["all"]["mean"] == 1.0
+    paired = results["sets"]["questions"]["differences"]["run-base"]
+    base = results["sets"]["questions"]["models"]["run-base"]["metrics"]
+    assert paired["kl_nats"]["all"]["mean"] == pytest.approx(
+        base["kl_nats"]["all"]["mean"] - found["kl_nats"]["all"]["mean"]
+    )
+    table = (folder / "results.md").read_text(encoding="utf-8")
+    assert "template is that of the first model instead of alpaca" in table and "run-teacher" in table
+
+
+def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(made, tmp_path, monkeypatch):
+    run_eval(request(made, tmp_path / "whole"), say=lambda _: None)
+
+    monkeypatch.setattr(evaluate_module, "CHUNK_ROWS", 1)
+    written: list[int] = []
+    real = evaluate_module.rollout
+
+    def stop_at_third(requests, **options):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(len(requests))
+        return real(requests, **options)
+
+    small = request(made, tmp_path / "parts", batch_size=2)
+    monkeypatch.setattr(evaluate_module, "rollout", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run_eval(small, say=lambda _: None)
+    saved = tmp_path / "parts/teacher/questions.jsonl"
+    assert len(lines(saved)) == 4
+    with saved.open("a", encoding="utf-8") as handle:
+        handle.write('{"id": 5, "resp')  # a crash in the middle of a line
+
+    asked: list[int] = []
+
+    def count(requests, **options):
+        asked.extend(r.example_id for r in requests)
+        return real(requests, **options)
+
+    monkeypatch.setattr(evaluate_module, "rollout", count)
+    run_eval(small, say=lambda _: None)
+    assert len(asked) == 2 + 6 * 2, "two teacher responses were missing, and all of the student's"
+
+    def contents(folder: Path) -> dict[str, list]:
+        return {
+            str(p.relative_to(folder)): sorted(lines(p), key=lambda r: (r["id"], r.get("seed", 0)))
+            for p in sorted(folder.rglob("*.jsonl"))
+        }
+
+    assert contents(tmp_path / "parts").keys() == contents(tmp_path / "whole").keys()
+    for name, rows in contents(tmp_path / "parts").items():
+        for ours, theirs in zip(rows, contents(tmp_path / "whole")[name], strict=True):
+            assert ours == pytest.approx(theirs) if "kl_nats" in ours else ours == theirs
+
+    # Finished: nothing is loaded any more.
+    monkeypatch.setattr(evaluate_module, "rollout", None)
+    monkeypatch.setattr("qswitch.evaluate.subjects.Subject.load", None)
+    run_eval(small, say=lambda _: None)
+
+
+def test_an_adapter_a_merged_folder_and_a_plain_model_are_read(made, tmp_path):
+    run_path, _ = made
+    merge_run(run_path, tmp_path / "merged", dtype="fp32")
+    models = [str(run_path), f"merged={tmp_path / 'merged'}", f"adapter={run_path / 'adapter'}"]
+    results, _ = run_eval(
+        request(made, tmp_path / "out", models=models, protocol="greedy", seeds=None, precision="fp32", device="cpu"),
+        say=lambda _: None,
+    )
+    for name in ("merged", "adapter"):
+        difference = results["sets"]["questions"]["differences"][name]
+        assert abs(difference["kl_nats"]["all"]["mean"]) < 1e-5
+        assert difference["rouge_l"]["all"]["mean"] == pytest.approx(0.0)
+
+
+def test_other_weights_are_asked_again_and_other_settings_are_refused(made, tmp_path):
+    folder = make_run(tmp_path)
+    data = write_test_set(tmp_path / "questions.jsonl")
+    here = (folder.path, data)
+    run_eval(request(here, tmp_path / "out", no_teacher=True), say=lambda _: None)
+    responses = tmp_path / "out/models/run/questions.jsonl"
+    before = responses.read_text(encoding="utf-8")
+
+    from safetensors.torch import load_file, save_file
+
+    weights = folder.adapter_path / "adapter_model.safetensors"
+    save_file({k: v * 30 for k, v in load_file(weights).items()}, weights)
+    run_eval(request(here, tmp_path / "out", no_teacher=True), say=lambda _: None)
+    assert responses.read_text(encoding="utf-8") != before
+
+    arguments = ["eval", str(folder.path), "--data", str(data), "--output-dir", str(tmp_path / "out"), "--no-teacher"]
+    assert run([*arguments, "--protocol", "greedy"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "nowhere/at/all", "--data", "x.jsonl"], "no such folder"),
+        (["eval", "RUN", "--data", "missing.jsonl"], "does not exist"),
+        (["eval", "RUN", "--data", "DATA", "--protocol", "papre"], "no protocol"),
+        (["eval", "RUN", "--data", "DATA", "--seeds", "a,b"], "whole numbers"),
+        (["eval", "RUN", "--data", "DATA", "--precision", "int3"], "choose one of"),
+        (["eval", "RUN", "--data", "DATA", "--column", "response"], "field=column"),
+        (["eval", "RUN", "RUN", "--data", "DATA"], "same name"),
+        (["eval", "RUN", "--data", "DATA", "--data", "DATA"], "same file name"),
+        (["eval", "RUN", "--data", "DATA", "--max-prompt-tokens", "2"], "Raise it"),
+        (["eval", "RUN", "--data", "DATA", "--teacher", "x", "--no-teacher"], "contradict"),
+        (["eval", "RUN", "--data", "DATA", "--template", "nowhere.jinja"], "no such file"),
+    ],
+)
+def test_mistakes_end_with_2_and_one_message(made, arguments, message, capsys, tmp_path, monkeypatch):
+    run_path, data = made
+    monkeypatch.chdir(tmp_path)
+    words = {"RUN": str(run_path), "DATA": str(data)}
+    assert run([words.get(a, a) for a in arguments] + ["--output-dir", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.splitlines()[-1]
+    assert "Traceback" not in captured.err

@@ -1,0 +1,120 @@
+"""`qswitch fidelity`: figures against direct computations, the note on the weights' origin, precisions that fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import qswitch.evaluate.fidelity as module
+from qswitch.cli import run
+from qswitch.errors import ModelError
+from qswitch.evaluate.fidelity import Decisions, Tokens, fidelity, origin_note, render, summarise
+from tests.evaluate.runs import make_run
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("fidelity"), rollout__max_new_tokens=24).path
+
+
+def test_the_figures_of_a_precision_are_token_means():
+    tokens = [
+        Tokens(torch.tensor([1.0, 3.0], dtype=torch.float64), torch.tensor([True, False])),
+        Tokens(torch.linspace(0, 1, 10, dtype=torch.float64), torch.ones(10, dtype=torch.bool)),
+    ]
+    decisions = [
+        Decisions(torch.tensor([0.2, 0.6]), torch.tensor([0.4, 0.7]), torch.tensor([0.3, 0.3])),
+        Decisions(torch.tensor([0.5]), torch.tensor([0.1]), torch.tensor([0.3])),
+    ]
+    report = summarise("nf4", 1.0, tokens, decisions)
+    assert report.kl_nats.mean == pytest.approx((1 + 3 + 5) / 12) and report.kl_nats.records == 2
+    assert report.top1_agreement.mean == pytest.approx(11 / 12)
+    first, second = report.by_position
+    assert (first["first"], first["last"], first["tokens"]) == (0, 7, 2 + 8)
+    assert first["kl_nats"] == pytest.approx((4 + sum(i / 9 for i in range(8))) / 10)
+    assert (second["first"], second["last"], second["tokens"]) == (8, 31, 2)
+    assert report.reference_jsd_bits == pytest.approx(1.3 / 3) and report.jsd_bits == pytest.approx(1.2 / 3)
+    assert report.absolute_jsd_change_bits == pytest.approx(0.7 / 3)
+    assert report.reference_intervention_share == pytest.approx(2 / 3)
+    assert report.intervention_share == pytest.approx(2 / 3)
+    assert report.changed_decisions.mean == pytest.approx(2 / 3), "one more and one fewer: the shares hide it"
+
+
+def test_quantised_teachers_are_compared_on_the_same_tokens(made, capsys):
+    assert run(["fidelity", str(made), "--precision", "nf4", "--precision", "fp4", "--prompts", "3"]) == 0
+    text = capsys.readouterr().out
+    result = json.loads((made / "fidelity.json").read_text(encoding="utf-8"))
+    nf4, fp4 = result["precisions"]
+    assert (nf4["precision"], fp4["precision"]) == ("nf4", "fp4") and not result["failed"]
+    for one in (nf4, fp4):
+        assert one["kl_nats"]["mean"] > 1e-4 and 0 < one["top1_agreement"]["mean"] <= 1
+        assert one["absolute_jsd_change_bits"] > 0 and one["weights_gib"] > 0
+        assert sum(p["tokens"] for p in one["by_position"]) == result["teacher_tokens"]
+        assert one["reference_jsd_bits"] == nf4["reference_jsd_bits"], "one reference for all"
+    assert fp4["kl_nats"]["mean"] > nf4["kl_nats"]["mean"], "NF4 fits bell-shaped weights better (QLoRA, table 2)"
+    assert "nf4" in text and "changed writers" in text and result["origin"] is None
+
+
+def test_an_unquantised_teacher_differs_in_nothing(made, monkeypatch):
+    from qswitch.run_dir import RunDir
+
+    run_dir = RunDir.open(made)
+    real = module._teacher
+    monkeypatch.setattr(
+        module, "_teacher", lambda config, runtime, pair, precision: real(config, runtime, pair, "bf16")
+    )
+    result = fidelity(run_dir.config, run_dir=run_dir, work_dir=made, precisions=["nf4"], num_prompts=3)
+    (same,) = result["precisions"]
+    assert same["kl_nats"]["mean"] == 0 and same["top1_agreement"]["mean"] == 1
+    assert same["changed_decisions"]["mean"] == 0 and same["jsd_bits"] == same["reference_jsd_bits"]
+
+
+def test_a_precision_that_does_not_run_is_named_and_left_out(made, monkeypatch):
+    from qswitch.run_dir import RunDir
+
+    run_dir = RunDir.open(made)
+    real = module._teacher
+
+    def refuse(config, runtime, pair, precision):
+        if precision == "int8":
+            raise ModelError("no int8 here")
+        return real(config, runtime, pair, precision)
+
+    monkeypatch.setattr(module, "_teacher", refuse)
+    result = fidelity(run_dir.config, run_dir=run_dir, work_dir=made, precisions=["int8", "nf4"], num_prompts=2)
+    assert result["failed"] == {"int8": "no int8 here"} and len(result["precisions"]) == 1
+    assert "int8 does not run here: no int8 here" in render(result)
+
+
+def test_weights_from_a_gguf_file_are_said_to_be_dequantised(made, monkeypatch):
+    from types import SimpleNamespace
+
+    from qswitch.run_dir import RunDir
+
+    def noted(references, name):
+        config = RunDir.open(made).config
+        config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"model": references})})
+        monkeypatch.setattr(module, "resolve_reference", lambda *_: SimpleNamespace(name=name))
+        return origin_note(config)
+
+    note = noted(["package:x/Small.Q4_1.gguf", "org/Small"], "Small.Q4_1")
+    assert note and "Small.Q4_1.gguf (4-bit)" in note and "second quantisation" in note
+    assert noted(["package:x/Small.Q4_1.gguf", "org/Small"], "org/Small") is None
+    plain = noted("models/Small-F16.gguf", "Small-F16")
+    assert plain and "read from Small-F16.gguf" in plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fidelity"], "--preset NAME or --config FILE"),
+        (["fidelity", "RUN", "--preset", "smollm2-demo"], "leave --preset"),
+        (["fidelity", "RUN", "--precision", "int3"], "nf4, fp4, int8"),
+    ],
+)
+def test_mistakes_end_with_2(made, arguments, message, capsys):
+    assert run([a if a != "RUN" else str(made) for a in arguments]) == 2
+    assert message in capsys.readouterr().err
