@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -170,7 +170,7 @@ class DataSection(Section):
 class RolloutSection(Section):
     """Who writes the training responses, and how they are sampled."""
 
-    policy: Literal["switch", "student", "teacher", "random", "mixture"] = "switch"
+    policy: Literal["switch", "student", "teacher", "random", "mixture", "skd", "adaswitch"] = "switch"
     """switch: the teacher writes where the divergence exceeds the threshold. The others are the rivals' policies."""
     schedule: Literal["exponential", "linear", "constant", "growth"] = "exponential"
     """How the threshold moves along the response (policy switch)."""
@@ -184,6 +184,15 @@ class RolloutSection(Section):
     """Share of tokens the teacher writes (policy random)."""
     mixture_teacher_weight: float = Field(default=0.2, ge=0, le=1)
     """w in w * p + (1 - w) * q (policy mixture)."""
+    skd_top_k: int = Field(default=25, ge=1)
+    """A student token outside the teacher's top k is redrawn from the teacher (policy skd)."""
+    adaswitch_factor: float = Field(default=2.0, gt=0)
+    """The teacher takes over for good at a divergence above this times the mean of the last ones (policy adaswitch)."""
+    adaswitch_window: int = Field(default=16, ge=1)
+    """Number of earlier divergences in that mean, response tokens (policy adaswitch)."""
+    block_tokens: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = "auto"
+    """Tokens the student drafts before the teacher scores them in one pass; changes speed, never the tokens. 0: the
+    sequential engine. auto: chosen from measured pass times and the acceptance so far."""
     temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature of both writers; 0 is greedy. The divergence is always measured at temperature 1."""
     max_new_tokens: int = Field(default=256, ge=1)
@@ -298,13 +307,17 @@ def _settings_without_effect(config: RunConfig):
                    "growth": {"decay_rate"}}[rollout.schedule] | {"schedule"},
         "random": {"teacher_probability"},
         "mixture": {"mixture_teacher_weight"},
+        "skd": {"skd_top_k"},
+        "adaswitch": {"adaswitch_factor", "adaswitch_window"},
     }.get(rollout.policy, set())  # fmt: skip
     policy_settings = ("schedule", "tau_0", "decay_rate", "constant_threshold", "teacher_probability",
-                       "mixture_teacher_weight")  # fmt: skip
+                       "mixture_teacher_weight", "skd_top_k", "adaswitch_factor", "adaswitch_window")  # fmt: skip
     for name in written(rollout, *policy_settings):
         if name not in reads and getattr(rollout, name) != type(rollout).model_fields[name].default:
             mode = f"policy {rollout.policy}" + (f", schedule {rollout.schedule}" if rollout.policy == "switch" else "")
             yield f"rollout.{name} has no effect with {mode}. Remove it or change the policy."
+    if rollout.policy == "student" and written(rollout, "block_tokens") and rollout.block_tokens != "auto":
+        yield "rollout.block_tokens has no effect with policy student: no teacher looks at its tokens. Remove it."
     if loss.scope == "interventions" and rollout.policy in ("student", "mixture"):
         yield (
             f"loss.scope=interventions means nothing with rollout.policy={rollout.policy}: the teacher never writes a "

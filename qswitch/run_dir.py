@@ -18,7 +18,8 @@ from qswitch.yaml_file import read_yaml
 
 
 class RunDir:
-    """RUN/: config.yaml, plan.json, metrics.jsonl, rollouts.jsonl, summary.json, checkpoints/, adapter/, student/."""
+    """RUN/: config.yaml, plan.json, pass_times.json, metrics.jsonl, rollouts.jsonl, summary.json, checkpoints/,
+    adapter/, student/."""
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
@@ -85,6 +86,11 @@ class RunDir:
     def student_base_path(self) -> Path:
         """The student's base where it was cut from a larger model for this run."""
         return self.path / "student"
+
+    @property
+    def pass_times_path(self) -> Path:
+        """Seconds of a pass of each model, measured once, from which rollout.block_tokens=auto chooses."""
+        return self.path / "pass_times.json"
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""

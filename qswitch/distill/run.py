@@ -30,7 +30,7 @@ from qswitch.models.runtime import make_runtime
 from qswitch.models.shrink import shrink_to_folder
 from qswitch.models.student import load_adapter, load_student, save_adapter
 from qswitch.plan.scheduler import detect_budget_bytes, plan_run, require_fit
-from qswitch.rollout.kv_cache import refuse_short_window
+from qswitch.rollout.kv_cache import verify_kv
 from qswitch.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def distill(config: RunConfig, run_dir: RunDir, *, resume: bool = False, budget_
     teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size)
     student = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=run_dir.student_base_path)
     for model in (teacher, student):
-        refuse_short_window(model, config.data.max_prompt_tokens + config.rollout.max_new_tokens)
+        verify_kv(model, blocks=config.rollout.block_tokens != 0)
     corpus = None
     if config.data.lm_corpus is not None:
         corpus = load_corpus_tokens(config.data.lm_corpus, pair.tokenizer, split=config.data.split)

@@ -6,6 +6,7 @@ One optimizer step reads top to bottom in `Trainer.train_step`. Knows no command
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import warnings
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -35,7 +37,9 @@ from qswitch.distill.validation import Validation
 from qswitch.errors import TrainingError
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.pair import TokenizerPair
+from qswitch.rollout.block_length import Acceptance, AutoBlock, BlockLength, FixedBlock, PassTimes
 from qswitch.rollout.decode import Rollout, RolloutRequest, RolloutStats, rollout, score_responses
+from qswitch.rollout.pass_times import measure_pass_times
 from qswitch.rollout.policy import TEACHER, make_policy
 from qswitch.rollout.sampling import row_keys, uniform
 from qswitch.rollout.transcript import rollout_record
@@ -136,6 +140,8 @@ class Trainer:
             pad_id=pair.pad_id,
             batch_size=config.rollout.batch_size,
         )
+        self.acceptance = Acceptance()
+        self.blocks = self._make_blocks()
         self.step = 0
         self.counters = Counters()
         self._tracking = bool(train.report_to)
@@ -208,6 +214,7 @@ class Trainer:
             for p, visit in items
         ]
         keep = self.config.loss.scope if self.policy.uses_teacher else "nothing"
+        self.acceptance.forget()
         return rollout(
             requests,
             teacher=self.teacher,
@@ -219,7 +226,24 @@ class Trainer:
             pad_id=self.pair.pad_id,
             batch_size=settings.batch_size,
             keep=keep,
+            blocks=self.blocks,
         )
+
+    def _make_blocks(self) -> BlockLength:
+        """How many tokens the student drafts; the pass times are measured once and kept, so a resumed run chooses the
+        same."""
+        settings = self.config.rollout
+        if settings.block_tokens != "auto":
+            return FixedBlock(settings.block_tokens)
+        if not self.policy.uses_teacher:
+            return FixedBlock(0)
+        path = self.run_dir.pass_times_path
+        if path.exists():
+            times = PassTimes.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            times = measure_pass_times(self.teacher, self.student, settings.batch_size)
+            self.run_dir.write_json(path.name, times.to_dict())
+        return AutoBlock(times, self.acceptance)
 
     def cache_teacher(self, rollouts: Sequence[Rollout]) -> list[TrainingSequence]:
         """Put the teacher's outputs of the loss steps into the cache.
@@ -349,7 +373,11 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the current step and drop the oldest beyond the limit, never the best."""
-        state = {"loader": self.loader.state_dict(), "counters": _finite(asdict(self.counters))}
+        state = {
+            "loader": self.loader.state_dict(),
+            "counters": _finite(asdict(self.counters)),
+            "acceptance": self.acceptance.state_dict(),
+        }
         if self.corpus is not None:
             state["corpus"] = self.corpus.state_dict()
         save_checkpoint(
@@ -375,6 +403,7 @@ class Trainer:
         state = load_checkpoint(folder, student=self.student, optimizer=self.optimizer, lr_scheduler=self.lr_scheduler)
         self.step = state["step"]
         self.loader.load_state_dict(state["loader"])
+        self.acceptance.load_state_dict(state["acceptance"])
         if self.corpus is not None:
             self.corpus.load_state_dict(state["corpus"])
         counters = state["counters"]
@@ -391,7 +420,7 @@ class Trainer:
         writers = [w for r in report.rollouts for w in r.writers]
         if writers and self.policy.uses_teacher and self.policy.uses_student:
             report.teacher_share = sum(w == TEACHER for w in writers) / len(writers)
-        divergences = [j for r in report.rollouts if r.jsd_bits is not None for j in r.jsd_bits]
+        divergences = [j for r in report.rollouts for j in r.jsd_bits or [] if j is not None]
         report.jsd_bits = sum(divergences) / len(divergences) if divergences else None
         self.counters.rollout_tokens += stats.tokens
         self.counters.trained_tokens += report.loss_tokens
@@ -408,6 +437,10 @@ class Trainer:
             "rollout_tokens": stats.tokens,
             "teacher_passes": stats.teacher_passes,
             "student_passes": stats.student_passes,
+            "teacher_row_passes_per_token": stats.by_row_passes["teacher"] / stats.tokens if stats.tokens else None,
+            "kept_draft_share": stats.kept_draft_share,
+            "kept_drafts_by_step": _shares(stats),
+            "rounds_by_drafts": stats.rounds_by_drafts,
             "rollout_tokens_per_s": stats.tokens / stats.seconds if stats.seconds else None,
             "train_tokens_per_s": report.loss_tokens / learning if learning and report.loss_tokens else None,
             "seconds": {k: round(v, 4) for k, v in report.seconds.items()},
@@ -418,7 +451,7 @@ class Trainer:
         sample = report.rollouts[:ROLLOUTS_LOGGED_PER_STEP]
         self.run_dir.append_rollouts([rollout_record(r, self.pair.tokenizer, step=self.step) for r in sample])
         if self._tracking:
-            values = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
+            values = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
             self.accelerator.log(values, step=self.step)
         self.progress.stepped(metrics)
 
@@ -479,6 +512,15 @@ def _make_optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> 
 
         return bnb.optim.PagedAdamW8bit(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
     return torch.optim.AdamW(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
+
+
+def _shares(stats: RolloutStats) -> list[float]:
+    """Share of drafts that stood in each eighth of the response steps reached: it falls as the threshold does."""
+    if len(stats.offered_by_step) == 0:
+        return []
+    offered = np.array_split(stats.offered_by_step, 8)
+    kept = np.array_split(stats.kept_by_step, 8)
+    return [round(float(k.sum() / o.sum()), 4) for k, o in zip(kept, offered, strict=True) if o.sum()]
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,71 +1,302 @@
-"""What a model remembers of the rows it is decoding: keys, values, which slots are live, the next positions.
+"""What a model remembers of the rows it is decoding: keys, values, and which position every slot holds.
 
-The state of one model over one batch of left-padded rows. Knows nothing of sampling, policies or the other model. Slots
-and positions are kept apart (a mask and explicit `position_ids`), because padding makes them differ.
+The state of one model over a batch of rows that advance by different amounts. A *slot* is a place in the cache, a
+*position* a place in the text. They differ, because prompts are left-padded and drafts that were taken back leave
+holes, so every pass gets explicit `position_ids` and a 4-D mask made from the positions of the slots, one per kind of
+attention layer: exact for sliding windows too, which transformers counts in slots. Knows nothing of sampling, policies
+or the other model.
 
-Letters: `R` rows, `P` padded prompt length, `D` hidden width.
+Letters: `R` rows, `n` tokens of a pass, `S` slots in use, `D` hidden width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from qswitch.errors import ModelError
 from qswitch.models.language_model import LanguageModel
 
+GROWTH_SLOTS = 64
+"""Buffers grow by whole chunks of this many slots: a pass writes its own slots and seldom copies the others."""
+EMPTY = -1
+"""Position of a slot that no query may see: padding, or a draft that was taken back."""
+MAX_HOLE_SHARE = 0.25
+"""Holes, as a share of the live slots, beyond which a state is packed anew."""
 
-def refuse_short_window(model: LanguageModel, max_tokens: int) -> None:
-    """Refuse a sliding window shorter than prompt and response together.
 
-    transformers counts slots where the window means positions, and padding makes them differ; a window that is never
-    reached does no harm.
+class SlotLayer(DynamicLayer):
+    """Keys and values of one attention layer, as views [R, heads, S, width] into larger buffers."""
 
-    Raises:
-        ModelError: the window is shorter than `max_tokens`.
-    """
-    window = getattr(model.config, "sliding_window", None)
-    if getattr(model.config, "use_sliding_window", True) and window is not None and window < max_tokens:
-        raise ModelError(
-            f"{type(model.causal_model).__name__} attends over a sliding window of {window} tokens, but a prompt and "
-            f"its response may have {max_tokens}. Lower data.max_prompt_tokens or rollout.max_new_tokens until their "
-            f"sum is at most {window}."
-        )
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self._keys = _room(key_states, key_states.shape[0], 0)
+        self.values, self._values = _room(value_states, value_states.shape[0], 0)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [R, heads, n, width] and return everything in use."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self._keys = _append(self.keys, self._keys, key_states)
+        self.values, self._values = _append(self.values, self._values, value_states)
+        return self.keys, self.values
+
+    def repacked(self, sources: Sequence[tuple[SlotLayer | None, Tensor, Tensor]], width: int) -> SlotLayer:
+        """A layer of the rows of several, each given as (layer, rows [r], slots [r, w]); slots end at `width`."""
+        result = SlotLayer()
+        result.dtype, result.device, result.is_initialized = self.dtype, self.device, True
+        num_rows = sum(len(rows) for _, rows, _ in sources)
+        for name in ("keys", "values"):
+            view, buffer = _room(getattr(self, name), num_rows, width)
+            start = 0
+            for layer, rows, slots in sources:
+                part = view[start : start + len(rows)]
+                start += len(rows)
+                padding = width - slots.shape[1]
+                part[:, :, :padding] = 0  # masked, but a stray NaN would survive a weight of zero
+                if layer is not None:
+                    heads = torch.arange(view.shape[1], device=rows.device)[None, :, None]
+                    part[:, :, padding:] = getattr(layer, name)[rows[:, None, None], heads, slots[:, None, :]]
+            setattr(result, name, view)
+            setattr(result, f"_{name}", buffer)
+        return result
+
+
+def _room(like: Tensor, rows: int, filled: int) -> tuple[Tensor, Tensor]:
+    """(view of the first `filled` slots, buffer) of `like`'s heads and width, with room to grow."""
+    slots = -(-max(filled, 1) // GROWTH_SLOTS) * GROWTH_SLOTS
+    buffer = like.new_empty((rows, like.shape[1], slots, like.shape[3]))
+    return buffer[:, :, :filled], buffer
+
+
+def _append(used: Tensor, buffer: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    filled, end = used.shape[2], used.shape[2] + states.shape[2]
+    if end > buffer.shape[2]:
+        larger = _room(buffer, buffer.shape[0], end)[1]
+        larger[:, :, :filled] = used
+        buffer = larger
+    buffer[:, :, filled:end] = states
+    return buffer[:, :, :end], buffer
 
 
 class KVState:
-    """Keys and values of `model` for R rows that advance together."""
+    """Keys and values of `model` for R rows.
 
-    def __init__(self, model: LanguageModel) -> None:
+    Raises:
+        ModelError: the model has a kind of attention whose past cannot be masked slot by slot.
+    """
+
+    def __init__(self, model: LanguageModel, num_rows: int) -> None:
         self._model = model
-        # Built without the config on purpose: a sliding-window cache layer drops slots by count, which is wrong as
-        # soon as padding makes slots and positions differ.
-        self._cache = DynamicCache()
-        self._mask: Tensor | None = None  # bool (R, slots)
+        self._windows = attention_windows(model)
+        self._cache = Cache(layer_class_to_replicate=SlotLayer)
+        # On the device: int64 (R, S) position held by each slot, or EMPTY; int64 (R,) tokens read.
+        self._slots = torch.empty((num_rows, 0), dtype=torch.int64, device=model.device)
+        self._lengths = torch.zeros(num_rows, dtype=torch.int64, device=model.device)
+        # The same in numbers that the host knows without asking the device: where each row starts, what it holds.
+        self._first = np.zeros(num_rows, dtype=np.int64)
+        self._live = np.zeros(num_rows, dtype=np.int64)
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Read left-padded prompts: int64 [R, P], bool [R, P] -> final hidden state of each last token [R, D]."""
-        assert self._mask is None, "prefill starts a state"
-        self._mask = attention_mask.bool()
-        positions = (self._mask.long().cumsum(dim=1) - 1).clamp_min(0)
-        hidden = self._model.hidden(
-            input_ids, attention_mask=self._mask.long(), position_ids=positions, past_key_values=self._cache
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return len(self._live)
+
+    @property
+    def num_slots(self) -> int:
+        """S."""
+        return self._slots.shape[1]
+
+    @property
+    def hole_share(self) -> float:
+        """Dead slots behind a row's first live one, as a share of all live slots; left padding is no hole."""
+        return float((self.num_slots - self._first - self._live).sum() / max(self._live.sum(), 1))
+
+    def append(self, tokens: Tensor, live: Tensor, live_counts: np.ndarray) -> Tensor:
+        """Read `n` more tokens per row: int64 [R, n], bool [R, n] -> their final hidden states [R, n, D].
+
+        Tokens that are not live are padding: they are read to keep the shape and never seen again. `live_counts` is
+        `live.sum(1)`, which the caller knows without asking the device.
+        """
+        num_tokens = tokens.shape[1]
+        order = live.long().cumsum(dim=1)
+        positions = torch.where(live, self._lengths[:, None] + order - 1, EMPTY)
+        fresh = self._live == 0
+        self._first[fresh] = self.num_slots + num_tokens - live_counts[fresh]
+        self._live += live_counts
+        self._slots = torch.cat([self._slots, positions], dim=1)
+        self._lengths = self._lengths + order[:, -1]
+        return self._model.hidden(
+            tokens,
+            attention_mask=self._mask(positions),
+            position_ids=positions.clamp_min(0),
+            past_key_values=self._cache,
         )
-        return hidden[:, -1]
 
-    def advance(self, tokens: Tensor) -> Tensor:
-        """Read one more token per row: int64 [R] -> its final hidden state [R, D]."""
-        assert self._mask is not None, "prefill comes first"
-        positions = self._mask.sum(dim=1, keepdim=True)
-        self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
-        hidden = self._model.hidden(
-            tokens[:, None], attention_mask=self._mask.long(), position_ids=positions, past_key_values=self._cache
+    def take_back(self, num_appended: int, kept: Tensor, kept_counts: np.ndarray, live_counts: np.ndarray) -> None:
+        """Of the last `num_appended` slots, whose live tokens come first, keep only the first `kept` int64 [R] a row.
+
+        On the host, `kept_counts` is the same as `kept`, and `live_counts` says how many of those slots were live.
+        """
+        tail = self._slots[:, self.num_slots - num_appended :]
+        rejected = (tail != EMPTY) & (torch.arange(num_appended, device=tail.device) >= kept[:, None])
+        self._lengths = self._lengths - rejected.sum(dim=1)
+        unused = num_appended - int(kept_counts.max(initial=0))  # trailing slots that no row needs
+        tail = tail.masked_fill(rejected, EMPTY)[:, : num_appended - unused]
+        self._slots = torch.cat([self._slots[:, : self.num_slots - num_appended], tail], dim=1)
+        self._live -= live_counts - kept_counts
+        if unused:
+            self._cache.crop(-unused)
+
+    def repack(self, rows: np.ndarray, newcomers: KVState | None = None) -> None:
+        """Keep only `rows` (indices, in that order), append the rows of `newcomers`, and leave no holes."""
+        sources: list[tuple[KVState, np.ndarray]] = [(self, rows)]
+        if newcomers is not None:
+            sources.append((newcomers, np.arange(newcomers.num_rows)))
+        live = np.concatenate([state._live[kept] for state, kept in sources])
+        width = int(live.max(initial=0))
+        device = self._slots.device
+        slots, indices = [], []
+        for state, kept in sources:
+            index = torch.from_numpy(kept).to(device)
+            held = state._slots[index]
+            # A stable sort by "is live" puts the live slots last and keeps their order.
+            order = torch.sort((held != EMPTY).long(), dim=1, stable=True).indices
+            order = order[:, max(held.shape[1] - width, 0) :]
+            packed = torch.full((len(kept), width), EMPTY, dtype=torch.int64, device=device)
+            if order.shape[1]:
+                packed[:, width - order.shape[1] :] = held.gather(1, order)
+            slots.append(packed)
+            indices.append((index, order))
+        layers = max((state._cache.layers for state, _ in sources), key=len)
+        repacked = [
+            layer.repacked(
+                [
+                    (state._cache.layers[i] if state._cache.layers else None, index, order)
+                    for (state, _), (index, order) in zip(sources, indices, strict=True)
+                ],
+                width,
+            )
+            for i, layer in enumerate(layers)
+        ]
+        cache = Cache(layer_class_to_replicate=SlotLayer)
+        cache.layers = repacked
+        self._cache = cache
+        self._slots = torch.cat(slots)
+        self._lengths = torch.cat(
+            [state._lengths[index] for (state, _), (index, _) in zip(sources, indices, strict=True)]
         )
-        return hidden[:, -1]
+        self._live, self._first = live, width - live
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Forget every row but `rows` (int64 indices), in that order."""
-        assert self._mask is not None
-        self._mask = self._mask[rows]
-        self._cache.batch_select_indices(rows)
+    def _mask(self, positions: Tensor) -> Any:
+        """What the queries at `positions` [R, n] may see: [R, 1, n, S], one for each kind of layer."""
+        slots, queries = self._slots[:, None, :], positions[:, :, None]
+        index = torch.arange(self.num_slots, device=positions.device)
+        own = index[None, None, :] == index[-positions.shape[1] :][None, :, None]
+        # A padding query sees itself: a row of a softmax without any entry would be NaN.
+        past = ((slots != EMPTY) & (slots <= queries)) | own
+        masks = {}
+        for kind, window in self._windows.items():
+            allowed = past if window is None else past & ((slots > queries - window) | own)
+            masks[kind] = self._for_attention(allowed[:, None])
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _for_attention(self, allowed: Tensor) -> Tensor:
+        """Boolean for scaled_dot_product_attention; added to the scores in eager attention."""
+        if self._model.config._attn_implementation == "sdpa":
+            return allowed
+        dtype = self._model.compute_dtype
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+            ~allowed, torch.finfo(dtype).min
+        )
+
+
+def attention_windows(model: LanguageModel) -> dict[str, int | None]:
+    """Kind of attention layer -> how many positions it looks back; None: all of them.
+
+    Raises:
+        ModelError: a kind that no mask over slots can express.
+    """
+    config = model.config
+    name = type(model.causal_model).__name__
+    attention = getattr(config, "_attn_implementation", "eager")
+    if attention not in ("sdpa", "eager"):
+        raise ModelError(
+            f"{name} runs with {attention} attention, which takes no mask of its own for every row, as rollouts need. "
+            "Load it with attn_implementation sdpa or eager."
+        )
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if not kinds:
+        return {"sliding_attention" if window else "full_attention": window}
+    unknown = kinds - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ModelError(
+            f"{name} has layers of the kind {', '.join(sorted(unknown))}, whose past cannot be masked slot by slot. "
+            "Use a model with full or sliding-window attention."
+        )
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
+
+
+@torch.no_grad()
+def verify_kv(model: LanguageModel, *, blocks: bool) -> None:
+    """Prove on a probe that rows of different length can share a batch and, with `blocks`, take back what they read.
+
+    Raises:
+        ModelError: the states differ from plain passes over each row; says what to do instead.
+    """
+    training = model.training
+    model.eval()
+    try:
+        difference = _probe(model, blocks)
+    finally:
+        model.train(training)
+    tolerance = 5e-2 if model.compute_dtype in (torch.bfloat16, torch.float16) else 1e-4
+    if difference <= tolerance:
+        return
+    name = type(model.causal_model).__name__
+    if blocks:
+        raise ModelError(
+            f"{name} cannot take back tokens it has read (its states differ by {difference:.3g} of their size on a "
+            "probe), so drafts cannot be tried on it. Set rollout.block_tokens=0, the sequential engine."
+        )
+    raise ModelError(
+        f"{name} does not give the rows of a left-padded batch the states that it gives them alone (they differ by "
+        f"{difference:.3g} of their size on a probe), so batched rollouts would be wrong. Use another model family."
+    )
+
+
+def _probe(model: LanguageModel, blocks: bool) -> float:
+    """Largest difference of the last states of two rows from plain passes, relative to their size."""
+    device = model.device
+    texts = [[1, 2, 3, 4, 5, 6], [7, 5, 3, 2]]
+    texts = [[i % model.vocab_size for i in text] for text in texts]
+    state = KVState(model, 2)
+
+    def read(block: list[list[int | None]]) -> Tensor:
+        ids = torch.tensor([[i or 0 for i in row] for row in block], device=device)
+        live = torch.tensor([[i is not None for i in row] for row in block], device=device)
+        return state.append(ids, live, live.sum(dim=1).cpu().numpy())
+
+    read([[*texts[0][:3]], [None, *texts[1][:2]]])
+    if blocks:
+        # Row 0 keeps two of three drafts, row 1 none of them but the first token.
+        read([[texts[0][3], texts[0][4], 0], [texts[1][2], 0, 0]])
+        state.take_back(3, torch.tensor([2, 1], device=device), np.array([2, 1]), np.array([3, 3]))
+    else:
+        read([[texts[0][3]], [texts[1][2]]])
+        read([[texts[0][4]], [None]])
+    last = read([[texts[0][5]], [texts[1][3]]])[:, -1].double()
+    worst = 0.0
+    for row, text in enumerate(texts):
+        ids = torch.tensor([text], device=device)
+        alone = model.hidden(
+            ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(len(text), device=device)[None]
+        )[0, -1].double()
+        worst = max(worst, ((last[row] - alone).norm() / alone.norm().clamp_min(1e-12)).item())
+    return worst if np.isfinite(worst) else float("inf")

@@ -1,66 +1,104 @@
 """Who writes the next token: the student, the teacher, or a mixture of both.
 
-A policy sees the teacher's distribution p, the student's q, the step t and (for `random`) a coin; never the token noise
-and never the text, so each writer's draw stays an exact sample of its own distribution. Knows no tokenizer and no
-model.
+A policy sees a block of steps at once: the teacher's distribution p and the student's q at each, the step numbers,
+coins (`random`), the student's own tokens (`skd`) and what came before (`adaswitch`). It never sees the token noise, so
+each writer's draw stays an exact sample of its own distribution. What it says of one step never depends on later ones,
+so a block may be cut anywhere. Knows no tokenizer and no model.
 
-Letters: `R` rows, `V` shared vocabulary.
+Letters: `R` rows, `J` steps of a block, `V` shared vocabulary, `W` steps of history.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qswitch.config import RolloutSection
 from qswitch.distill.divergence import jsd_bits_from_log_probs
+from qswitch.rollout.sampling import REDRAW_STREAM, TOKEN_STREAM
 
 STUDENT, TEACHER, MIXTURE = 0, 1, 2
 WRITER_NAMES = ("student", "teacher", "mixture")
 
+TAU_FLOOR_BITS = 1e-7
+"""A threshold below this lies below any divergence that fp32 resolves: the teacher writes in any case."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What a policy may look at."""
+
+    steps: Tensor
+    """int64 [R, J]."""
+    teacher: Tensor | None
+    """log p [R, J, V]."""
+    student: Tensor | None
+    """log q [R, J, V]."""
+    drafts: Tensor | None
+    """int64 [R, J]: what the student would write."""
+    coins: Tensor | None
+    """float64 [R, J] in (0, 1), for a policy that tosses coins."""
+    past_jsd: Tensor | None
+    """float64 [R, W] divergences of the W steps before the block, NaN where there were none."""
+    handed_over: Tensor | None
+    """bool [R]: the teacher wrote the step before the block."""
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Who writes one step of each row."""
+    """Who writes each step of a block."""
 
     writers: Tensor
-    """int8 [R]: STUDENT, TEACHER or MIXTURE."""
-    log_probs: Tensor
-    """[R, V]: the distribution the token is drawn from, before the sampling temperature."""
-    jsd_bits: Tensor | None
-    """[R] in [0, 1]; None where only one model was asked."""
-    threshold: Tensor | None
-    """[R] bits; None for policies without one."""
+    """int8 [R, J]: STUDENT, TEACHER or MIXTURE."""
+    jsd_bits: Tensor | None = None
+    """[R, J] in [0, 1]; None where only one model was asked."""
+    threshold: Tensor | None = None
+    """float64 [R, J] bits; None for policies without one."""
 
 
-class Policy(Protocol):
-    """Decides the writers of one step."""
+@dataclass(frozen=True)
+class Policy:
+    """Base of all policies. Subclasses say who writes; the engine draws the tokens."""
+
+    uses_teacher = True
+    """Whether the teacher must be asked at every step."""
+    uses_student = True
+    """Whether the student must be asked at every step before the tail."""
+    uses_coins = False
+    """Whether the policy tosses a coin at every step."""
+    mixes = False
+    """Whether every token is drawn from `mixture`."""
+    teacher_stream = TOKEN_STREAM
+    """Noise of the teacher's tokens."""
+    history = 0
+    """W: how many earlier divergences the policy looks at."""
+    hands_over_for_good = False
+    """Whether the teacher, once it writes, writes to the end."""
 
     @property
-    def uses_teacher(self) -> bool: ...
+    def tail_start(self) -> float:
+        """First step from which on the student's distribution decides nothing any more; infinite if there is none."""
+        return math.inf
 
-    @property
-    def uses_student(self) -> bool: ...
+    def decide(self, block: Block) -> Decision:
+        """The writers of every step of the block."""
+        raise NotImplementedError
 
-    def decide(
-        self, teacher_log_probs: Tensor | None, student_log_probs: Tensor | None, steps: Tensor, coins: Tensor
-    ) -> Decision:
-        """Log-probabilities [R, V] of both models, steps int64 [R], coins float64 [R] in (0, 1)."""
-        ...
-
-
-def _both(teacher_log_probs: Tensor | None, student_log_probs: Tensor | None) -> tuple[Tensor, Tensor]:
-    assert teacher_log_probs is not None and student_log_probs is not None, "the engine must ask both models"
-    return teacher_log_probs, student_log_probs
+    def mixture(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
+        """Log-probabilities [..., V] of the writer MIXTURE."""
+        raise NotImplementedError
 
 
-def _pick(teacher_writes: Tensor, teacher_log_probs: Tensor, student_log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    writers = teacher_writes.to(torch.int8)  # STUDENT = 0, TEACHER = 1
-    return writers, torch.where(teacher_writes[:, None], teacher_log_probs, student_log_probs)
+def _jsd(block: Block) -> Tensor:
+    assert block.teacher is not None and block.student is not None, "the engine must ask both models"
+    return jsd_bits_from_log_probs(block.teacher, block.student)
+
+
+def _written_by(writer: int, steps: Tensor) -> Tensor:
+    return torch.full_like(steps, writer, dtype=torch.int8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +112,7 @@ class Threshold:
     max_new_tokens: int
 
     def __call__(self, steps: Tensor) -> Tensor:
-        """int64 [R] -> float64 [R]."""
+        """int64 [...] -> float64 [...]."""
         t = steps.double()
         if self.schedule == "exponential":
             return self.tau_0 * torch.exp(-self.decay_rate * t)
@@ -86,86 +124,134 @@ class Threshold:
             return 1 - torch.exp(-self.decay_rate * (t + 1))
         raise AssertionError(self.schedule)
 
+    @property
+    def tail_start(self) -> float:
+        """First step whose threshold, and all later ones, lie below TAU_FLOOR_BITS."""
+        if self.schedule == "exponential":
+            start = max(0, math.floor(math.log(self.tau_0 / TAU_FLOOR_BITS) / self.decay_rate))
+            # The logarithm rounds: settle it with the very arithmetic that the decision uses.
+            while float(self(torch.tensor(start))) >= TAU_FLOOR_BITS:
+                start += 1
+            return start
+        if self.schedule == "linear":
+            return self.max_new_tokens
+        return 0 if self.schedule == "constant" and self.constant < TAU_FLOOR_BITS else math.inf
 
-@dataclass(frozen=True, slots=True)
-class SwitchPolicy:
+
+@dataclass(frozen=True)
+class SwitchPolicy(Policy):
     """SWITCH: the student writes while the divergence is at most tau_t, the teacher intervenes above it."""
 
     threshold: Threshold
-    uses_teacher: bool = True
-    uses_student: bool = True
 
-    def decide(
-        self, teacher_log_probs: Tensor | None, student_log_probs: Tensor | None, steps: Tensor, coins: Tensor
-    ) -> Decision:
-        p, q = _both(teacher_log_probs, student_log_probs)
-        jsd = jsd_bits_from_log_probs(p, q)
-        tau = self.threshold(steps)
-        writers, log_probs = _pick(jsd.double() > tau, p, q)
-        return Decision(writers, log_probs, jsd, tau)
+    @property
+    def tail_start(self) -> float:
+        return self.threshold.tail_start
+
+    def decide(self, block: Block) -> Decision:
+        tau = self.threshold(block.steps)
+        in_tail = tau < TAU_FLOOR_BITS
+        if block.student is None:
+            return Decision(_written_by(TEACHER, block.steps), None, tau)
+        jsd = _jsd(block)
+        return Decision(((jsd.double() > tau) | in_tail).to(torch.int8), jsd, tau)
 
 
-@dataclass(frozen=True, slots=True)
-class StudentPolicy:
+@dataclass(frozen=True)
+class StudentPolicy(Policy):
     """The student writes everything (on-policy: GKD, ImitKD); the teacher is not asked."""
 
-    uses_teacher: bool = False
-    uses_student: bool = True
+    uses_teacher = False
 
-    def decide(
-        self, teacher_log_probs: Tensor | None, student_log_probs: Tensor | None, steps: Tensor, coins: Tensor
-    ) -> Decision:
-        assert student_log_probs is not None
-        return Decision(torch.full_like(steps, STUDENT, dtype=torch.int8), student_log_probs, None, None)
+    def decide(self, block: Block) -> Decision:
+        return Decision(_written_by(STUDENT, block.steps))
 
 
-@dataclass(frozen=True, slots=True)
-class TeacherPolicy:
-    """The teacher writes everything (SeqKD, and the held-out responses of the validation)."""
+@dataclass(frozen=True)
+class TeacherPolicy(Policy):
+    """The teacher writes everything (SeqKD, and the held-out responses of the validation); the student may draft."""
 
-    uses_teacher: bool = True
-    uses_student: bool = False
+    uses_student = False
+    tail_start = 0  # type: ignore[assignment]
 
-    def decide(
-        self, teacher_log_probs: Tensor | None, student_log_probs: Tensor | None, steps: Tensor, coins: Tensor
-    ) -> Decision:
-        assert teacher_log_probs is not None
-        return Decision(torch.full_like(steps, TEACHER, dtype=torch.int8), teacher_log_probs, None, None)
+    def decide(self, block: Block) -> Decision:
+        return Decision(_written_by(TEACHER, block.steps))
 
 
-@dataclass(frozen=True, slots=True)
-class RandomPolicy:
+@dataclass(frozen=True)
+class RandomPolicy(Policy):
     """A coin decides each step: the control without a criterion (Table 3, "random teacher"; its share is ours)."""
 
     teacher_probability: float
-    uses_teacher: bool = True
-    uses_student: bool = True
+    uses_coins = True
 
-    def decide(
-        self, teacher_log_probs: Tensor | None, student_log_probs: Tensor | None, steps: Tensor, coins: Tensor
-    ) -> Decision:
-        p, q = _both(teacher_log_probs, student_log_probs)
-        writers, log_probs = _pick(coins < self.teacher_probability, p, q)
-        return Decision(writers, log_probs, jsd_bits_from_log_probs(p, q), None)
+    def decide(self, block: Block) -> Decision:
+        assert block.coins is not None
+        return Decision((block.coins < self.teacher_probability).to(torch.int8), _jsd(block))
 
 
-@dataclass(frozen=True, slots=True)
-class MixturePolicy:
+@dataclass(frozen=True)
+class MixturePolicy(Policy):
     """Every token is drawn from w p + (1 - w) q (MiniLLM's teacher-mixed sampling)."""
 
     teacher_weight: float
-    uses_teacher: bool = True
-    uses_student: bool = True
+    mixes = True
 
-    def decide(
-        self, teacher_log_probs: Tensor | None, student_log_probs: Tensor | None, steps: Tensor, coins: Tensor
-    ) -> Decision:
-        p, q = _both(teacher_log_probs, student_log_probs)
+    def decide(self, block: Block) -> Decision:
+        return Decision(_written_by(MIXTURE, block.steps), _jsd(block))
+
+    def mixture(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
         w = self.teacher_weight
         log_w = math.log(w) if w > 0 else -math.inf
         log_rest = math.log1p(-w) if w < 1 else -math.inf
-        mixed = torch.logaddexp(p + log_w, q + log_rest)
-        return Decision(torch.full_like(steps, MIXTURE, dtype=torch.int8), mixed, jsd_bits_from_log_probs(p, q), None)
+        return torch.logaddexp(teacher_log_probs + log_w, student_log_probs + log_rest)
+
+
+@dataclass(frozen=True)
+class SkdPolicy(Policy):
+    """SKD (Xu et al., ICLR 2025): a student token outside the teacher's top-k is redrawn from the teacher.
+
+    The decision looks at the student's token, hence at its noise; the redraw uses a second, independent noise, or it
+    would be biased towards tokens that noise favours.
+    """
+
+    top_k: int
+    teacher_stream = REDRAW_STREAM
+
+    def decide(self, block: Block) -> Decision:
+        assert block.teacher is not None and block.drafts is not None
+        best = block.teacher.topk(min(self.top_k, block.teacher.shape[-1]), dim=-1).indices
+        outside = (best != block.drafts[..., None]).all(dim=-1)
+        return Decision(outside.to(torch.int8), _jsd(block))
+
+
+@dataclass(frozen=True)
+class AdaSwitchPolicy(Policy):
+    """AdaSwitch (Peng et al. 2025): hands over to the teacher for good at the first unusual divergence.
+
+    Unusual is a divergence above `factor` times the mean of the rollout's own last `window` ones; a full window must
+    lie behind. Factor and window are ours: the paper does not publish them here.
+    """
+
+    factor: float
+    window: int
+    hands_over_for_good = True
+
+    @property
+    def history(self) -> int:  # type: ignore[override]
+        return self.window
+
+    def decide(self, block: Block) -> Decision:
+        assert block.past_jsd is not None and block.handed_over is not None
+        if block.student is None:
+            return Decision(_written_by(TEACHER, block.steps))
+        jsd = _jsd(block)
+        series = torch.cat([block.past_jsd, jsd.double()], dim=1)  # (R, W + J)
+        # Mean of the W values before each step of the block; NaN, hence no comparison, until W steps lie behind.
+        means = series.unfold(1, self.window, 1).mean(dim=-1)[:, : jsd.shape[1]]
+        unusual = jsd.double() > self.factor * means
+        handed_over = (unusual | block.handed_over[:, None]).long().cumsum(dim=1) > 0
+        return Decision(handed_over.to(torch.int8), jsd, self.factor * means)
 
 
 def make_policy(rollout: RolloutSection) -> Policy:
@@ -184,4 +270,8 @@ def make_policy(rollout: RolloutSection) -> Policy:
         return RandomPolicy(rollout.teacher_probability)
     if rollout.policy == "mixture":
         return MixturePolicy(rollout.mixture_teacher_weight)
+    if rollout.policy == "skd":
+        return SkdPolicy(rollout.skd_top_k)
+    if rollout.policy == "adaswitch":
+        return AdaSwitchPolicy(rollout.adaswitch_factor, rollout.adaswitch_window)
     return StudentPolicy() if rollout.policy == "student" else TeacherPolicy()

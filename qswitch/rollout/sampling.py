@@ -17,6 +17,8 @@ TOKEN_STREAM = 0
 """Noise of the tokens, shared by both writers."""
 COIN_STREAM = 1
 """Coins of policies that toss one (`random`), independent of the token noise."""
+REDRAW_STREAM = 2
+"""Noise of a redraw whose occasion depends on the token noise (`skd`)."""
 
 # splitmix64 (Steele, Lea, Flood 2014), its unsigned constants written as signed 64-bit integers.
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
@@ -76,8 +78,10 @@ def gumbel(keys: Tensor, vocab_size: int) -> Tensor:
     return u.neg_().log1p_().neg_().log_().neg_()
 
 
-def draw(log_probs: Tensor, noise: Tensor, temperature: float) -> Tensor:
-    """argmax(log_probs / temperature + noise): [R, V], [R, V] -> int64 [R]; at temperature 0 the most likely token."""
+def draw(log_probs: Tensor, noise: Tensor | None, temperature: float) -> Tensor:
+    """argmax(log_probs / temperature + noise): [..., V], [..., V] -> int64 [...]; at temperature 0 the most likely."""
     if temperature == 0:
         return log_probs.argmax(dim=-1)
-    return (log_probs / temperature + noise).argmax(dim=-1)
+    assert noise is not None, "only temperature 0 goes without noise"
+    scaled = log_probs if temperature == 1 else log_probs / temperature
+    return (scaled + noise).argmax(dim=-1)

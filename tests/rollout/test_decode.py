@@ -10,10 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qswitch.errors import ModelError
 from qswitch.models.language_model import LanguageModel
 from qswitch.rollout.decode import RolloutRequest, rollout, score_responses
-from qswitch.rollout.kv_cache import refuse_short_window
 from qswitch.rollout.policy import (
     STUDENT,
     TEACHER,
@@ -24,7 +22,6 @@ from qswitch.rollout.policy import (
     TeacherPolicy,
     Threshold,
 )
-from tests.tiny import tiny_model
 
 VOCAB, EOS, PAD = 8, 0, 1
 PROMPT = [3, 5]
@@ -226,11 +223,3 @@ def test_student_policy_never_intervenes(pair):
     written = run(pair, StudentPolicy(), [RolloutRequest(i, 0, PROMPT, 6) for i in range(8)])
     assert {w for r in written for w in r.writers} == {STUDENT}
     assert all(r.jsd_bits is None for r in written)
-
-
-def test_a_window_that_a_sequence_would_outgrow_is_refused():
-    model = LanguageModel(tiny_model("mistral"))
-    refuse_short_window(model, 8)
-    with pytest.raises(ModelError, match=r"sliding window of 8 tokens.*at most 8"):
-        refuse_short_window(model, 9)
-    refuse_short_window(LanguageModel(tiny_model("llama")), 10_000)

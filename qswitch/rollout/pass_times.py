@@ -1,0 +1,105 @@
+"""How long a pass of each model takes here: the table from which the block length is chosen, measured once a run.
+
+Letters: `R` rows, `n` tokens of a pass, `V` shared vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+
+from qswitch.distill.divergence import jsd_bits_from_log_probs
+from qswitch.models.language_model import LanguageModel
+from qswitch.rollout import sampling
+from qswitch.rollout.block_length import MAX_BLOCK_TOKENS, PassTimes
+from qswitch.rollout.decode import inference
+from qswitch.rollout.engine import log_probs
+from qswitch.rollout.kv_cache import KVState
+
+CONTEXT_TOKENS = 16
+"""Tokens that each row has read before the timed pass; a longer past hardly changes a pass of a model that fits."""
+_BLOCKS = (1, 2, 3, 5, 9, MAX_BLOCK_TOKENS + 1)
+
+
+def measure_pass_times(
+    teacher: LanguageModel, student: LanguageModel, batch_size: int, *, repeats: int = 3
+) -> PassTimes:
+    """Time passes of 1 and of `batch_size` rows: the least of `repeats`, since other work only ever adds time.
+
+    Blocks are measured up to the first at which a pass costs as much as its tokens one by one; from there on longer
+    ones cannot pay, and the table's last slope stands for them.
+    """
+    rows = tuple(sorted({1, max(batch_size // 4, 1), batch_size}))
+    by_rows, student_seconds = [], []
+    blocks = list(_BLOCKS)
+    with inference(teacher, student):
+        for num_rows in reversed(rows):
+            probe = _Probe(student, num_rows)
+            student_seconds.append(_least(probe.student_pass, repeats, probe.device))
+            probe = _Probe(teacher, num_rows)
+            seconds: list[float] = []
+            for n in blocks:
+                seconds.append(_least(partial(probe.teacher_pass, n), repeats, probe.device))
+                if n > 1 and seconds[-1] >= n * seconds[0]:
+                    break
+            if num_rows == rows[-1]:
+                blocks = blocks[: max(len(seconds), 2)]
+            # Fewer rows may stop earlier; the table is a rectangle, so the same price per token goes on.
+            while len(seconds) < len(blocks):
+                seconds.append(seconds[-1] * blocks[len(seconds)] / blocks[len(seconds) - 1])
+            by_rows.append(tuple(seconds))
+    return PassTimes(
+        rows=rows,
+        tokens=tuple(blocks),
+        teacher=tuple(reversed(by_rows)),
+        student=tuple(reversed(student_seconds)),
+        device=str(teacher.device),
+    )
+
+
+class _Probe:
+    """One model that has read a few tokens in each of R rows."""
+
+    def __init__(self, model: LanguageModel, num_rows: int) -> None:
+        self.model, self.device, self.num_rows = model, model.device, num_rows
+        self.state = KVState(model, num_rows)
+        self._read(CONTEXT_TOKENS)
+
+    def _read(self, n: int) -> torch.Tensor:
+        tokens = torch.arange(self.num_rows * n, device=self.device).view(self.num_rows, n) % self.model.vocab_size
+        return self.state.append(tokens, torch.ones_like(tokens, dtype=torch.bool), np.full(self.num_rows, n))
+
+    def _take_back(self, n: int) -> None:
+        none = torch.zeros(self.num_rows, dtype=torch.int64, device=self.device)
+        self.state.take_back(n, none, none.cpu().numpy(), np.full(self.num_rows, n))
+
+    def student_pass(self) -> None:
+        distribution = log_probs(self.model, self._read(1))
+        sampling.draw(distribution, self._noise(1), 1.0)
+        self._take_back(1)
+
+    def teacher_pass(self, n: int) -> None:
+        distribution = log_probs(self.model, self._read(n))
+        jsd_bits_from_log_probs(distribution, distribution)
+        sampling.draw(distribution, distribution, 1.0)  # the noise is already there from the drafts
+        self._take_back(n)
+
+    def _noise(self, n: int) -> torch.Tensor:
+        keys = torch.arange(self.num_rows * n, device=self.device)
+        return sampling.gumbel(keys, self.model.vocab_size).view(self.num_rows, n, -1)
+
+
+def _least(run: Callable[[], None], repeats: int, device: torch.device) -> float:
+    run()  # the first pass of a shape sets things up
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best
