@@ -2,6 +2,7 @@
 #   make demo     distil SmolLM2-135M on the CPU, real weights, minutes
 #   make test     the tests that need neither a GPU nor a network
 #   make lint     ruff and mypy
+#   make presets  write presets/README.md anew
 #   make clean    remove .venv and what tools left behind; runs/ stays
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_ARGS ?=
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test lint format presets clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -38,6 +39,9 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix qswitch tests
 	$(BIN)/ruff format qswitch tests
+
+presets: $(STAMP)
+	$(BIN)/qswitch presets page > presets/README.md.new && mv presets/README.md.new presets/README.md
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -453,8 +453,8 @@ def doctor(as_json: AsJson = False) -> None:
 
 @presets_app.command("list", epilog="Example: qswitch presets list")
 def presets_list(as_json: AsJson = False) -> None:
-    """Every preset and what it is for."""
-    from qswitch.presets import list_presets
+    """Every preset: what it is for, its card and planned memory, what it needs."""
+    from qswitch.preset_info import list_presets, render_list
 
     infos = list_presets()
     if as_json:
@@ -462,21 +462,29 @@ def presets_list(as_json: AsJson = False) -> None:
 
         print(json.dumps([asdict(info) for info in infos], default=str, indent=1))
         return
-    width = max(len(i.name) for i in infos)
-    for info in infos:
-        twin = f" Without one: {info.twin}." if info.twin else ""
-        paper = " The paper's hyper-parameters." if info.paper else ""
-        print(f"{info.name:<{width}}  {info.description}{twin}{paper}")
+    print(render_list(infos))
 
 
 @presets_app.command("show", epilog="Example: qswitch presets show smollm2-demo")
 def presets_show(name: Annotated[str, typer.Argument(help="Name of a preset.")], as_json: AsJson = False) -> None:
-    """The full configuration of a preset, defaults included."""
+    """What a preset is for, then its full configuration, defaults included."""
     from qswitch.config import dump_config
+    from qswitch.preset_info import describe, render_head
     from qswitch.presets import load_run_config
 
     config = load_run_config(name)
-    print(json.dumps(config.model_dump(mode="json"), indent=1) if as_json else dump_config(config), end="")
+    if as_json:
+        print(json.dumps(config.model_dump(mode="json"), indent=1))
+        return
+    print(render_head(describe(name)) + dump_config(config), end="")
+
+
+@presets_app.command("page", epilog="Example: qswitch presets page > presets/README.md")
+def presets_page() -> None:
+    """All presets as a Markdown page, for presets/README.md."""
+    from qswitch.preset_info import render_page
+
+    print(render_page(), end="")
 
 
 @presets_app.command("copy", epilog="Example: qswitch presets copy smollm2-demo my.yaml")

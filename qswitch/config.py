@@ -73,6 +73,10 @@ class AboutSection(Section):
     """For a gated preset: the preset that needs no token."""
     paper: bool = False
     """Whether the hyper-parameters are those of the SWITCH paper."""
+    vram: str | None = None
+    """The smallest usual card that the preset is for, for example 12GiB; `presets list` plans for it. None: a CPU."""
+    shape_sources: dict[str, str] = Field(default_factory=dict)
+    """Model id -> where the values of its shape block were read."""
 
 
 class TeacherSection(Section):

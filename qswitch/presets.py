@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +11,6 @@ from qswitch.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from qswitch.config import RunConfig
-
-
-@dataclass(frozen=True, slots=True)
-class PresetInfo:
-    """A preset as `qswitch presets list` shows it."""
-
-    name: str
-    description: str
-    gated: bool
-    twin: str | None
-    """For a gated preset: the one that needs no token."""
-    paper: bool
-    """Whether the hyper-parameters are the paper's."""
-    path: Path
 
 
 def presets_folder() -> Path:
@@ -37,25 +22,6 @@ def presets_folder() -> Path:
 def preset_names() -> list[str]:
     """Names of all presets, sorted."""
     return sorted(p.stem for p in presets_folder().glob("*.yaml"))
-
-
-def list_presets() -> list[PresetInfo]:
-    """Every preset with its purpose."""
-    infos = []
-    for name in preset_names():
-        about = load_preset(name).get("about", {})
-        path = presets_folder() / f"{name}.yaml"
-        infos.append(
-            PresetInfo(
-                name=name,
-                description=about.get("description", ""),
-                gated=about.get("gated", False),
-                twin=about.get("twin"),
-                paper=about.get("paper", False),
-                path=path,
-            )
-        )
-    return infos
 
 
 def preset_path(name: str) -> Path:
