@@ -96,9 +96,9 @@ class ModelShape:
         """Parameters outside the linear modules that a quantiser converts: embeddings, positions, norms, head."""
         return self.embedding_parameters + self.position_parameters + self.norm_parameters + self.head_parameters
 
-    @property
+    @cached_property
     def largest_linear_parameters(self) -> int:
-        return max(m.weight_parameters for m in self.linears)
+        return max(m.weight_parameters for m in (*self.layer_linears, *self.outer_linears))
 
     @property
     def largest_tensor_parameters(self) -> int:
