@@ -6,12 +6,13 @@ tokenizer, embeddings, norms and head stay. The cut model is worse until it is t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ CALIBRATION_PROMPTS = (
 """Text of varied kind on which layers are scored when the caller has none."""
 
 MAX_PROMPT_TOKENS = 256
+NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +61,8 @@ class ShrinkReport:
 @torch.no_grad()
 def layer_scores(hf: Any, prompts_ids: Sequence[Sequence[int] | Tensor]) -> list[float]:
     """1 - cosine between the hidden state before and after each layer, mean over all tokens of the prompts.
+
+    Computed in fp32 whatever the weights are kept in.
 
     Raises:
         ModelError: there are no prompts, or the decoder layers cannot be found.
@@ -84,14 +88,54 @@ def layer_scores(hf: Any, prompts_ids: Sequence[Sequence[int] | Tensor]) -> list
     was_training = hf.training
     hf.eval()
     try:
-        for row in rows:
-            hf.base_model(input_ids=row.to(device), use_cache=False)
+        with _computing_in_fp32(hf, layers):
+            for row in rows:
+                hf.base_model(input_ids=row.to(device), use_cache=False)
     finally:
         hf.train(was_training)
         for handle in handles:
             handle.remove()
     num_tokens = sum(row.numel() for row in rows)
     return [total / num_tokens for total in sums]
+
+
+@contextlib.contextmanager
+def _computing_in_fp32(hf: Any, layers: nn.ModuleList) -> Iterator[None]:
+    """Narrower weights are widened layer by layer while they are used: a 7B model in bf16 needs one layer more memory,
+    where widening it whole would need 14 GiB more. The narrow tensors themselves come back afterwards."""
+    narrow: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
+
+    def widen(module: nn.Module, recurse: bool = True) -> None:
+        narrow[module] = [(p, p.data) for p in module.parameters(recurse) if p.dtype in NARROW]
+        for parameter, data in narrow[module]:
+            parameter.data = data.float()
+
+    def restore(module: nn.Module) -> None:
+        for parameter, data in narrow.pop(module):
+            parameter.data = data
+
+    def widen_output(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        return output.float() if output.dtype in NARROW else output
+
+    inside = {id(m) for layer in layers for m in layer.modules()}
+    handles = []
+    try:
+        for layer in layers:
+            handles.append(layer.register_forward_pre_hook(lambda module, _: widen(module)))
+            handles.append(layer.register_forward_hook(lambda module, *_: restore(module)))
+        for module in hf.base_model.modules():
+            if id(module) in inside:
+                continue
+            if isinstance(module, nn.Embedding):  # a table is too large to widen, what is read from it is not
+                handles.append(module.register_forward_hook(widen_output))
+            else:
+                widen(module, recurse=False)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in list(narrow):
+            restore(module)
 
 
 def shrink(hf: Any, prompts_ids: Sequence[Sequence[int] | Tensor], num_layers: int) -> tuple[Any, list[int]]:
@@ -136,10 +180,13 @@ def keep_layers(hf: Any, kept: Sequence[int]) -> Any:
         elif int(match.group(1)) in position:
             state[f"{prefix}.{position[int(match.group(1))]}.{name[match.end() :]}"] = tensor
     dtype = next(p.dtype for p in hf.parameters() if p.is_floating_point())
-    with torch.random.fork_rng(devices=[]):
-        new = type(hf)(config)
-    for parameter in new.parameters():
-        parameter.data = parameter.data.to(dtype)  # not the buffers: rotary frequencies stay in fp32
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as from_pretrained does: narrow weights from the start, rotary frequencies in fp32
+    try:
+        with torch.random.fork_rng(devices=[]):
+            new = type(hf)(config)
+    finally:
+        torch.set_default_dtype(before)
     new = new.to(next(hf.parameters()).device)
     missing, unexpected = new.load_state_dict(state, strict=False)
     tied = set(new.all_tied_weights_keys or {}) if hasattr(new, "all_tied_weights_keys") else set()
@@ -195,7 +242,8 @@ def shrink_to_folder(
 ) -> ShrinkReport:
     """Cut a model and write it as a Hugging Face folder with tokenizer and generation config, complete or not at all.
 
-    Scored in fp32 on CPU on `prompts` (default: CALIBRATION_PROMPTS), saved in the dtype of the source.
+    Scored in fp32 on CPU on `prompts` (default: CALIBRATION_PROMPTS), saved in the dtype of the source. A bf16 model
+    takes host memory for itself, its cut and one layer in fp32; others are widened whole.
 
     Raises:
         ModelError: the model cannot be had or cut, or output_dir exists and is not empty.
@@ -204,12 +252,13 @@ def shrink_to_folder(
     refuse_non_empty(output_dir)
     resolved = resolve_reference(reference, revision)
     tokenizer = read_tokenizer(resolved, trust_remote_code)
-    runtime = Runtime(device=torch.device("cpu"), compute_dtype=torch.float32)
-    model = read_model(resolved, runtime, "fp32", trust_remote_code)
+    stored = source_dtype(resolved, trust_remote_code)
+    narrow = stored == torch.bfloat16
+    runtime = Runtime(device=torch.device("cpu"), compute_dtype=torch.bfloat16 if narrow else torch.float32)
+    model = read_model(resolved, runtime, "bf16" if narrow else "fp32", trust_remote_code)
     texts = CALIBRATION_PROMPTS if prompts is None else prompts
     ids = [tokenizer(text)["input_ids"][:MAX_PROMPT_TOKENS] for text in texts]
     small, kept, scores = _shrink(model, ids, num_layers)
-    stored = source_dtype(resolved, trust_remote_code)
     small.to(stored)
     write_model_folder(small, tokenizer, output_dir)
     report = ShrinkReport(

@@ -51,6 +51,22 @@ def test_a_cut_model_decodes_with_a_cache(arch):
     torch.testing.assert_close(last, new(IDS[:, :9]).logits[:, -1], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("arch", EVERY)
+@torch.no_grad()
+def test_layers_of_a_bf16_model_are_scored_in_fp32_and_stay_as_they_are(arch):
+    narrow, wide = tiny_model(arch, layers=4), tiny_model(arch, layers=4)
+    for a, b in zip(narrow.parameters(), wide.parameters(), strict=True):
+        a.data = a.to(torch.bfloat16)  # not the buffers: from_pretrained keeps rotary frequencies in fp32
+        b.copy_(a)
+    before = {name: (p.data_ptr(), p.clone()) for name, p in narrow.named_parameters()}
+    tolerance = 1e-2 if arch == "gemma2" else 1e-6  # Gemma scales its embeddings in the dtype of the weights
+    assert layer_scores(narrow, PROMPTS) == pytest.approx(layer_scores(wide, PROMPTS), rel=tolerance, abs=1e-7)
+    for name, parameter in narrow.named_parameters():
+        assert parameter.data_ptr() == before[name][0] and torch.equal(parameter, before[name][1])
+    new, kept = shrink(narrow, PROMPTS, 2)
+    assert {p.dtype for p in new.parameters()} == {torch.bfloat16} and kept == shrink(wide, PROMPTS, 2)[1]
+
+
 def test_per_layer_settings_move_with_their_layer():
     hf = tiny_model("gemma2", layers=4)
     kinds = hf.config.layer_types
