@@ -35,6 +35,10 @@ MAX_KL_NATS = 1e-3
 """Of the saved model against base + adapter."""
 
 
+HUB_LICENCES = ("Apache-2.0", "MIT")
+"""Licences of the presets that the hub knows by name; it refuses a card with another one in its license field."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeReport:
     """Where the merged model is, and how far it is from base + adapter."""
@@ -209,8 +213,10 @@ def model_card(config: RunConfig, base: ResolvedModel, summary: dict[str, Any], 
     licences = config.about.licences
     licence = next((licences[name] for name in _names(config.student.model) if name in licences), None)
     header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if licence:
+    if licence in HUB_LICENCES:
         header.append(f"license: {licence.lower()}")
+    elif licence:
+        header += ["license: other", f"license_name: {licence}"]
     header += ["tags:", "- distillation", "- qswitch", "---", ""]
     rollout, loss = config.rollout, config.loss
     cut = f", cut to {config.student.shrink_to_layers} layers" if config.student.shrink_to_layers else ""

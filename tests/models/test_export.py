@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qswitch.config import RunConfig, build_config
 from qswitch.errors import ModelError
-from qswitch.models.export import merge_run
+from qswitch.models.export import merge_run, model_card
+from qswitch.models.references import ResolvedModel
 from qswitch.models.runtime import Runtime
 from qswitch.models.student import load_student, save_adapter
 from qswitch.run_dir import RunDir
@@ -90,6 +92,16 @@ def test_template_and_card_come_along(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: apache-2.0" in card and "| 1.5 |" in card and "| 0.75 |" in card
     assert "AutoModelForCausalLM.from_pretrained" in card and str(tmp_path) not in card
+
+
+def test_a_licence_the_hub_does_not_know_is_named_as_other(tmp_path):
+    _, config = trained_run(tmp_path)
+    base = ResolvedModel(config.student.model, None, "base")
+    config = config.model_copy(
+        update={"about": config.about.model_copy(update={"licences": {config.student.model: "Gemma Terms of Use"}})}
+    )
+    header = yaml.safe_load(model_card(config, base, {}, 0.0, "bf16").split("---")[1])
+    assert header["license"] == "other" and header["license_name"] == "Gemma Terms of Use"
 
 
 def test_the_base_cut_into_the_run_directory_is_merged(tmp_path):
