@@ -23,7 +23,7 @@ _BATCH_VALUES = 20_000_000
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean and its 95 % interval."""
+    """A mean and its interval, 95 % unless asked otherwise."""
 
     mean: float
     low: float | None
@@ -43,7 +43,9 @@ class Estimate:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-def mean_interval(values: Sequence[float], weights: Sequence[float] | None = None) -> Estimate:
+def mean_interval(
+    values: Sequence[float], weights: Sequence[float] | None = None, *, confidence: float = CONFIDENCE
+) -> Estimate:
     """Mean of one value per record, weighted by `weights` (tokens per record for a token mean).
 
     Raises:
@@ -71,7 +73,7 @@ def mean_interval(values: Sequence[float], weights: Sequence[float] | None = Non
             paired=True,
             n_resamples=NUM_RESAMPLES,
             batch=max(1, _BATCH_VALUES // array.size),
-            confidence_level=CONFIDENCE,
+            confidence_level=confidence,
             method="percentile",
             rng=np.random.default_rng(_SEED),
         ).confidence_interval
@@ -79,7 +81,11 @@ def mean_interval(values: Sequence[float], weights: Sequence[float] | None = Non
 
 
 def paired_difference(
-    ours: Sequence[float], theirs: Sequence[float], weights: Sequence[float] | None = None
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    weights: Sequence[float] | None = None,
+    *,
+    confidence: float = CONFIDENCE,
 ) -> Estimate:
     """Mean of ours - theirs over the same records in the same order, with its interval.
 
@@ -88,7 +94,7 @@ def paired_difference(
     """
     if len(ours) != len(theirs):
         raise ValueError(f"A paired comparison needs the same records, not {len(ours)} and {len(theirs)}")
-    return mean_interval([a - b for a, b in zip(ours, theirs, strict=True)], weights)
+    return mean_interval([a - b for a, b in zip(ours, theirs, strict=True)], weights, confidence=confidence)
 
 
 def standard_deviation(values: Sequence[float]) -> float | None:

@@ -56,11 +56,11 @@ class EvaluationDir:
 
     def responses(self, model: str, set_name: str, fingerprint: str) -> Lines:
         """The responses of a model to a set; forgotten when its weights changed."""
-        return Lines(self._folder(model, fingerprint) / f"{set_name}.jsonl", ("id", "seed"))
+        return Lines(self._folder(f"models/{model}", fingerprint) / f"{set_name}.jsonl", ("id", "seed"))
 
     def distances(self, model: str, set_name: str, fingerprint: str) -> Lines:
         """The distances of a model from the teacher on a set."""
-        return Lines(self._folder(model, fingerprint) / f"{set_name}.teacher.jsonl", ("id",))
+        return Lines(self._folder(f"models/{model}", fingerprint) / f"{set_name}.teacher.jsonl", ("id",))
 
     def teacher_responses(self, set_name: str, fingerprint: str) -> Lines:
         """The teacher's own responses to a set."""
@@ -77,7 +77,7 @@ class EvaluationDir:
         write_atomically(self.path / "results.md", table)
 
     def _folder(self, name: str, fingerprint: str) -> Path:
-        folder = self.path / ("teacher" if name == "teacher" else f"models/{name}")
+        folder = self.path / name
         mark = folder / "weights.txt"
         if mark.is_file() and mark.read_text(encoding="utf-8").strip() != fingerprint:
             for old in folder.glob("*.jsonl"):

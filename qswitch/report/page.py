@@ -77,11 +77,11 @@ def render_page(run_dir: RunDir) -> str:
         finished=bool(summary),
         figures=figures(summary),
         facts=facts(summary, lines, run_dir),
-        charts=charts(lines, rollouts),
+        charts=charts(lines, rollouts, summary),
         memory=memory_rows(_read_json(run_dir.path / "plan.json") or {}, lines, summary),
         rollouts=[_shown(r) for r in _spread(rollouts, MAX_ROLLOUTS)],
         total_rollouts=len(rollouts),
-        evaluations=evaluations(run_dir),
+        evaluations=[*evaluations(run_dir), *fidelity_tables(run_dir)],
         configuration=yaml.safe_dump(run_dir.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         versions=summary.get("versions", {}),
         commit=summary.get("commit"),
@@ -154,6 +154,7 @@ def evaluations(run_dir: RunDir) -> list[dict[str, Any]]:
                 {
                     "title": f"{set_name}, protocol {results['protocol']['name']}, {one['records']} records",
                     "departures": results.get("departures", []),
+                    "notes": [],
                     "header": ["model", *(COLUMNS[m] for m in present), "tokens"],
                     "rows": rows,
                 }
@@ -161,10 +162,36 @@ def evaluations(run_dir: RunDir) -> list[dict[str, Any]]:
     return tables
 
 
+def fidelity_tables(run_dir: RunDir) -> list[dict[str, Any]]:
+    """RUN/fidelity.json as a table, where `qswitch fidelity` was run."""
+    from qswitch.evaluate.table import estimate
+
+    result = _read_json(run_dir.path / "fidelity.json")
+    if result is None:
+        return []
+    rows = [
+        [
+            one["precision"],
+            f"{one['weights_gib']:.2f}",
+            estimate(one["kl_nats"]),
+            estimate(one["top1_agreement"]),
+            f"{one['reference_intervention_share']:.1%} → {one['intervention_share']:.1%}",
+            f"{one['changed_decisions']['mean']:.1%}",
+        ]
+        for one in result["precisions"]
+    ]
+    title = f"The teacher quantised, against {result['reference']['precision']}, {result['prompts']} held-out prompts"
+    header = ["", "GiB", "KL, nats/token", "top-1 agreement", "interventions", "changed writers"]
+    note = [result["origin"]] if result["origin"] else []
+    return [{"title": title, "departures": [], "notes": note, "header": header, "rows": rows}]
+
+
 # ------------------------------------------------------------------------------------------------------------- charts
 
 
-def charts(lines: Sequence[Mapping[str, Any]], rollouts: Sequence[Mapping[str, Any]]) -> list[Chart]:
+def charts(
+    lines: Sequence[Mapping[str, Any]], rollouts: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> list[Chart]:
     """Every chart that the run has numbers for."""
     steps = [line for line in lines if "loss" in line]
     validated = [line for line in lines if "loss" not in line]
@@ -181,6 +208,9 @@ def charts(lines: Sequence[Mapping[str, Any]], rollouts: Sequence[Mapping[str, A
     names = [key for key in ("kl_nats", "response_loss_nats") if any(line.get(key) is not None for line in validated)]
     for key in names:
         points = [(line["step"], line[key]) for line in validated if line.get(key) is not None]
+        before = summary.get(key.replace("_nats", "_before_nats"))
+        if before is not None:
+            points.insert(0, (0, before))
         title = "KL from the teacher on held-out prompts" if key == "kl_nats" else "Loss on held-out responses"
         found.append(Chart(title, line_chart([Series(title, points, dots=True)], x_label="step", y_label="nats")))
     found.append(

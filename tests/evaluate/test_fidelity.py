@@ -44,17 +44,18 @@ def test_the_figures_of_a_precision_are_token_means():
 
 
 def test_quantised_teachers_are_compared_on_the_same_tokens(made, capsys):
-    assert run(["fidelity", str(made), "--precision", "nf4", "--precision", "fp4", "--prompts", "3"]) == 0
+    assert run(["fidelity", str(made), "--prompts", "3"]) == 0
     text = capsys.readouterr().out
     result = json.loads((made / "fidelity.json").read_text(encoding="utf-8"))
-    nf4, fp4 = result["precisions"]
-    assert (nf4["precision"], fp4["precision"]) == ("nf4", "fp4") and not result["failed"]
-    for one in (nf4, fp4):
-        assert one["kl_nats"]["mean"] > 1e-4 and 0 < one["top1_agreement"]["mean"] <= 1
+    nf4, fp4, int8 = result["precisions"]
+    assert [p["precision"] for p in result["precisions"]] == ["nf4", "fp4", "int8"] and not result["failed"]
+    for one in (nf4, fp4, int8):
+        assert one["kl_nats"]["mean"] > 1e-6 and 0 < one["top1_agreement"]["mean"] <= 1
         assert one["absolute_jsd_change_bits"] > 0 and one["weights_gib"] > 0
         assert sum(p["tokens"] for p in one["by_position"]) == result["teacher_tokens"]
         assert one["reference_jsd_bits"] == nf4["reference_jsd_bits"], "one reference for all"
-    assert fp4["kl_nats"]["mean"] > nf4["kl_nats"]["mean"], "NF4 fits bell-shaped weights better (QLoRA, table 2)"
+    # NF4 fits bell-shaped weights better than FP4 (QLoRA, table 2), and 8 bits hold more than 4.
+    assert fp4["kl_nats"]["mean"] > nf4["kl_nats"]["mean"] > int8["kl_nats"]["mean"]
     assert "nf4" in text and "changed writers" in text and result["origin"] is None
 
 

@@ -137,6 +137,22 @@ def test_evaluations_of_the_run_are_shown(tmp_path: Path):
     assert "12.50 [11.00, 14.00]" in text and "dolly, protocol paper, 9 records" in text and "seeds is (1,)" in text
 
 
+def test_fidelity_of_the_run_is_shown(tmp_path: Path):
+    run_dir = make_run(tmp_path / "run")
+    interval = {"mean": 0.25, "low": 0.2, "high": 0.3, "records": 9}
+    one = {"precision": "nf4", "weights_gib": 1.5, "kl_nats": interval, "top1_agreement": interval,
+           "reference_intervention_share": 0.5, "intervention_share": 0.6, "changed_decisions": interval}  # fmt: skip
+    run_dir.write_json("fidelity.json", {"precisions": [one], "reference": {"precision": "bf16"}, "prompts": 7,
+                                         "origin": "Dequantised from x.gguf."})  # fmt: skip
+    text = "".join(checked(write_report(run_dir.path)).text)
+    assert "50.0% → 60.0%" in text and "against bf16, 7 held-out prompts" in text and "Dequantised from x.gguf." in text
+
+
+def test_the_curve_of_kl_starts_before_the_first_step(tmp_path: Path):
+    source = write_report(make_run(tmp_path / "run").path).read_text(encoding="utf-8")
+    assert ": 2 at 0</title>" in source and ": 0.5 at 4</title>" in source
+
+
 def points(svg: str) -> list[tuple[float, float]]:
     found = re.search(r'points="([^"]*)"', svg)
     assert found
