@@ -6,8 +6,8 @@
     python benchmarks/rollout.py assisted --teacher DIR --student DIR --prompts FILE.jsonl   # against transformers
 
 Any pair with one tokenizer will do; `--precision`, `--dtype`, `--batch`, `--decay`, `--new-tokens` choose the work.
-Each part prints its JSON, and writes it to `--output`. Times are medians of paired repetitions in one process: both sides
-take turns on the same prompts, so a noisy machine disturbs both. Teacher passes are counts and need no quiet.
+Each part prints its JSON, and writes it to `--output`. Times are medians of paired repetitions in one process: both
+sides take turns on the same prompts, so a noisy machine disturbs both. Teacher passes are counts and need no quiet.
 """
 
 from __future__ import annotations

@@ -194,6 +194,12 @@ class RolloutSection(Section):
     """The teacher takes over for good at a divergence above this times the mean of the last ones (policy adaswitch)."""
     adaswitch_window: int = Field(default=16, ge=1)
     """Number of earlier divergences in that mean, response tokens (policy adaswitch)."""
+    reuse: int = Field(default=1, ge=1)
+    """R: every rollout trains R times over the following steps, without either model writing again."""
+    replay_capacity: int = Field(default=1000, ge=1)
+    """Rollouts held for reuse; the oldest leave first."""
+    replay_max_age_steps: int = Field(default=50, ge=1)
+    """Optimizer steps after which a rollout is too stale to train on again."""
     block_tokens: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = "auto"
     """Tokens the student drafts before the teacher scores them in one pass; changes speed, never the tokens. 0: the
     sequential engine. auto: chosen from measured pass times and the acceptance so far."""
@@ -320,6 +326,10 @@ def _settings_without_effect(config: RunConfig):
         if name not in reads and getattr(rollout, name) != type(rollout).model_fields[name].default:
             mode = f"policy {rollout.policy}" + (f", schedule {rollout.schedule}" if rollout.policy == "switch" else "")
             yield f"rollout.{name} has no effect with {mode}. Remove it or change the policy."
+    if rollout.reuse == 1:
+        for name in written(rollout, "replay_capacity", "replay_max_age_steps"):
+            if getattr(rollout, name) != type(rollout).model_fields[name].default:
+                yield f"rollout.{name} has no effect with rollout.reuse=1, where every rollout trains once."
     if rollout.policy == "student" and written(rollout, "block_tokens") and rollout.block_tokens != "auto":
         yield "rollout.block_tokens has no effect with policy student: no teacher looks at its tokens. Remove it."
     if loss.scope == "interventions" and rollout.policy in ("student", "mixture"):

@@ -1,8 +1,8 @@
 """What a run must remember to go on as if it had never stopped, written so that a crash leaves it whole or absent.
 
 A checkpoint is a folder `step-000040/`: the adapter in PEFT layout, the optimizer, the learning-rate schedule, the
-random state and `state.json`. It is written beside its final name, flushed to disk and renamed into place. Knows no
-rollout and no loss.
+random state, the sequences that will train again, and `state.json`. It is written beside its final name, flushed to
+disk and renamed into place. Knows no rollout and no loss.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     lr_scheduler: Any,
     state: dict[str, Any],
+    replay: dict[str, Any] | None = None,
 ) -> Path:
     """Write `checkpoints/step-NNNNNN` and return it; an existing one of the same step is replaced."""
     final = checkpoints / checkpoint_name(step)
@@ -50,6 +51,8 @@ def save_checkpoint(
         },
         partial / "optimizer.pt",
     )
+    if replay is not None:
+        torch.save(replay, partial / "replay.pt")
     (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
     for path in [*partial.rglob("*"), partial]:
         _flush(path)
@@ -83,6 +86,23 @@ def load_checkpoint(
     if saved["cuda_rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(saved["cuda_rng"])
     return state
+
+
+def load_replay(folder: Path) -> dict[str, Any] | None:
+    """What `save_checkpoint` was given as `replay`; None where it was given nothing.
+
+    Raises:
+        RunDirError: the file is unreadable.
+    """
+    path = folder / "replay.pt"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RunDirError(
+            f"{path} cannot be read ({error}). Delete {folder} to resume from the one before it."
+        ) from error
 
 
 def rotate_checkpoints(checkpoints: Path, *, keep: int, protected: set[str]) -> None:

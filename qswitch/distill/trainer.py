@@ -26,6 +26,7 @@ from qswitch.data.prompts import Prompt
 from qswitch.distill.checkpoint import (
     checkpoint_name,
     load_checkpoint,
+    load_replay,
     rotate_checkpoints,
     save_checkpoint,
     seed_step,
@@ -33,6 +34,7 @@ from qswitch.distill.checkpoint import (
 from qswitch.distill.logit_cache import LogitCache
 from qswitch.distill.objective import StudentObjective, TrainingSequence, collate
 from qswitch.distill.progress import Progress
+from qswitch.distill.replay import ReplayBuffer, ReplayEntry, split_step, staleness_nats
 from qswitch.distill.validation import Validation
 from qswitch.errors import TrainingError
 from qswitch.models.language_model import LanguageModel
@@ -73,6 +75,10 @@ class StepReport:
     grad_norm: float | None = None
     batch: str = "rollout"
     loss_tokens: int = 0
+    replayed: int = 0
+    """Sequences that had trained before."""
+    staleness_nats: float | None = None
+    """Mean KL(student that wrote || student that trains) over a sample of them."""
     teacher_share: float | None = None
     jsd_bits: float | None = None
     rollout: RolloutStats = field(default_factory=RolloutStats)
@@ -140,6 +146,7 @@ class Trainer:
             pad_id=pair.pad_id,
             batch_size=config.rollout.batch_size,
         )
+        self.replay = ReplayBuffer(config.rollout.replay_capacity, config.rollout.replay_max_age_steps, config.seed)
         self.acceptance = Acceptance()
         self.blocks = self._make_blocks()
         self.step = 0
@@ -185,14 +192,21 @@ class Trainer:
         report = StepReport()
         clock = _Clock(report.seconds)
 
-        items = self.loader.next(train.per_device_train_batch_size * train.gradient_accumulation_steps)
+        total = train.per_device_train_batch_size * train.gradient_accumulation_steps
         if self._is_ground_truth_step():
             report.batch = "ground_truth"
-            sequences = self.read_ground_truth(items)
+            sequences = self.read_ground_truth(self.loader.next(total))
         else:
-            report.rollouts, report.rollout = self.roll_out(items)
+            self.replay.expire(self.step)
+            fresh, replayed = split_step(total, self.config.rollout.reuse, len(self.replay))
+            report.rollouts, report.rollout = self.roll_out(self.loader.next(fresh))
             clock.lap("rollout")
             sequences = self.cache_teacher(report.rollouts)
+            drawn = self.replay.draw(replayed, self.step)
+            self.remember(report.rollouts, sequences)
+            sequences += [entry.sequence for entry in drawn]
+            report.replayed = len(drawn)
+            report.staleness_nats = staleness_nats(self.objective, drawn, pad_id=self.pair.pad_id, device=self.device)
         clock.lap("teacher")
 
         sequences = [s for s in sequences if s.loss_steps]
@@ -200,7 +214,7 @@ class Trainer:
         report.loss = self.learn(sequences, report.loss_tokens)
         clock.lap("loss")
         report.grad_norm = self.update(report.loss)
-        self.cache.clear()
+        self.forget_used()
         clock.lap("optimizer")
         return report
 
@@ -227,7 +241,33 @@ class Trainer:
             batch_size=settings.batch_size,
             keep=keep,
             blocks=self.blocks,
+            keep_student=settings.reuse > 1,
         )
+
+    def remember(self, rollouts: Sequence[Rollout], sequences: Sequence[TrainingSequence]) -> None:
+        """Keep fresh sequences for the further uses that rollout.reuse gives them."""
+        uses = self.config.rollout.reuse - 1
+        if uses == 0:
+            return
+        entries = []
+        for written, sequence in zip(rollouts, sequences, strict=True):
+            if not sequence.loss_steps:
+                continue
+            entry = ReplayEntry(sequence, self.step, uses)
+            # One step of each, in the middle; past the student's last step there is no state of it to remember.
+            asked = [t for t in sequence.loss_steps if written.jsd_bits is None or written.jsd_bits[t] is not None]
+            if written.student_hidden is not None and asked:
+                entry.probe_step = asked[len(asked) // 2]
+                entry.probe_hidden = written.student_hidden[entry.probe_step].cpu()
+            entries.append(entry)
+        self.replay.add(entries)
+
+    def forget_used(self) -> None:
+        """Drop the teacher's outputs that no sequence will need again."""
+        self.replay.expire(self.step + 1)
+        needed = {tuple(key) for key in self.replay.cache_keys().tolist()}
+        stored = self.cache.keys()
+        self.cache.discard(stored[[tuple(key) not in needed for key in stored.tolist()]])
 
     def _make_blocks(self) -> BlockLength:
         """How many tokens the student drafts; the pass times are measured once and kept, so a resumed run chooses the
@@ -387,12 +427,19 @@ class Trainer:
             optimizer=self.optimizer,
             lr_scheduler=self.lr_scheduler,
             state=state,
+            replay=self._replay_state(),
         )
         rotate_checkpoints(
             self.run_dir.checkpoints_path,
             keep=self.config.train.save_total_limit,
             protected={checkpoint_name(self.counters.best_step)} if self.counters.best_step >= 0 else set(),
         )
+
+    def _replay_state(self) -> dict[str, Any] | None:
+        """The sequences that will train again, with their teacher outputs; None where there are none."""
+        if len(self.replay) == 0:
+            return None
+        return {"buffer": self.replay.state_dict(), "cache": self.cache.export(self.replay.cache_keys())}
 
     def resume(self) -> bool:
         """Go back to the newest complete checkpoint; False where there is none."""
@@ -406,6 +453,10 @@ class Trainer:
         self.acceptance.load_state_dict(state["acceptance"])
         if self.corpus is not None:
             self.corpus.load_state_dict(state["corpus"])
+        replay = load_replay(folder)
+        if replay is not None:
+            self.replay.load_state_dict(replay["buffer"])
+            self.cache.load_state_dict(replay["cache"], self.teacher.head)
         counters = state["counters"]
         if counters["best_kl_nats"] is None:
             counters["best_kl_nats"] = math.inf
@@ -432,6 +483,9 @@ class Trainer:
             "grad_norm": report.grad_norm,
             "batch": report.batch,
             "loss_tokens": report.loss_tokens,
+            "fresh": len(report.rollouts),
+            "replayed": report.replayed,
+            "staleness_nats": report.staleness_nats,
             "teacher_share": report.teacher_share,
             "jsd_bits": report.jsd_bits,
             "rollout_tokens": stats.tokens,

@@ -57,13 +57,14 @@ def rollout(
     keep: Keep,
     blocks: BlockLength | None = None,
     no_repeat_ngram_size: int = 0,
+    keep_student: bool = False,
 ) -> tuple[list[Rollout], RolloutStats]:
     """Write one response per request; the answer keeps the order of the requests.
 
     The tokens depend on (seed, example id, visit, prompt) and the weights alone: batch_size, order and the block length
     (`blocks`; None: no drafts, the sequential engine) change speed. A student given to a policy that needs none drafts
-    for the teacher. With `no_repeat_ngram_size` n above 0 no n-gram of prompt and response is written twice (evaluation
-    only, so for a single writer).
+    for the teacher. `keep_student` hands back the student's hidden states too. With `no_repeat_ngram_size` n above 0 no
+    n-gram of prompt and response is written twice (evaluation only, so for a single writer).
 
     Raises:
         ValueError: the policy asks a model that is not given, teacher outputs are to be kept without a teacher, or
@@ -89,6 +90,7 @@ def rollout(
             batch_size=batch_size,
             blocks=blocks or FixedBlock(0),
             keep=keep,
+            keep_student=keep_student,
             stats=stats,
         )
         with inference(teacher, student):

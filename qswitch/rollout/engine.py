@@ -63,6 +63,7 @@ class Engine:
         batch_size: int,
         blocks: BlockLength,
         keep: Keep,
+        keep_student: bool = False,
         stats: RolloutStats,
     ) -> None:
         self._requests = requests
@@ -90,7 +91,9 @@ class Engine:
         self._jsd = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
         self._tau = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
         self._keep = keep
+        self._keep_student = keep_student and student is not None
         self._teacher_hidden: Tensor | None = None  # (batch, T + 2, D), made with the first pass
+        self._student_hidden: Tensor | None = None
 
         # Prompt and response of each place from the first column on, where repeats are banned.
         self._longest_prompt = max((len(r.prompt_ids) for r in requests), default=0)
@@ -155,7 +158,7 @@ class Engine:
         drafts = student_log_probs = None
         asks_student = self._student is not None and num_drafts != TEACHER_ONLY
         if asks_student:
-            drafts, student_log_probs = self._draft(lead, live, live_counts, noise)
+            drafts, student_log_probs, student_hidden = self._draft(lead, live, live_counts, noise)
         teacher_log_probs = None
         if self._teacher is not None:
             inputs = lead[:, None] if drafts is None else torch.cat([lead[:, None], drafts[:, :-1]], dim=1)
@@ -193,6 +196,10 @@ class Engine:
             if self._teacher_hidden is None:
                 self._teacher_hidden = hidden.new_empty((*self._text.shape, hidden.shape[-1]))
             self._teacher_hidden[rows, columns] = hidden
+        if self._keep_student and asks_student:
+            if self._student_hidden is None:
+                self._student_hidden = student_hidden.new_zeros((*self._text.shape, student_hidden.shape[-1]))
+            self._student_hidden[rows, columns] = student_hidden
         teacher_wrote_last = decision.writers.gather(1, last)[:, 0] == TEACHER
         self._steps = self._steps + written
 
@@ -219,19 +226,20 @@ class Engine:
 
     def _draft(
         self, lead: Tensor, live: Tensor, live_counts: np.ndarray, noise: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """What the student would write at every step, each token read before the next: [R, J], [R, J, V]."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the student would write, each token read before the next: tokens [R, J], log q [R, J, V], [R, J, D']."""
         assert self._student is not None
         if self._left_by_student.any():
             live = live & ~torch.from_numpy(self._left_by_student).to(self._device)[:, None]
             live_counts = live_counts * ~self._left_by_student
-        token, tokens, distributions = lead, [], []
+        token, tokens, distributions, states = lead, [], [], []
         for j in range(live.shape[1]):
             hidden = self._pass("student", token[:, None], live[:, j : j + 1], (live_counts > j).astype(np.int64))
+            states.append(hidden)
             distributions.append(self._without_repeats(log_probs(self._student, hidden[:, 0])))
             token = sampling.draw(distributions[-1], None if noise is None else noise[:, j], self._sampling.temperature)
             tokens.append(token)
-        return torch.stack(tokens, dim=1), torch.stack(distributions, dim=1)
+        return torch.stack(tokens, dim=1), torch.stack(distributions, dim=1), torch.cat(states, dim=1)
 
     def _pass(self, name: str, tokens: Tensor, live: Tensor, live_counts: np.ndarray) -> Tensor:
         state = self._states[name]
@@ -384,10 +392,10 @@ class Engine:
             whole = torch.stack([t[place, span].double() for t in (self._text, self._writers, self._agrees)])
             real = torch.stack([self._jsd[place, span], self._tau[place, span]])
             hidden = self._teacher_hidden[place, span].clone() if self._teacher_hidden is not None else None
+            states = self._student_hidden[place, span].clone() if self._student_hidden is not None else None
+            values = _to_host(torch.cat([whole, real]))
             self._landing.append(
-                _Landing(
-                    int(self._request[row]), bool(ended[row]), _to_host(torch.cat([whole, real])), hidden, self._keep
-                )
+                _Landing(int(self._request[row]), bool(ended[row]), values, hidden, states, self._keep)
             )
             self._free_places.append(place)
 
@@ -418,6 +426,8 @@ class _Landing:
     """float64 [5, T]: token, writer, agreement, divergence, threshold; float64 holds every token id exactly."""
     hidden: Tensor | None
     """[T, D] states of the teacher, where some are to be kept."""
+    student_hidden: Tensor | None
+    """[T, D'] states of the student, where they are to be kept."""
     keep: Keep
 
     def rollout(self, request: RolloutRequest, student_asked: bool) -> Rollout:
@@ -441,5 +451,6 @@ class _Landing:
             kept_steps=kept,
             teacher_hidden=hidden,
             ended=self.ended,
+            student_hidden=self.student_hidden,
             student_agrees=[bool(a) for a in agrees] if student_asked else None,
         )

@@ -42,6 +42,9 @@ class Rollout:
     """[len(kept_steps), D] final hidden states of the teacher; None when nothing is kept."""
     ended: bool
     """Whether an end-of-sequence token was written before the limit."""
+    student_hidden: Tensor | None = None
+    """[T, D'] final hidden states of the student when it wrote; None unless asked for. Steps at which it was not asked
+    hold nothing of meaning."""
     student_agrees: list[bool] | None = None
     """Per token, whether the student would have written the same; None where it was not asked at all."""
 

@@ -13,6 +13,7 @@ import torch
 
 from qswitch.config import RunConfig, build_config
 from qswitch.distill.divergence import divergence
+from qswitch.distill.replay import staleness_nats
 from qswitch.distill.run import Interrupted, distill, load_prompts
 from qswitch.distill.trainer import Trainer
 from qswitch.errors import TrainingError
@@ -138,9 +139,10 @@ def adapter_bytes(path: Path) -> bytes:
         {},
         {"data__ground_truth_mix": 0.5, "student__lora": {"r": 4, "alpha": 8, "dropout": 0.2}},
         {"rollout__policy": "student", "loss__scope": "all"},
+        {"rollout__reuse": 3, "student__lora": {"r": 4, "alpha": 8, "dropout": 0.1}},
         {"rollout__policy": "adaswitch", "rollout__adaswitch_window": 2, "rollout__block_tokens": 3},
     ],
-    ids=["interventions", "ground truth and dropout", "student policy", "adaswitch"],
+    ids=["interventions", "ground truth and dropout", "student policy", "reuse", "adaswitch"],
 )
 def test_resumed_run_ends_with_the_same_bytes(folders, tmp_path, changes):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
@@ -269,3 +271,32 @@ def test_the_loss_is_the_named_divergence(folders, tmp_path):
             p, q = (m.hf(ids).logits[0][at] for m in (trainer.teacher, trainer.student))
             expected += divergence("skew_reverse_kl", p, q, alpha=0.1).sum().item()
     assert trainer.learn(sequences, tokens) == pytest.approx(expected / tokens, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rollout__decay_rate": 1.0}, {"rollout__policy": "student", "loss__scope": "all"}]
+)
+def test_reused_rollouts_train_without_either_model_writing(folders, tmp_path, changes):
+    config = settings(folders, rollout__reuse=2, train__max_steps=6, **changes)
+    trainer = make_trainer(config, tmp_path / "run")
+    trainer.run()
+    lines = [m for m in trainer.run_dir.read_metrics() if "loss" in m]
+    assert [m["fresh"] for m in lines] == [4, 2, 2, 2, 2, 2]
+    assert [m["replayed"] for m in lines] == [0, 2, 2, 2, 2, 2]
+    assert lines[0]["staleness_nats"] is None
+    assert all(m["staleness_nats"] > 0 for m in lines[1:])
+    assert trainer.cache.stats()["rows"] == len(trainer.replay.cache_keys())
+
+
+def test_a_rollout_of_this_step_is_not_stale(folders, tmp_path):
+    config = settings(folders, rollout__reuse=2, rollout__decay_rate=1.0, train__compute_dtype="fp64")
+    trainer = make_trainer(config, tmp_path / "run")
+    rollouts, _ = trainer.roll_out(trainer.loader.next(4))
+    trainer.remember(rollouts, trainer.cache_teacher(rollouts))
+    entries = trainer.replay.draw(4, 0)
+    fresh = staleness_nats(trainer.objective, entries, pad_id=0, device=trainer.device)
+    assert fresh == pytest.approx(0, abs=1e-12)
+    with torch.no_grad():
+        for parameter in trainer.trainable:
+            parameter.add_(0.1)
+    assert staleness_nats(trainer.objective, entries, pad_id=0, device=trainer.device) > 1e-3
