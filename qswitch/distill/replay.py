@@ -3,8 +3,8 @@
 A rollout with its cached teacher outputs can train the student again without either model writing a token. With
 `rollout.reuse` R every rollout is used R times over the following steps, oldest first; with unlimited uses, as in
 DistiLLM, the buffer is drawn from at random. Entries leave when they are used up, when they are older than the
-freshness limit, or when the buffer is over its capacity. Knows no cache: the trainer keeps the teacher's rows of what is
-in here.
+freshness limit, or when the buffer is over its capacity. Knows no cache: the trainer keeps the teacher's rows of what
+is in here.
 
 Letters: `D` student width, `V` shared vocabulary.
 """

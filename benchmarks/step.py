@@ -1,0 +1,168 @@
+"""Seconds of an optimizer step of SWITCH against GKD, at equal trained tokens, for several values of rollout.reuse.
+
+    python benchmarks/step.py --teacher DIR --student DIR --prompts FILE.jsonl --output results/step.json
+
+Rows of the table, all through the same trainer, loss (over every response token) and optimizer:
+
+- `switch R`: this engine, block length auto, each rollout trained R times;
+- `gkd R`: the student writes on this engine, one parallel teacher pass scores, each rollout trained R times;
+- `gkd generate`: the student writes through transformers' `generate`, as in other trainers, one parallel teacher pass
+  scores, every rollout trained once;
+- `switch sequential`: one teacher pass a token and no reuse, what the paper pays.
+
+A step's seconds are divided by its trained tokens, because responses differ in length. Rows take turns, step by step, so
+that a noisy machine disturbs all of them. The first steps of each row, while its replay buffer fills, are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rollout import environment
+
+from qswitch.config import build_config
+from qswitch.distill.run import load_prompts
+from qswitch.distill.trainer import Trainer
+from qswitch.models.load import load_teacher
+from qswitch.models.pair import load_pair_tokenizer
+from qswitch.models.runtime import make_runtime
+from qswitch.models.student import load_student
+from qswitch.rollout.decode import Rollout, RolloutStats, inference
+from qswitch.run_dir import RunDir
+
+
+class GenerateTrainer(Trainer):
+    """GKD as others run it: transformers' `generate` writes."""
+
+    def roll_out(self, items: Any) -> tuple[list[Rollout], RolloutStats]:
+        settings, stats, started = self.config.rollout, RolloutStats(), time.perf_counter()
+        results = []
+        with inference(self.student):
+            for first in range(0, len(items), settings.batch_size):
+                rows = items[first : first + settings.batch_size]
+                longest = max(len(p.prompt_ids) for p, _ in rows)
+                ids = torch.tensor([[self.pair.pad_id] * (longest - len(p.prompt_ids)) + p.prompt_ids for p, _ in rows])
+                mask = torch.tensor([[0] * (longest - len(p.prompt_ids)) + [1] * len(p.prompt_ids) for p, _ in rows])
+                out = self.student.hf.generate(
+                    input_ids=ids.to(self.device), attention_mask=mask.to(self.device), do_sample=True, top_k=0,
+                    top_p=1.0, max_new_tokens=settings.max_new_tokens, eos_token_id=list(self.pair.eos_ids),
+                    pad_token_id=self.pair.pad_id,
+                )[:, longest:].tolist()  # fmt: skip
+                for (prompt, visit), tokens in zip(rows, out, strict=True):
+                    end = next((i + 1 for i, t in enumerate(tokens) if t in self.pair.eos_ids), len(tokens))
+                    response = tokens[:end]
+                    results.append(
+                        Rollout(prompt.example_id, visit, prompt.prompt_ids, response, [0] * end, None, None, [], None,
+                                ended=response[-1] in self.pair.eos_ids)
+                    )  # fmt: skip
+                    stats.tokens += end
+        stats.seconds = time.perf_counter() - started
+        return results, stats
+
+
+def make_row(args: argparse.Namespace, folder: Path, name: str) -> Trainer:
+    method, _, detail = name.partition(" ")
+    reuse = int(detail) if detail.isdigit() else 1
+    rollout: dict[str, Any] = {
+        "policy": "switch" if method == "switch" else "student", "max_new_tokens": args.new_tokens,
+        "batch_size": args.batch, "reuse": reuse,
+    }  # fmt: skip
+    if method == "switch":
+        rollout |= {"decay_rate": args.decay_rate, "block_tokens": 0 if detail == "sequential" else "auto"}
+    config = build_config(
+        {
+            "teacher": {"model": str(args.teacher), "precision": args.precision},
+            "student": {"model": str(args.student)},
+            "data": {"train": str(args.prompts), "max_prompt_tokens": args.prompt_tokens, "num_validation": 1},
+            "rollout": rollout,
+            "loss": {"scope": "all"},
+            "train": {
+                "per_device_train_batch_size": args.micro_batch, "max_steps": 1000,
+                "gradient_accumulation_steps": args.sequences // args.micro_batch, "device": args.device,
+            },
+        }
+    )  # fmt: skip
+    run_dir = RunDir.create(folder / name.replace(" ", "-"), config)
+    pair = load_pair_tokenizer(config)
+    _, prompts, held_out = load_prompts(config, pair)
+    runtime = make_runtime(config.train)
+    return (GenerateTrainer if name == "gkd generate" else Trainer)(
+        config,
+        run_dir,
+        teacher=load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size),
+        student=load_student(config, runtime, vocab_size=pair.vocab_size, base_path=None),
+        pair=pair,
+        prompts=prompts,
+        validation_prompts=held_out,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--student", type=Path, required=True)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--precision", default="nf4")
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    parser.add_argument("--reuse", type=lambda t: [int(x) for x in t.split(",")], default=[1, 2, 4])
+    parser.add_argument("--batch", type=int, default=8, help="rows decoded together")
+    parser.add_argument("--sequences", type=int, default=16, help="of an optimizer step")
+    parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--decay-rate", type=float, default=0.1)
+    parser.add_argument("--steps", type=int, default=3, help="counted steps of each row")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+
+    names = ["switch sequential", "gkd generate"]
+    names += [f"{method} {reuse}" for reuse in args.reuse for method in ("switch", "gkd")]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    parts: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        rows = {name: make_row(args, Path(folder), name) for name in names}
+        settled = max(args.reuse) + 1
+        for turn in range(settled + args.steps):
+            for name, trainer in rows.items():
+                reuse = trainer.config.rollout.reuse
+                if turn < settled - reuse:
+                    continue  # a row without reuse needs no filling of its buffer
+                started = time.perf_counter()
+                report = trainer.train_step()
+                taken = time.perf_counter() - started
+                trainer.step += 1
+                if turn >= settled:
+                    seconds[name].append(taken / report.loss_tokens)
+                    for part, value in report.seconds.items():
+                        mine = parts.setdefault(name, {})
+                        mine[part] = mine.get(part, 0.0) + value / report.loss_tokens / args.steps
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    result = {
+        "benchmark": "step",
+        "settings": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
+        "pair": [args.teacher.name, args.student.name],
+        "seconds_per_trained_token": medians,
+        "times_gkd_generate": {name: value / medians["gkd generate"] for name, value in medians.items()},
+        "times_gkd_same_reuse": {
+            f"switch {r}": medians[f"switch {r}"] / medians[f"gkd {r}"] for r in args.reuse
+        },
+        "seconds_by_part": parts,
+        "all": seconds,
+        **environment(torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")),
+    }  # fmt: skip
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
