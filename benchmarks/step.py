@@ -6,8 +6,8 @@ Rows of the table, all through the same trainer, loss (over every response token
 
 - `switch R`: this engine, block length auto, each rollout trained R times;
 - `gkd R`: the student writes on this engine, one parallel teacher pass scores, each rollout trained R times;
-- `gkd generate`: the student writes through transformers' `generate`, as in other trainers, one parallel teacher pass
-  scores, every rollout trained once;
+- `gkd generate`: the student writes through transformers' `generate`, as in other trainers, one parallel teacher
+  pass scores, every rollout trained once;
 - `switch sequential`: one teacher pass a token and no reuse, what the paper pays.
 
 A step's seconds are divided by its trained tokens, because responses differ in length. Rows take turns, step by step, so
