@@ -10,8 +10,9 @@ Rows of the table, all through the same trainer, loss (over every response token
   pass scores, every rollout trained once;
 - `switch sequential`: one teacher pass a token and no reuse, what the paper pays.
 
-A step's seconds are divided by its trained tokens, because responses differ in length. Rows take turns, step by step,
-so that a noisy machine disturbs all of them. The first steps of each row, while its replay buffer fills, are not counted.
+A step's seconds are divided by its trained tokens, because responses differ in length. Rows take turns, step by
+step, so that a noisy machine disturbs all of them. The first steps of each row, while its replay buffer fills, are not
+counted.
 """
 
 from __future__ import annotations
