@@ -2,6 +2,7 @@
 
     python benchmarks/rollout.py passes   --teacher DIR --student DIR --prompts FILE.jsonl   # teacher passes per token
     python benchmarks/rollout.py time     --teacher DIR --student DIR --prompts FILE.jsonl   # seconds per token, paired
+    python benchmarks/rollout.py simulate --pass-times FILE.json ...                         # by another table of times
     python benchmarks/rollout.py rounding --teacher DIR --student DIR --prompts FILE.jsonl   # same tokens in floats?
     python benchmarks/rollout.py assisted --teacher DIR --student DIR --prompts FILE.jsonl   # against transformers
 
@@ -33,7 +34,15 @@ from qswitch.models.load import load_teacher
 from qswitch.models.pair import TokenizerPair, load_pair_tokenizer, template_tokenizer
 from qswitch.models.runtime import make_runtime
 from qswitch.models.student import load_student
-from qswitch.rollout.block_length import MAX_BLOCK_TOKENS, Acceptance, AutoBlock, FixedBlock, PassTimes
+from qswitch.rollout.block_length import (
+    MAX_BLOCK_TOKENS,
+    TEACHER_ONLY,
+    Acceptance,
+    AutoBlock,
+    FixedBlock,
+    PassTimes,
+    RowsAhead,
+)
 from qswitch.rollout.decode import Rollout, RolloutRequest, RolloutStats, inference, rollout
 from qswitch.rollout.pass_times import measure_pass_times
 from qswitch.rollout.policy import TEACHER, SwitchPolicy, Threshold
@@ -192,6 +201,63 @@ def timed(bench: Bench) -> dict[str, Any]:
     return {"cells": cells}
 
 
+def simulate(bench: Bench) -> dict[str, Any]:
+    """What `auto` would gain where passes take other times: real agreement of the writers, a given table of pass times.
+
+    A rollout's tokens do not depend on the block length, so from where the student agreed in one run every round of any
+    other block length follows; only the seconds are the table's.
+    """
+    times = PassTimes.from_dict(json.loads(Path(bench.args.pass_times).read_text()))
+    cells = []
+    for decay in bench.args.decay:
+        # One draft: the student is asked at every step, also where it decides nothing.
+        written, _ = bench.write(1 / decay, max(bench.args.batch), FixedBlock(1))
+        agreements = [np.array(r.student_agrees, dtype=bool) for r in written]
+        tail = SwitchPolicy(Threshold("exponential", 1.0, 1 / decay, 0.2, bench.args.new_tokens)).tail_start
+        for batch in bench.args.batch:
+            acceptance = Acceptance()
+            replayed_seconds(
+                agreements, batch, AutoBlock(times, acceptance), times, tail, bench.args.new_tokens
+            )  # warm
+            auto = replayed_seconds(agreements, batch, AutoBlock(times, acceptance), times, tail, bench.args.new_tokens)
+            single = replayed_seconds(agreements, batch, FixedBlock(0), times, tail, bench.args.new_tokens)
+            cells.append(
+                {"batch": batch, "decay_rate": f"1/{decay}", "speed_of_auto_over_sequential": single / auto,
+                 "seconds_per_token_auto": auto, "seconds_per_token_sequential": single}
+            )  # fmt: skip
+            print(json.dumps(cells[-1]), flush=True)
+    return {"table": times.to_dict(), "cells": cells}
+
+
+def replayed_seconds(
+    agreements: list[np.ndarray], batch: int, blocks: Any, times: PassTimes, tail: float, limit: int
+) -> float:
+    """Seconds per token by the table, when the given responses are written again in blocks and rows are refilled."""
+    waiting = list(agreements)
+    rows: list[list[Any]] = []  # [agreement, next step, left by the student]
+    seconds = 0.0
+    while waiting or rows:
+        while waiting and len(rows) < batch:
+            rows.append([waiting.pop(), 0, False])
+        steps = np.array([row[1] for row in rows])
+        ahead = RowsAhead(
+            steps, limit - steps, np.array([not row[2] for row in rows]), student_needed=bool((steps < tail).any())
+        )
+        drafts = blocks.choose(ahead)
+        seconds += float(times.teacher_seconds(len(rows), np.array([max(drafts, 0) + 1.0]))[0])
+        seconds += (drafts + 1) * times.student_seconds(len(rows))
+        for row in rows:
+            agrees, start = row[0], row[1]
+            end = start + 1
+            while end < len(agrees) and end - start <= drafts and agrees[end - 1] and not row[2]:
+                end += 1
+            if drafts != TEACHER_ONLY and not row[2]:
+                blocks.count(np.arange(start, end), agrees[start:end])
+            row[1], row[2] = end, row[2] or drafts == TEACHER_ONLY
+        rows = [row for row in rows if row[1] < len(row[0])]
+    return seconds / sum(map(len, agreements))
+
+
 def rounding(bench: Bench) -> dict[str, Any]:
     """How many rollouts and tokens differ between single steps and blocks of 4, because passes round differently."""
     decay, batch = bench.args.decay[0], max(bench.args.batch)
@@ -296,7 +362,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-PARTS = {"passes": passes, "time": timed, "rounding": rounding, "assisted": assisted}
+PARTS = {"passes": passes, "simulate": simulate, "time": timed, "rounding": rounding, "assisted": assisted}
 
 
 def main() -> None:
@@ -321,7 +387,9 @@ def main() -> None:
     parser.add_argument(
         "--prompts-per-row", type=int, default=2, help="part time: prompts of a batch of B are B times this"
     )
-    parser.add_argument("--pass-times", type=Path, help="part time: a pass_times.json instead of measuring")
+    parser.add_argument(
+        "--pass-times", type=Path, help="parts time and simulate: a pass_times.json instead of measuring"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
