@@ -42,6 +42,7 @@ from qswitch.rollout.block_length import (
     FixedBlock,
     PassTimes,
     RowsAhead,
+    drafts_within_scratch,
 )
 from qswitch.rollout.decode import Rollout, RolloutRequest, RolloutStats, inference, rollout
 from qswitch.rollout.pass_times import measure_pass_times
@@ -174,7 +175,7 @@ def timed(bench: Bench) -> dict[str, Any]:
         else:
             times = measure_pass_times(bench.teacher, bench.student, batch)
         for decay in bench.args.decay:
-            auto = AutoBlock(times, Acceptance())
+            auto = AutoBlock(times, Acceptance(), drafts_within_scratch(batch, bench.pair.vocab_size))
             num = min(len(bench.prompts), bench.args.prompts_per_row * batch)
             bench.write(1 / decay, batch, auto, num=num)  # warms the machine and the acceptance counts
             ratios, sequential, drafts = [], [], {}

@@ -39,7 +39,14 @@ from qswitch.distill.validation import Validation
 from qswitch.errors import TrainingError
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.pair import TokenizerPair
-from qswitch.rollout.block_length import Acceptance, AutoBlock, BlockLength, FixedBlock, PassTimes
+from qswitch.rollout.block_length import (
+    Acceptance,
+    AutoBlock,
+    BlockLength,
+    FixedBlock,
+    PassTimes,
+    drafts_within_scratch,
+)
 from qswitch.rollout.decode import Rollout, RolloutRequest, RolloutStats, rollout, score_responses
 from qswitch.rollout.pass_times import measure_pass_times
 from qswitch.rollout.policy import TEACHER, make_policy
@@ -283,7 +290,8 @@ class Trainer:
         else:
             times = measure_pass_times(self.teacher, self.student, settings.batch_size)
             self.run_dir.write_json(path.name, times.to_dict())
-        return AutoBlock(times, self.acceptance)
+        most = drafts_within_scratch(settings.batch_size, self.pair.vocab_size)
+        return AutoBlock(times, self.acceptance, most)
 
     def cache_teacher(self, rollouts: Sequence[Rollout]) -> list[TrainingSequence]:
         """Put the teacher's outputs of the loss steps into the cache.

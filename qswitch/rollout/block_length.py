@@ -17,6 +17,10 @@ import numpy as np
 
 MAX_BLOCK_TOKENS = 16
 """Longest block the automatic choice considers."""
+SCRATCH_BYTES = 256 * 2**20
+"""Memory that the distributions of a block may take; the automatic choice stays within it."""
+SCRATCH_BYTES_PER_LOGIT = 36
+"""Noise, both log-probabilities, the logits and the divergence's temporaries, fp32, per row, step and token id."""
 TEACHER_ONLY = -1
 """In place of a number of drafts: the student is not asked at all."""
 BUCKET_STEPS = 8
@@ -168,9 +172,10 @@ class AutoBlock:
 
     times: PassTimes
     acceptance: Acceptance
+    most_drafts: int = MAX_BLOCK_TOKENS
 
     def choose(self, rows: RowsAhead) -> int:
-        return best_block(self.acceptance, self.times, rows)
+        return best_block(self.acceptance, self.times, rows, self.most_drafts)
 
     def count(self, steps: np.ndarray, kept: np.ndarray) -> None:
         self.acceptance.count(steps, kept)
@@ -187,9 +192,15 @@ def expected_tokens(acceptance: Acceptance, rows: RowsAhead, most_drafts: int) -
     return np.concatenate([[float(len(rows.steps))], len(rows.steps) + np.cumprod(kept, axis=1).sum(axis=0).cumsum()])
 
 
-def best_block(acceptance: Acceptance, times: PassTimes, rows: RowsAhead) -> int:
+def drafts_within_scratch(num_rows: int, vocab_size: int) -> int:
+    """Longest block whose distributions stay within SCRATCH_BYTES, at most MAX_BLOCK_TOKENS."""
+    steps = SCRATCH_BYTES // (SCRATCH_BYTES_PER_LOGIT * num_rows * vocab_size)
+    return max(min(steps - 1, MAX_BLOCK_TOKENS), 0)
+
+
+def best_block(acceptance: Acceptance, times: PassTimes, rows: RowsAhead, most_drafts: int = MAX_BLOCK_TOKENS) -> int:
     """The block length with the most expected tokens per second; TEACHER_ONLY where that is cheaper and allowed."""
-    most = max(min(MAX_BLOCK_TOKENS, int(rows.remaining.max()) - 1), 0)
+    most = max(min(most_drafts, int(rows.remaining.max()) - 1), 0)
     num_rows = len(rows.steps)
     drafts = np.arange(most + 1)
     seconds = times.teacher_seconds(num_rows, drafts + 1.0) + (drafts + 1) * times.student_seconds(num_rows)

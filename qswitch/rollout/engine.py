@@ -167,10 +167,12 @@ class Engine:
             if drafts is None:
                 teacher_log_probs = self._without_repeats(teacher_log_probs[:, 0])[:, None]
 
-        left = torch.from_numpy(self._left_by_student).to(self._device)[:, None]
+        left = self._left_on_device()
         decision = self._policy.decide(self._view(steps, teacher_log_probs, student_log_probs, drafts))
         tokens = self._draw(decision.writers, teacher_log_probs, student_log_probs, drafts, steps, noise)
-        agrees = torch.zeros_like(live) if drafts is None else (tokens == drafts) & ~left
+        agrees = torch.zeros_like(live) if drafts is None else tokens == drafts
+        if left is not None:
+            agrees = agrees & ~left
 
         # The block ends at the first token that is not the draft, at an end token and at the row's limit.
         is_end = torch.isin(tokens, self._eos)
@@ -189,7 +191,8 @@ class Engine:
         if self._sampling.no_repeat_ngram_size:
             self._history[self._places, self._prompt_lengths[self._places] + self._steps] = tokens[:, 0]
         if decision.jsd_bits is not None:
-            self._jsd[rows, columns] = decision.jsd_bits.double().masked_fill(left, torch.nan)
+            jsd = decision.jsd_bits.double()
+            self._jsd[rows, columns] = jsd if left is None else jsd.masked_fill(left, torch.nan)
         if decision.threshold is not None:
             self._tau[rows, columns] = decision.threshold
         if self._keep != "nothing":
@@ -213,7 +216,7 @@ class Engine:
                 state.take_back(num_steps, written, counts, live_counts)
             elif asks_student:
                 stays = ~self._left_by_student
-                kept = written if stays.all() else torch.where(left[:, 0], 0, written)
+                kept = written if left is None else torch.where(left[:, 0], 0, written)
                 state.take_back(num_steps, kept, counts * stays, live_counts * stays)
         self._count(num_drafts, counts, agreed.astype(bool), asks_student)
         self._step = self._step + counts
@@ -229,8 +232,9 @@ class Engine:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the student would write, each token read before the next: tokens [R, J], log q [R, J, V], [R, J, D']."""
         assert self._student is not None
-        if self._left_by_student.any():
-            live = live & ~torch.from_numpy(self._left_by_student).to(self._device)[:, None]
+        left = self._left_on_device()
+        if left is not None:
+            live = live & ~left
             live_counts = live_counts * ~self._left_by_student
         token, tokens, distributions, states = lead, [], [], []
         for j in range(live.shape[1]):
@@ -240,6 +244,12 @@ class Engine:
             token = sampling.draw(distributions[-1], None if noise is None else noise[:, j], self._sampling.temperature)
             tokens.append(token)
         return torch.stack(tokens, dim=1), torch.stack(distributions, dim=1), torch.cat(states, dim=1)
+
+    def _left_on_device(self) -> Tensor | None:
+        """bool [R, 1]: rows that the student has not read to the end; None where there are none, the usual case."""
+        if not self._left_by_student.any():
+            return None
+        return torch.from_numpy(self._left_by_student).to(self._device)[:, None]
 
     def _pass(self, name: str, tokens: Tensor, live: Tensor, live_counts: np.ndarray) -> Tensor:
         state = self._states[name]

@@ -18,6 +18,7 @@ from qswitch.rollout.block_length import (
     PassTimes,
     RowsAhead,
     best_block,
+    drafts_within_scratch,
     expected_tokens,
 )
 from qswitch.rollout.pass_times import measure_pass_times
@@ -82,6 +83,13 @@ def test_the_choice_is_the_best_rate():
             for k in range(most + 1)
         ]
         assert best_block(acceptance, table, ahead) == int(np.argmax(rates))
+
+
+def test_the_choice_stays_within_its_memory():
+    assert drafts_within_scratch(8, 32_000) == MAX_BLOCK_TOKENS
+    assert drafts_within_scratch(8, 128_256) == 6
+    assert drafts_within_scratch(512, 128_256) == 0
+    assert best_block(accepting(1.0), times(1.0, 0.02, 0.1), rows(0), most_drafts=5) == 5
 
 
 def test_teacher_only_where_the_student_decides_nothing_and_drafts_do_not_pay():
