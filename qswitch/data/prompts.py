@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qswitch.data.records import Record
+from qswitch.data.sources import Notify
 from qswitch.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class Prompt:
     """The prompt after the template, as text."""
     max_new_tokens: int | None = None
     """Response limit of this example, tokens; None: the run's."""
+    earlier_turns: tuple[tuple[int, int], ...] = ()
+    """[start, end) within prompt_ids of the assistant's earlier turns, which ground-truth training learns too."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,10 @@ class EncodeCounts:
     """Kept, the response cut to the limit, without end token."""
     empty_response: int
     """Kept, the response is blank and counts as none."""
+    without_response: int
+    """Kept, with no response to learn from: none in the data, or a blank one."""
+    capped_limits: int
+    """Kept, the record's own max_new_tokens lowered to the run's."""
 
 
 class PromptEncoder:
@@ -143,10 +150,46 @@ class PromptEncoder:
             else:
                 text = records[i].response or ""
                 responses[i] = self._ended(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        spans = self._earlier_turns(records, prompt_ids)
         return [
-            Prompt(record.id, prompt_ids[i], responses.get(i), texts[i], record.max_new_tokens)
+            Prompt(record.id, prompt_ids[i], responses.get(i), texts[i], record.max_new_tokens, spans.get(i, ()))
             for i, record in enumerate(records)
         ]
+
+    def _earlier_turns(
+        self, records: Sequence[Record], prompt_ids: Sequence[list[int]]
+    ) -> dict[int, tuple[tuple[int, int], ...]]:
+        """Record -> [start, end) of every earlier assistant turn in its prompt, the turn's end token included.
+
+        A turn begins where the prompt up to it ends. Templates that print earlier turns otherwise than the last one
+        (without their thinking, for instance) have no such place, and that turn is context only.
+        """
+        places = [
+            (i, turn)
+            for i, record in enumerate(records)
+            for turn, message in enumerate(record.messages)
+            if message.role == "assistant" and turn > 0
+        ]
+        before, upto = [], []
+        for i, turn in places:
+            record = records[i]
+            head = replace(record, messages=record.messages[:turn], response=None, instruction=None, input="")
+            text = self.render(head)
+            before.append(text)
+            upto.append(self._whole_text(replace(head, response=record.messages[turn].content), text))
+        spans: dict[int, tuple[tuple[int, int], ...]] = {}
+        for (i, _), start_ids, end_ids in zip(places, self._tokenize(before), self._tokenize(upto), strict=True):
+            whole, start = prompt_ids[i], len(start_ids)
+            if whole[:start] != start_ids:
+                continue
+            end = start
+            while end < min(len(end_ids), len(whole)) and end_ids[end] == whole[end]:
+                end += 1
+                if whole[end - 1] in self.end_token_ids:
+                    break
+            if end > start:
+                spans[i] = (*spans.get(i, ()), (start, end))
+        return spans
 
     def _whole_text(self, record: Record, prompt_text: str) -> str:
         if self._kind == "jinja":
@@ -200,28 +243,37 @@ def template_source(encoder: PromptEncoder) -> str:
 
 
 def encode_all(
-    records: Sequence[Record], encoder: PromptEncoder, *, max_prompt_tokens: int, max_response_tokens: int
+    records: Sequence[Record],
+    encoder: PromptEncoder,
+    *,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    notify: Notify | None = None,
 ) -> tuple[list[Prompt], EncodeCounts]:
     """Encodes records, drops over-long prompts and cuts over-long responses; says so in one message each.
+
+    `notify` hears how many of the records are done.
 
     Raises:
         DataError: no record is left, or one cannot be encoded.
     """
     prompts: list[Prompt] = []
-    too_long = truncated = empty = longest = 0
+    too_long = truncated = empty = without = capped = longest = 0
     for start in range(0, len(records), _BATCH_TEXTS):
         batch = records[start : start + _BATCH_TEXTS]
-        for record, prompt in zip(batch, encoder.encode_batch(batch), strict=True):
-            longest = max(longest, len(prompt.prompt_ids))
-            if len(prompt.prompt_ids) > max_prompt_tokens:
+        for record, encoded in zip(batch, encoder.encode_batch(batch), strict=True):
+            longest = max(longest, len(encoded.prompt_ids))
+            prompt = fit_prompt(encoded, max_prompt_tokens, max_response_tokens)
+            if prompt is None:
                 too_long += 1
                 continue
             empty += record.response is not None and prompt.response_ids is None
-            if prompt.response_ids is not None and len(prompt.response_ids) > max_response_tokens:
-                truncated += 1
-                cut = prompt.response_ids[:max_response_tokens]
-                prompt = Prompt(prompt.example_id, prompt.prompt_ids, cut, prompt.text, prompt.max_new_tokens)
+            without += prompt.response_ids is None
+            truncated += len(prompt.response_ids or ()) < len(encoded.response_ids or ())
+            capped += prompt.max_new_tokens != encoded.max_new_tokens
             prompts.append(prompt)
+        if notify is not None:
+            notify("tokenising", start + len(batch), len(records))
     if not prompts:
         raise DataError(
             f"No prompt is left: all {len(records)} are longer than data.max_prompt_tokens={max_prompt_tokens} (the "
@@ -239,7 +291,28 @@ def encode_all(
             "Cut %d of %d responses to %d tokens; they end without an end token.",
             truncated, len(prompts), max_response_tokens,
         )  # fmt: skip
-    return prompts, EncodeCounts(len(prompts), too_long, truncated, empty)
+    if empty:
+        logger.warning("%d of %d responses are empty and count as none.", empty, len(prompts))
+    if capped:
+        logger.warning(
+            "Lowered max_new_tokens of %d records to rollout.max_new_tokens=%d, for which the memory is planned.",
+            capped, max_response_tokens,
+        )  # fmt: skip
+    return prompts, EncodeCounts(len(prompts), too_long, truncated, empty, without, capped)
+
+
+def fit_prompt(prompt: Prompt, max_prompt_tokens: int, max_response_tokens: int) -> Prompt | None:
+    """The prompt within the run's limits: response cut, its own limit lowered; None where the prompt is too long."""
+    if len(prompt.prompt_ids) > max_prompt_tokens:
+        return None
+    response, limit = prompt.response_ids, prompt.max_new_tokens
+    if response is not None and len(response) > max_response_tokens:
+        response = response[:max_response_tokens]
+    if limit is not None and limit > max_response_tokens:
+        limit = max_response_tokens
+    if response is prompt.response_ids and limit == prompt.max_new_tokens:
+        return prompt
+    return replace(prompt, response_ids=response, max_new_tokens=limit)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

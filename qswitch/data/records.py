@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qswitch.config import DataSection
-from qswitch.data.sources import Row, iter_rows
+from qswitch.data.sources import Notify, Row, iter_rows
 from qswitch.errors import DataError
 
 MAPPABLE_FIELDS = (
@@ -37,6 +37,7 @@ _FIELD_NAMES = {
     "system": ("system", "system_prompt"),
     "max_new_tokens": ("max_new_tokens",),
 }
+_RECORDS_PER_NOTE = 1000
 _FORMATS = ("messages", "conversations", "instruction", "prompt")
 _ROLES = {
     "system": "system",
@@ -85,27 +86,48 @@ class Record:
         return "\n".join(f"{m.role}: {m.content.strip()}" for m in self.messages)
 
 
-def load_records(data: DataSection, reference: str | list[str], *, limit: int | None = None) -> list[Record]:
-    """Records of `reference` (data.train, data.validation or an evaluation file), at most `limit`, ids from 0.
+def load_records(
+    data: DataSection,
+    reference: str | list[str],
+    *,
+    limit: int | None = None,
+    split: str | None = None,
+    first_id: int = 0,
+    notify: Notify | None = None,
+) -> list[Record]:
+    """Records of `reference` (data.train, data.validation or an evaluation file), at most `limit`, ids from `first_id`.
+
+    `split` defaults to data.split; `notify` hears how many records have been read.
 
     Raises:
         DataError: nothing there, a line that cannot be read, no known format, a wrong type, an empty prompt; names
             file, line, reason and remedy.
+    """
+    check_columns(data)
+    records: list[Record] = []
+    columns: dict[str, None] = {}
+    for row in itertools.islice(iter_rows(reference, split=split or data.split), limit):
+        columns.update(dict.fromkeys(row.fields))
+        records.append(record_of_row(row, first_id + len(records), data))
+        if notify is not None and len(records) % _RECORDS_PER_NOTE == 0:
+            notify(f"reading {reference}", len(records), None)
+    for ours, column in data.columns.items():
+        if column not in columns:
+            raise DataError(_unknown_column(ours, column, columns, str(reference)))
+    return records
+
+
+def check_columns(data: DataSection) -> None:
+    """Nothing, or an error for a key of data.columns that no record has.
+
+    Raises:
+        DataError: names the key and the nearest field.
     """
     unknown = [f for f in data.columns if f not in MAPPABLE_FIELDS]
     if unknown:
         near = difflib.get_close_matches(unknown[0], MAPPABLE_FIELDS, n=1)
         hint = f"Did you mean data.columns.{near[0]}?" if near else f"Known: {', '.join(MAPPABLE_FIELDS)}."
         raise DataError(f"data.columns.{unknown[0]} is not a field that a record has. {hint}")
-    records: list[Record] = []
-    columns: dict[str, None] = {}
-    for row in itertools.islice(iter_rows(reference, split=data.split), limit):
-        columns.update(dict.fromkeys(row.fields))
-        records.append(_record(row, len(records), data))
-    for ours, column in data.columns.items():
-        if column not in columns:
-            raise DataError(_unknown_column(ours, column, columns, str(reference)))
-    return records
 
 
 def _unknown_column(ours: str, column: str, columns: Mapping[str, Any], where: str) -> str:
@@ -159,7 +181,12 @@ def _kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _record(row: Row, index: int, data: DataSection) -> Record:
+def record_of_row(row: Row, index: int, data: DataSection) -> Record:
+    """What one row says; `index` becomes its id.
+
+    Raises:
+        DataError: no known format, a wrong type, an empty prompt; names file, line, reason and remedy.
+    """
     fields = _Fields(row, data.columns)
     present = [name for name in _FORMATS if fields.column(name) is not None and fields.raw(name) is not None]
     if not present:

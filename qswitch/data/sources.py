@@ -9,20 +9,35 @@ from __future__ import annotations
 import csv
 import difflib
 import importlib.util
+import io
 import itertools
 import json
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qswitch.data.compression import COMPRESSIONS, compression_of, data_suffix, open_bytes
 from qswitch.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _FIELD_LIMIT_CHARS = 2**27
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words in a file's name that say which split it belongs to, as the hub's data sets use them."""
+
+
+Notify = Callable[[str, int, "int | None"], None]
+"""Hears how far loading is: what is being done, how much of it, of how much (None: unknown)."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +51,10 @@ class Row:
 def iter_rows(reference: str | list[str], *, split: str = "train", text_files: bool = False) -> Iterator[Row]:
     """Rows of every file, folder or hub data set in `reference`, in order.
 
-    A folder stands for its data files in name order. A hub id is `owner/name`, or `owner/name:configuration`.
-    With `text_files`, .txt and .md files count too, each as one row `{"text": whole file}`.
+    A folder stands for its data files in name order; where their names tell splits apart (train, validation, test),
+    for those of `split`. It may also be one that `datasets` saved. A hub id is `owner/name`, or
+    `owner/name:configuration`. Files may be compressed (.gz, .bz2, .xz, .zst). With `text_files`, .txt and .md files
+    count too, each as one row `{"text": whole file}`.
 
     Raises:
         DataError: nothing there, nothing in it, or a line that cannot be read; names file, line, reason and remedy.
@@ -54,24 +71,90 @@ def iter_rows(reference: str | list[str], *, split: str = "train", text_files: b
 
 
 def _rows_of(reference: str, split: str, text_files: bool) -> Iterator[Row]:
-    path = _package_path(reference) if reference.startswith("package:") else Path(reference).expanduser()
     suffixes = RECORD_SUFFIXES + (TEXT_SUFFIXES if text_files else ())
-    if path.is_dir():
-        files = sorted(
-            f
-            for f in path.rglob("*")
-            if f.is_file() and f.suffix.lower() in suffixes and not f.relative_to(path).parts[0].startswith(".")
-        )
-        if not files:
-            raise DataError(f"The folder {path} holds no data file. Files end in {', '.join(suffixes)}.")
-        for file in files:
-            yield from _rows_of_file(file, suffixes)
-    elif path.exists():
-        yield from _rows_of_file(path, suffixes)
-    elif _HUB_ID.fullmatch(reference) and path.suffix.lower() not in suffixes:
+    path = reference_path(reference, suffixes)
+    if path is None:
         yield from _rows_of_hub(reference, split)
+    elif _is_saved_dataset(path):
+        yield from _rows_of_saved(path, split)
     else:
-        raise DataError(f"{reference} does not exist.{_nearest_file(path, suffixes)}")
+        for file in data_files(path, split, suffixes):
+            yield from _rows_of_file(file, suffixes)
+
+
+def reference_path(reference: str, suffixes: tuple[str, ...] = RECORD_SUFFIXES) -> Path | None:
+    """The file or folder of a reference; None for a hub id.
+
+    Raises:
+        DataError: neither is there, nor is it a hub id.
+    """
+    path = _package_path(reference) if reference.startswith("package:") else Path(reference).expanduser()
+    if path.exists():
+        return path
+    if _HUB_ID.fullmatch(reference) and data_suffix(path) not in suffixes:
+        return None
+    raise DataError(f"{reference} does not exist.{_nearest_file(path, suffixes)}")
+
+
+def data_files(path: Path, split: str, suffixes: tuple[str, ...] = RECORD_SUFFIXES) -> list[Path]:
+    """The data files of a path: itself, or those in a folder, of one split where their names tell splits apart.
+
+    Raises:
+        DataError: the folder holds none, or none of the split.
+    """
+    if not path.is_dir():
+        return [path]
+    files = sorted(
+        f
+        for f in path.rglob("*")
+        if f.is_file() and data_suffix(f) in suffixes and not f.relative_to(path).parts[0].startswith(".")
+    )
+    if not files:
+        endings = ", ".join(suffixes)
+        raise DataError(f"The folder {path} holds no data file. Files end in {endings}, plain or compressed.")
+    # Text files are documents of a corpus, whose names mean nothing.
+    splits = {f: _split_of(f.relative_to(path)) if data_suffix(f) in RECORD_SUFFIXES else None for f in files}
+    named = sorted({s for s in splits.values() if s is not None})
+    if len(named) < 2:
+        return files
+    chosen = [f for f in files if splits[f] in (split, None)]
+    if not chosen:
+        raise DataError(f"The folder {path} has files of the splits {', '.join(named)}, but none of {split}.")
+    if len(chosen) < len(files):
+        logger.warning("%s: read %d of its %d files, those of the split %s.", path, len(chosen), len(files), split)
+    return chosen
+
+
+def _split_of(inner: Path) -> str | None:
+    """The split that a file's name, or the folder it lies in, says it belongs to."""
+    for part in (inner.name, inner.parent.name):
+        words = set(re.split(r"[^a-z]+", part.lower()))
+        for split, names in _SPLIT_NAMES.items():
+            if words & set(names):
+                return split
+    return None
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    return path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _rows_of_saved(path: Path, split: str) -> Iterator[Row]:
+    """Rows of a folder that `save_to_disk` of the datasets library wrote."""
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # datasets and pyarrow raise many kinds; all mean that the folder is not whole
+        raise DataError(f"{path}: not readable as a saved data set: {_first_line(error)}. Save it anew.") from None
+    if isinstance(saved, dict):
+        if split not in saved:
+            raise DataError(
+                f"{path} has the splits {', '.join(saved)}, but not {split}. Set data.split to one of them."
+            )
+        saved = saved[split]
+    for number, fields in enumerate(saved, 1):
+        yield Row(dict(fields), f"{path} record {number}")
 
 
 def _package_path(reference: str) -> Path:
@@ -102,9 +185,12 @@ def _nearest_file(path: Path, suffixes: tuple[str, ...]) -> str:
 
 
 def _rows_of_file(path: Path, suffixes: tuple[str, ...]) -> Iterator[Row]:
-    suffix = path.suffix.lower()
+    suffix = data_suffix(path)
     if suffix not in suffixes:
-        raise DataError(f"{path}: files that end in {suffix or 'nothing'} are not read. Use {', '.join(suffixes)}.")
+        raise DataError(
+            f"{path}: files that end in {path.suffix.lower() or 'nothing'} are not read. Use {', '.join(suffixes)}, "
+            f"plain or compressed ({', '.join(COMPRESSIONS)})."
+        )
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty. Put at least one record into it, or name another file.")
@@ -129,12 +215,24 @@ def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
     )
 
 
+def _first_line_not_utf8(path: Path) -> DataError:
+    """Reads the file again, line by line, to say where the decoder of the whole file gave up."""
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return _not_utf8(path, number, error)
+    raise AssertionError(f"{path} decodes line by line, but not as a whole")
+
+
 def _read_text(path: Path) -> str:
-    data = path.read_bytes()
+    with open_bytes(path) as file:
+        data = file.read()
     try:
         return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, data.count(b"\n", 0, error.start) + 1, error) from None
+    except UnicodeDecodeError:
+        raise _first_line_not_utf8(path) from None
 
 
 def _parse_json(text: str) -> Any:
@@ -155,25 +253,36 @@ def _as_row(value: Any, where: str) -> Row:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
-            where = f"{path} line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise _not_utf8(path, number, error) from None
-            if not text.strip():
-                continue
-            try:
-                value = _parse_json(text)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{where}: not valid JSON: {error.msg} at column {error.colno}. Write one object a line; "
-                    "mend or delete this line."
-                ) from None
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not valid JSON: {error}. Mend or delete this line.") from None
-            yield _as_row(value, where)
+            row = parse_json_line(line, path, number)
+            if row is not None:
+                yield row
+
+
+def parse_json_line(line: bytes, path: Path, number: int) -> Row | None:
+    """The row on line `number` (from 1) of a JSON-lines file; None for a blank line.
+
+    Raises:
+        DataError: the line is not UTF-8, no JSON, or no object.
+    """
+    where = f"{path} line {number}"
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, number, error) from None
+    if not text.strip():
+        return None
+    try:
+        value = _parse_json(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: not valid JSON: {error.msg} at column {error.colno}. Write one object a line; "
+            "mend or delete this line."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON: {error}. Mend or delete this line.") from None
+    return _as_row(value, where)
 
 
 def _json_file(path: Path) -> Iterator[Row]:
@@ -200,34 +309,39 @@ def _json_file(path: Path) -> Iterator[Row]:
 
 
 def _csv_file(path: Path, delimiter: str) -> Iterator[Row]:
-    """Every cell as text, so that 007 stays 007; a quoted cell may span lines."""
+    """Every cell as text, so that 007 stays 007; a quoted cell may span lines. Read row by row."""
     csv.field_size_limit(_FIELD_LIMIT_CHARS)
-    lines = _read_text(path).splitlines(keepends=True)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     start = 1
     try:
-        for cells in reader:
-            where = f"{path} line {start}"
-            start = reader.line_num + 1
-            if not cells:
-                continue
-            if header is None:
-                header = [name.strip() for name in cells]
-                if len(set(header)) != len(header):
-                    raise DataError(f"{where}: two columns have the same name ({', '.join(header)}). Rename one.")
-                continue
-            if len(cells) != len(header):
-                raise DataError(
-                    f"{where}: {len(cells)} cells, but the header has {len(header)} ({', '.join(header)}). "
-                    "Put text that holds a delimiter into double quotes."
-                )
-            yield Row(dict(zip(header, cells, strict=True)), where)
+        with open_bytes(path) as file:
+            lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            for cells in reader:
+                where = f"{path} line {start}"
+                start = reader.line_num + 1
+                if not cells:
+                    continue
+                if header is None:
+                    header = [name.strip() for name in cells]
+                    if len(set(header)) != len(header):
+                        raise DataError(f"{where}: two columns have the same name ({', '.join(header)}). Rename one.")
+                    continue
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{where}: {len(cells)} cells, but the header has {len(header)} ({', '.join(header)}). "
+                        "Put text that holds a delimiter into double quotes."
+                    )
+                yield Row(dict(zip(header, cells, strict=True)), where)
     except csv.Error as error:
         raise DataError(f"{path} line {start}: not valid CSV: {error}. Check the quotes.") from None
+    except UnicodeDecodeError:
+        raise _first_line_not_utf8(path) from None
 
 
 def _parquet_file(path: Path) -> Iterator[Row]:
+    if compression_of(path):
+        raise DataError(f"{path}: parquet compresses by itself and is not read from a compressed file. Unpack it.")
     import datasets
 
     try:

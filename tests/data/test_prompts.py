@@ -173,11 +173,14 @@ def test_encode_all_drops_cuts_and_counts(caplog):
     eos = encoder.end_token_ids[0]
     assert prompts[0].response_ids[-1] == eos and len(prompts[0].response_ids) == 4
     assert eos not in prompts[1].response_ids and len(prompts[1].response_ids) == 4
-    assert prompts[1].max_new_tokens == 9
+    assert prompts[1].max_new_tokens == 4, "its own limit never exceeds the planned one"
+    assert (counts.without_response, counts.capped_limits) == (2, 1)
     assert prompts[2].response_ids is None and prompts[3].response_ids is None
     assert [r.getMessage() for r in caplog.records] == [
         "Dropped 1 of 5 prompts longer than data.max_prompt_tokens=5 (the longest has 6 tokens).",
         "Cut 1 of 4 responses to 4 tokens; they end without an end token.",
+        "1 of 4 responses are empty and count as none.",
+        "Lowered max_new_tokens of 1 records to rollout.max_new_tokens=4, for which the memory is planned.",
     ]
 
 
@@ -205,3 +208,29 @@ def test_pad_left():
     for rows in ([], [[1], []]):
         with pytest.raises(ValueError, match="at least one row"):
             pad_left(rows, 0)
+
+
+def test_earlier_assistant_turns_are_marked_with_their_end_token():
+    tokenizer = byte_tokenizer(chat_template=CHAT)
+    turns = (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "And?"), Message("assistant", "No"),
+             Message("user", "Bye"))  # fmt: skip
+    prompt = PromptEncoder(tokenizer, "teacher").encode(Record(0, turns, "See you", "f.jsonl line 1"))
+    texts = [tokenizer.decode(prompt.prompt_ids[start:end]) for start, end in prompt.earlier_turns]
+    assert texts == ["Hello<|end|>", "No<|end|>"]
+    assert tokenizer.decode(prompt.response_ids) == "See you<|end|>"
+
+
+@pytest.mark.parametrize("template", ["alpaca", "plain"])
+def test_earlier_turns_of_the_plain_templates_hold_what_the_assistant_said(template):
+    tokenizer = byte_tokenizer(bos=True)
+    turns = (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "And?"))
+    prompt = PromptEncoder(tokenizer, template).encode(Record(0, turns, "No", "f.jsonl line 1"))
+    assert [tokenizer.decode(prompt.prompt_ids[a:b]) for a, b in prompt.earlier_turns] == ["Hello"]
+
+
+def test_a_template_that_rewrites_earlier_turns_leaves_them_as_context():
+    """Templates that drop the thinking of earlier turns print them otherwise than they were written."""
+    rewriting = CHAT.replace("{{ m.content }}", "{% if loop.last %}{{ m.content }}{% else %}...{% endif %}")
+    turns = (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "And?"))
+    encoder = PromptEncoder(byte_tokenizer(chat_template=rewriting), "teacher")
+    assert encoder.encode(Record(0, turns, "No", "f.jsonl line 1")).earlier_turns == ()

@@ -1,0 +1,101 @@
+"""Files as users have them: compressed, in folders with splits, saved by datasets, on the hub."""
+
+import bz2
+import gzip
+import json
+import lzma
+
+import datasets
+import pytest
+import zstandard
+
+from qswitch.config import DataSection
+from qswitch.data.records import load_records
+from qswitch.data.sources import iter_rows
+from qswitch.errors import DataError
+
+LINES = "".join(json.dumps({"prompt": f"say {i}", "response": f"it is {i}"}) + "\n" for i in range(5))
+
+
+def prompts(reference, **options):
+    return [row.fields["prompt"] for row in iter_rows(str(reference), **options)]
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"),
+    [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", zstandard.compress)],
+)
+def test_a_compressed_file_reads_like_the_plain_one(tmp_path, ending, compress):
+    path = tmp_path / f"data.jsonl{ending}"
+    path.write_bytes(compress(LINES.encode()))
+    assert prompts(path) == [f"say {i}" for i in range(5)]
+    assert [row.where for row in iter_rows(str(path))][2] == f"{path} line 3"
+    table = tmp_path / f"table.csv{ending}"
+    table.write_bytes(compress(b'prompt,response\n"two\nlines",007\n'))
+    (row,) = iter_rows(str(table))
+    assert row.fields == {"prompt": "two\nlines", "response": "007"}
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"),
+    [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", zstandard.compress)],
+)
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"not compressed at all"], ids=["cut", "no"])
+def test_a_damaged_compressed_file_is_named(tmp_path, ending, compress, damage):
+    path = tmp_path / f"data.jsonl{ending}"
+    path.write_bytes(damage(compress((LINES * 500).encode())))
+    with pytest.raises(DataError, match=rf"data\.jsonl{ending}.*damaged or cut off"):
+        list(iter_rows(str(path)))
+
+
+def test_a_csv_that_is_not_utf8_is_named_with_its_line(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt\nfine\nGr\xfc\xdfe\n")
+    with pytest.raises(DataError, match=r"a\.csv line 3: not UTF-8"):
+        list(iter_rows(str(path)))
+
+
+def test_a_folder_whose_names_tell_splits_apart_gives_one_split(tmp_path, caplog):
+    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00000.jsonl", "validation.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"prompt": name}) + "\n")
+    assert prompts(tmp_path) == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
+    assert "read 2 of its 4 files" in caplog.text
+    assert prompts(tmp_path, split="test") == ["test-00000.jsonl"]
+
+
+def test_a_folder_of_plain_names_is_read_whole(tmp_path):
+    for name in ("a.jsonl", "b.jsonl", "training_notes.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"prompt": name}) + "\n")
+    assert len(prompts(tmp_path)) == 3
+
+
+def test_documents_of_a_corpus_have_no_splits(tmp_path):
+    for name in ("training.md", "test.md"):
+        (tmp_path / name).write_text(name)
+    assert len(list(iter_rows(str(tmp_path), text_files=True))) == 2
+
+
+def test_a_saved_data_set_gives_its_split(tmp_path):
+    parts = {
+        name: datasets.Dataset.from_list([{"prompt": f"{name} {i}"} for i in range(3)]) for name in ("train", "dev")
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
+    parts["train"].save_to_disk(tmp_path / "one")
+    assert prompts(tmp_path / "both", split="dev") == ["dev 0", "dev 1", "dev 2"]
+    assert prompts(tmp_path / "one") == ["train 0", "train 1", "train 2"]
+    with pytest.raises(DataError, match="has the splits train, dev, but not test"):
+        prompts(tmp_path / "both", split="test")
+
+
+def test_a_hub_id_is_asked_for_its_subset_and_split(monkeypatch):
+    asked = []
+
+    def load_dataset(name, configuration=None, *, split):
+        asked.append((name, configuration, split))
+        return [{"prompt": f"{split} of {configuration}"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = DataSection(train="owner/name:subset", validation="owner/name", validation_split="dev")
+    assert load_records(data, data.train)[0].text == "user: train of subset"
+    assert load_records(data, data.validation, split=data.validation_split)[0].text == "user: dev of None"
+    assert asked == [("owner/name", "subset", "train"), ("owner/name", None, "dev")]
