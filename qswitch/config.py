@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from qswitch import methods
 from qswitch.errors import ConfigError
 from qswitch.yaml_file import parse_yaml
 
@@ -90,6 +91,8 @@ class TeacherSection(Section):
     """Run Python code that ships with the model."""
     precision: Literal["nf4", "int8", "bf16", "fp32"] = "nf4"
     """How weights are stored: nf4 is 4-bit with double quantisation, about 0.52 byte per parameter."""
+    adapter: str | None = None
+    """A run of `qswitch sft --model teacher`, or a PEFT folder: attached to nf4 or int8 weights, merged into others."""
     shape: dict[str, Any] | None = None
     """config.json values of the model, so that it can be planned before any download."""
 
@@ -136,6 +139,8 @@ class StudentSection(Section):
     """lora: train adapters. none: train every weight, kept in fp32."""
     lora: LoraSection = Field(default_factory=LoraSection)
     """Adapter settings, read when adapter is lora."""
+    init_adapter: str | None = None
+    """A run of `qswitch sft`, or a PEFT folder, whose adapter the run's own starts from; of the same student.lora."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     shrink_to_layers: int | None = Field(default=None, ge=1)
@@ -148,21 +153,30 @@ class DataSection(Section):
     """Prompts, and ground-truth responses where there are any."""
 
     train: str | list[str]
-    """jsonl, json, csv or parquet file(s), a hub id, or `package:qswitch/...` for files shipped with a package."""
+    """jsonl, json, csv or parquet file(s), plain or compressed, a folder, a hub id (`owner/name` or
+    `owner/name:subset`), or `package:qswitch/...` for files shipped with a package."""
+    weights: list[float] | None = None
+    """Share of the training examples that comes from each entry of data.train; None: as many as each has."""
+    streaming: bool = False
+    """Read and tokenise records when their turn comes, for data larger than memory; the order stays exact."""
     validation: str | list[str] | None = None
     """Held-out prompts, same formats. None: num_validation records are taken out of train."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, of a saved one, or of a folder whose file names tell splits apart."""
+    validation_split: str | None = None
+    """Split of data.validation; None: data.split."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our field (prompt, response, system, instruction, input, output, messages, ...) -> column of the file."""
     template: str = "teacher"
     """teacher or student (that tokenizer's chat template), alpaca, plain (the prompt as it is), or a Jinja file."""
     system_prompt: str | None = None
     """Put before every conversation that has no system turn of its own."""
+    allow_eos_mismatch: bool = False
+    """Train although no end token of one model ends a response of the other; responses end at either's."""
     max_prompt_tokens: int = Field(default=256, ge=1)
     """Records with a longer prompt are dropped and counted."""
     limit: int | None = Field(default=None, ge=1)
-    """Use only the first N training records."""
+    """Use only the first N training records; with data.weights, or streamed, of each entry or file."""
     num_validation: int = Field(default=32, ge=1)
     """Number of held-out prompts that are scored."""
     ground_truth_mix: float = Field(default=0.0, ge=0, le=1)
@@ -214,6 +228,8 @@ class RolloutSection(Section):
 class LossSection(Section):
     """What the student is pulled towards, and over which tokens."""
 
+    objective: Literal["divergence", "cross_entropy"] = "divergence"
+    """divergence: the teacher's distribution. cross_entropy: the written tokens themselves (SFT, SeqKD)."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"] = (
         "skew_reverse_kl"
     )
@@ -285,6 +301,8 @@ class TrainSection(Section):
 class RunConfig(Section):
     """A whole run. `qswitch distill` writes it, resolved, to RUN/config.yaml, which starts the same run again."""
 
+    method: Literal["switch", "sft", "kd", "seqkd", "gkd", "imitkd", "skd", "adaswitch", "custom"] = "switch"
+    """Fills in the defaults of a method (docs/methods.md); what is written in the sections wins. custom: none."""
     about: AboutSection = Field(default_factory=AboutSection)
     teacher: TeacherSection
     student: StudentSection
@@ -295,6 +313,16 @@ class RunConfig(Section):
     train: TrainSection = Field(default_factory=TrainSection)
     seed: int = Field(default=42, ge=0, lt=2**31)
     """Seeds data order, rollouts, adapter initialisation and dropout."""
+
+    @property
+    def writes_rollouts(self) -> bool:
+        """Whether any training response is written by a model."""
+        return self.data.ground_truth_mix < 1
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher is loaded: to write, to be imitated, or both."""
+        return self.loss.objective == "divergence" or self.writes_rollouts
 
     @model_validator(mode="after")
     def _refuse_settings_without_effect(self) -> RunConfig:
@@ -308,6 +336,16 @@ def _settings_without_effect(config: RunConfig):
     """Settings the user wrote that nothing would read in the chosen mode."""
     rollout, loss, student, data, train = config.rollout, config.loss, config.student, config.data, config.train
     cache = config.cache
+
+    sections = {"rollout": rollout.model_dump(), "loss": loss.model_dump(), "data": data.model_dump()}
+    for setting, value, own in methods.contradictions(config.method, sections):
+        yield (
+            f"{setting}={value} contradicts method={config.method}, which is {own} there. Remove it, or set "
+            "method=custom."
+        )
+
+    if methods.writes_rollouts(config.method) and not config.writes_rollouts:
+        yield f"data.ground_truth_mix=1 contradicts method={config.method}: no rollout is written. Set it below 1."
 
     def written(section: Section, *names: str):
         return [n for n in names if n in section.model_fields_set]
@@ -332,19 +370,43 @@ def _settings_without_effect(config: RunConfig):
                 yield f"rollout.{name} has no effect with rollout.reuse=1, where every rollout trains once."
     if rollout.policy == "student" and written(rollout, "block_tokens") and rollout.block_tokens != "auto":
         yield "rollout.block_tokens has no effect with policy student: no teacher looks at its tokens. Remove it."
-    if loss.scope == "interventions" and rollout.policy in ("student", "mixture"):
+    if not config.writes_rollouts:
+        for name in ("policy", "temperature"):
+            if getattr(rollout, name) != type(rollout).model_fields[name].default:
+                yield f"rollout.{name} has no effect with data.ground_truth_mix=1: no rollout is written. Remove it."
+    if loss.objective == "cross_entropy":
+        for name in written(loss, "divergence", "alpha", "beta", "temperature"):
+            if getattr(loss, name) != type(loss).model_fields[name].default:
+                yield f"loss.{name} has no effect with loss.objective=cross_entropy. Remove it."
+        if config.writes_rollouts and rollout.policy in ("student", "mixture"):
+            yield (
+                f"loss.objective=cross_entropy with rollout.policy={rollout.policy} would train the student on its own "
+                "samples, which teaches it nothing. Set rollout.policy=teacher, or loss.objective=divergence."
+            )
+    elif loss.scope == "interventions" and config.writes_rollouts and rollout.policy in ("student", "mixture"):
         yield (
             f"loss.scope=interventions means nothing with rollout.policy={rollout.policy}: the teacher never writes a "
             "token of its own. Set loss.scope=all."
         )
-    if written(loss, "alpha") and not loss.divergence.startswith("skew_") and loss.alpha != 0.1:
+    divergence = loss.objective == "divergence"
+    if divergence and written(loss, "alpha") and not loss.divergence.startswith("skew_") and loss.alpha != 0.1:
         yield f"loss.alpha has no effect with loss.divergence={loss.divergence}. Use a skew_ divergence or remove it."
-    if written(loss, "beta") and loss.divergence != "jsd" and loss.beta != 0.5:
+    if divergence and written(loss, "beta") and loss.divergence != "jsd" and loss.beta != 0.5:
         yield f"loss.beta has no effect with loss.divergence={loss.divergence}. Use jsd or remove it."
     if cache.format == "topk" and loss.temperature != 1:
         yield "cache.format=topk holds probabilities at temperature 1. Set loss.temperature=1 or cache.format=hidden."
     if cache.format != "topk" and written(cache, "topk") and cache.topk != 64:
         yield f"cache.topk has no effect with cache.format={cache.format}."
+    if data.weights is not None:
+        entries = 1 if isinstance(data.train, str) else len(data.train)
+        if len(data.weights) != entries:
+            yield f"data.weights has {len(data.weights)} entries, but data.train {entries}. Give one weight for each."
+        elif min(data.weights) <= 0:
+            yield f"data.weights = {data.weights}: every weight must be above 0. Remove the entries you do not want."
+        elif entries == 1:
+            yield "data.weights has no effect with one entry in data.train. Remove it."
+    if data.validation_split is not None and data.validation is None:
+        yield "data.validation_split has no effect without data.validation. Remove it, or set data.validation."
     if data.lm_corpus is None:
         for name in written(loss, "lm_coefficient", "lm_block_tokens"):
             if getattr(loss, name) != type(loss).model_fields[name].default:
@@ -354,10 +416,40 @@ def _settings_without_effect(config: RunConfig):
             yield "student.precision=nf4 cannot be trained in full. Set student.adapter=lora or student.precision=bf16."
         if written(student, "lora") and student.lora != LoraSection():
             yield "student.lora has no effect with student.adapter=none."
+        if student.init_adapter is not None:
+            yield (
+                "student.init_adapter has no effect with student.adapter=none. Merge it first (qswitch merge) and name "
+                "the result in student.model."
+            )
+    if config.teacher.adapter is not None and not config.needs_teacher:
+        yield f"teacher.adapter has no effect with method={config.method}: no teacher is loaded. Remove it."
     if train.warmup_steps >= train.max_steps:
         yield f"train.warmup_steps ({train.warmup_steps}) must be below train.max_steps ({train.max_steps})."
     if train.optimizer == "paged_adamw_8bit" and train.device == "cpu":
         yield "train.optimizer=paged_adamw_8bit needs a GPU. Set train.optimizer=adamw."
+
+
+def sft_config(config: RunConfig, model: Literal["teacher", "student"]) -> RunConfig:
+    """The configuration that fine-tunes one model of a pair on its data: method sft, that model being the student.
+
+    The teacher is trained as it is stored: LoRA on NF4 weights is QLoRA.
+
+    Raises:
+        ConfigError: the configuration cannot be fine-tuned so.
+    """
+    values = methods.forget_method(config.model_dump(exclude_unset=True), "sft", ALIASES)
+    values["method"] = "sft"
+    if model == "teacher":
+        if config.teacher.precision == "int8":
+            raise ConfigError("teacher.precision=int8 cannot be fine-tuned. Set teacher.precision=nf4 or bf16.")
+        teacher = values["teacher"]
+        kept = {key: value for key, value in values["student"].items() if key in ("lora", "gradient_checkpointing")}
+        same = {key: teacher[key] for key in ("model", "revision", "trust_remote_code", "shape") if key in teacher}
+        values["student"] = {**kept, **same, "precision": config.teacher.precision}
+        if teacher.get("adapter"):
+            values["student"]["init_adapter"] = teacher["adapter"]
+    values["teacher"].pop("adapter", None)
+    return build_config(values)
 
 
 def build_config(values: Mapping[str, Any], source: str | None = None) -> RunConfig:
@@ -366,7 +458,7 @@ def build_config(values: Mapping[str, Any], source: str | None = None) -> RunCon
     Raises:
         ConfigError: every problem found, each with the dotted key, and the nearest spelling for an unknown one.
     """
-    values = _resolve_aliases(dict(values), source)
+    values = methods.with_bundle(_resolve_aliases(dict(values), source))
     try:
         return RunConfig.model_validate(values)
     except ConfigError as error:
@@ -385,6 +477,9 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
 
     result = copy.deepcopy(dict(values))
     problems = []
+    for key, _, text in (override.partition("=") for override in overrides):
+        if key.strip() == "method":
+            result = methods.forget_method(result, text.strip(), ALIASES)
     for override in overrides:
         key, separator, text = override.partition("=")
         key = key.strip()

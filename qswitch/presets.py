@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qswitch.errors import ConfigError
+from qswitch.methods import forget_method
 from qswitch.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -76,7 +77,12 @@ def _load(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends = {parent!r}: name one preset or file.")
     parent_path = path.parent / parent if parent.endswith((".yaml", ".yml")) else preset_path(parent)
-    return _merge(_load(parent_path, (*seen, resolved)), values)
+    below = _load(parent_path, (*seen, resolved))
+    if "method" in values:
+        from qswitch.config import ALIASES  # pydantic costs 0.2 s; listing presets needs none
+
+        below = forget_method(below, values["method"], ALIASES)
+    return _merge(below, values)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

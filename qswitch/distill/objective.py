@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qswitch.config import LossSection
+from qswitch.data.prompts import Prompt
 from qswitch.distill.logit_cache import Targets
 from qswitch.distill.loss import chunked_divergence, language_model_loss
 from qswitch.models.language_model import LanguageModel
@@ -69,6 +70,35 @@ def collate(sequences: Sequence[TrainingSequence], pad_id: int, device: torch.de
     return MicroBatch(
         ids.to(device), mask.to(device), torch.tensor(rows, device=device), torch.tensor(columns, device=device)
     )
+
+
+def ground_truth_sequence(prompt: Prompt, visit: int) -> TrainingSequence | None:
+    """The data's own response to a prompt; None without one. The loss runs over every assistant turn of it.
+
+    In a conversation the response begins at the assistant's first turn, and the user's later turns lie in between,
+    read and not learnt.
+    """
+    if not prompt.response_ids:
+        return None
+    first = prompt.earlier_turns[0][0] if prompt.earlier_turns else len(prompt.prompt_ids)
+    own = range(len(prompt.prompt_ids) - first, len(prompt.prompt_ids) - first + len(prompt.response_ids))
+    steps = [step - first for start, end in prompt.earlier_turns for step in range(start, end)]
+    return TrainingSequence(
+        prompt.example_id,
+        visit,
+        prompt.prompt_ids[:first],
+        prompt.prompt_ids[first:] + prompt.response_ids,
+        [*steps, *own],
+    )
+
+
+def collate_with_labels(sequences: Sequence[TrainingSequence], pad_id: int, device: torch.device) -> MicroBatch:
+    """As `collate`, but the input also holds the last token, so that every loss position has its label in it."""
+    extended = [
+        TrainingSequence(s.example_id, s.visit, s.prompt_ids, [*s.response_ids, pad_id], s.loss_steps)
+        for s in sequences
+    ]
+    return collate(extended, pad_id, device)
 
 
 class StudentObjective(nn.Module):

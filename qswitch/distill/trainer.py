@@ -32,10 +32,17 @@ from qswitch.distill.checkpoint import (
     seed_step,
 )
 from qswitch.distill.logit_cache import LogitCache
-from qswitch.distill.objective import StudentObjective, TrainingSequence, collate
+from qswitch.distill.objective import (
+    StudentObjective,
+    TrainingSequence,
+    collate,
+    collate_with_labels,
+    ground_truth_sequence,
+)
 from qswitch.distill.progress import Progress
+from qswitch.distill.prompts import Prompts
 from qswitch.distill.replay import ReplayBuffer, ReplayEntry, split_step, staleness_nats
-from qswitch.distill.validation import Validation
+from qswitch.distill.validation import ResponseLoss, Validation
 from qswitch.errors import TrainingError
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.pair import TokenizerPair
@@ -68,10 +75,11 @@ class Counters:
     rollout_tokens: int = 0
     trained_tokens: int = 0
     steps_without_loss: int = 0
-    best_kl_nats: float = math.inf
+    best_nats: float = math.inf
+    """Lowest of the validations: KL from the teacher, or the response loss where no teacher is loaded."""
     best_step: int = -1
-    kl_before_nats: float | None = None
-    kl_last_nats: float | None = None
+    before_nats: float | None = None
+    last_nats: float | None = None
 
 
 @dataclass(slots=True)
@@ -101,10 +109,10 @@ class Trainer:
         config: RunConfig,
         run_dir: RunDir,
         *,
-        teacher: LanguageModel,
+        teacher: LanguageModel | None,
         student: LanguageModel,
         pair: TokenizerPair,
-        prompts: Sequence[Prompt],
+        prompts: Prompts,
         validation_prompts: Sequence[Prompt],
         corpus: Tensor | None = None,
         planned_bytes: int | None = None,
@@ -115,9 +123,10 @@ class Trainer:
         self.teacher, self.student = teacher, student
         self.progress = progress or Progress(total_steps=train.max_steps)
         self.policy = make_policy(config.rollout)
+        self.imitates = config.loss.objective == "divergence"
+        """Whether the loss reads the teacher's outputs, rather than the written tokens alone."""
         self.planned_bytes = planned_bytes
         self.stop_requested = False
-        self._refuse_missing_responses(prompts)
 
         self.accelerator = _make_accelerator(config, run_dir, student)
         self.device = student.device
@@ -139,19 +148,23 @@ class Trainer:
             cache.format,
             vocab_size=pair.vocab_size,
             device=self.device,
-            dtype=teacher.compute_dtype,
+            dtype=student.compute_dtype if teacher is None else teacher.compute_dtype,
             device_budget_bytes=int(cache.device_budget_gib * GIB),
             host_budget_bytes=int(cache.host_budget_gib * GIB),
             disk_path=run_dir.path / "cache",
             topk=cache.topk,
         )
-        self.validation = Validation(
-            validation_prompts,
-            teacher,
-            max_new_tokens=config.rollout.max_new_tokens,
-            eos_ids=pair.eos_ids,
-            pad_id=pair.pad_id,
-            batch_size=config.rollout.batch_size,
+        self.validation = (
+            ResponseLoss(validation_prompts, pad_id=pair.pad_id, batch_size=config.rollout.batch_size)
+            if teacher is None
+            else Validation(
+                validation_prompts,
+                teacher,
+                max_new_tokens=config.rollout.max_new_tokens,
+                eos_ids=pair.eos_ids,
+                pad_id=pair.pad_id,
+                batch_size=config.rollout.batch_size,
+            )
         )
         self.replay = ReplayBuffer(config.rollout.replay_capacity, config.rollout.replay_max_age_steps, config.seed)
         self.acceptance = Acceptance()
@@ -165,9 +178,9 @@ class Trainer:
     def run(self) -> Counters:
         """Train from the current step to train.max_steps, or until `stop_requested`; a stop leaves a checkpoint."""
         train = self.config.train
-        if self.counters.kl_before_nats is None:
-            self.counters.kl_before_nats = self.counters.kl_last_nats = self.validate()
-            self.progress.validated(0, self.counters.kl_before_nats)
+        if self.counters.before_nats is None:
+            self.counters.before_nats = self.counters.last_nats = self.validate()
+            self.progress.validated(0, self.validation.what, self.counters.before_nats)
         with self.progress:
             while self.step < train.max_steps:
                 started = time.perf_counter()
@@ -177,11 +190,11 @@ class Trainer:
                 self.log(report)
                 last = self.step == train.max_steps or self.stop_requested
                 if self.step % train.eval_steps == 0 or self.step == train.max_steps:
-                    self.counters.kl_last_nats = self.validate()
-                    self.progress.validated(self.step, self.counters.kl_last_nats)
-                    self.run_dir.append_metrics({"step": self.step, "kl_nats": self.counters.kl_last_nats})
-                    if self.counters.kl_last_nats < self.counters.best_kl_nats:
-                        self.counters.best_kl_nats, self.counters.best_step = self.counters.kl_last_nats, self.step
+                    self.counters.last_nats = self.validate()
+                    self.progress.validated(self.step, self.validation.what, self.counters.last_nats)
+                    self.run_dir.append_metrics({"step": self.step, self.validation.key: self.counters.last_nats})
+                    if self.counters.last_nats < self.counters.best_nats:
+                        self.counters.best_nats, self.counters.best_step = self.counters.last_nats, self.step
                         self.save()
                         continue
                 if last or self.step % train.save_steps == 0:
@@ -234,7 +247,7 @@ class Trainer:
             RolloutRequest(p.example_id, visit, p.prompt_ids, p.max_new_tokens or settings.max_new_tokens)
             for p, visit in items
         ]
-        keep = self.config.loss.scope if self.policy.uses_teacher else "nothing"
+        keep = self.config.loss.scope if self.policy.uses_teacher and self.imitates else "nothing"
         self.acceptance.forget()
         return rollout(
             requests,
@@ -282,7 +295,7 @@ class Trainer:
         settings = self.config.rollout
         if settings.block_tokens != "auto":
             return FixedBlock(settings.block_tokens)
-        if not self.policy.uses_teacher:
+        if self.teacher is None or not self.policy.uses_teacher or not self.config.writes_rollouts:
             return FixedBlock(0)
         path = self.run_dir.pass_times_path
         if path.exists():
@@ -298,7 +311,11 @@ class Trainer:
 
         The rollout computed them already, unless the policy never asks the teacher: then one parallel pass does.
         """
-        if self.policy.uses_teacher:
+        states: list[Tensor | None] = [None] * len(rollouts)
+        if not self.imitates:
+            everywhere = self.config.loss.scope == "all"
+            steps = [[t for t, w in enumerate(r.writers) if everywhere or w == TEACHER] for r in rollouts]
+        elif self.policy.uses_teacher:
             states = [r.teacher_hidden for r in rollouts]
             steps = [r.kept_steps for r in rollouts]
         else:
@@ -312,13 +329,12 @@ class Trainer:
         return sequences
 
     def read_ground_truth(self, items: Sequence[tuple[Prompt, int]]) -> list[TrainingSequence]:
-        """The data's own responses, scored by one parallel teacher pass; the loss runs over all their tokens."""
-        sequences = [
-            TrainingSequence(p.example_id, visit, p.prompt_ids, p.response_ids, list(range(len(p.response_ids))))
-            for p, visit in items
-            if p.response_ids
-        ]
-        self._put(sequences, self._score([(s.prompt_ids, s.response_ids) for s in sequences]))
+        """The data's own responses, every assistant turn of them; scored by one teacher pass for a divergence."""
+        found = (ground_truth_sequence(p, visit) for p, visit in items)
+        sequences = [s for s in found if s is not None]
+        if self.imitates:
+            hidden = self._score([(s.prompt_ids, s.response_ids) for s in sequences])
+            self._put(sequences, [h[s.loss_steps] for s, h in zip(sequences, hidden, strict=True)])
         return sequences
 
     def learn(self, sequences: Sequence[TrainingSequence], loss_tokens: int) -> float | None:
@@ -334,9 +350,12 @@ class Trainer:
         ordered = sorted(sequences, key=lambda s: (s.num_tokens, s.example_id, s.visit))
         for start in range(0, len(ordered), size):
             group = ordered[start : start + size]
-            keys = torch.tensor([key for s in group for key in s.cache_keys()], dtype=torch.int64)
-            batch = collate(group, self.pair.pad_id, self.device)
-            loss = self.wrapped(batch, self.cache.get(keys), float(loss_tokens))
+            if self.imitates:
+                keys = torch.tensor([key for s in group for key in s.cache_keys()], dtype=torch.int64)
+                batch, targets = collate(group, self.pair.pad_id, self.device), self.cache.get(keys)
+            else:
+                batch, targets = collate_with_labels(group, self.pair.pad_id, self.device), None
+            loss = self.wrapped(batch, targets, float(loss_tokens))
             total += self._backward(loss)
         if self.corpus is not None:
             self._backward(self.config.loss.lm_coefficient * self._corpus_loss(size))
@@ -381,13 +400,14 @@ class Trainer:
         return self.wrapped(batch, None, float(sum(len(s.loss_steps) for s in sequences)))
 
     def _score(self, sequences: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
+        assert self.teacher is not None, "a configuration that scores responses loads the teacher"
         return score_responses(
             self.teacher, sequences, pad_id=self.pair.pad_id, batch_size=self.config.train.per_device_train_batch_size
         )
 
     def _put(self, sequences: Sequence[TrainingSequence], states: Sequence[Tensor | None]) -> None:
         kept = [(s, h) for s, h in zip(sequences, states, strict=True) if s.loss_steps and h is not None]
-        if kept:
+        if kept and self.teacher is not None:
             keys = torch.tensor([key for s, _ in kept for key in s.cache_keys()], dtype=torch.int64)
             self.cache.put(keys, torch.cat([h for _, h in kept]), self.teacher.head)
 
@@ -397,14 +417,6 @@ class Trainer:
             return False
         key = row_keys(self.config.seed, torch.tensor([_GROUND_TRUTH_COIN]), torch.tensor([self.step]))
         return float(uniform(key)) < mix
-
-    def _refuse_missing_responses(self, prompts: Sequence[Prompt]) -> None:
-        missing = sum(not p.response_ids for p in prompts)
-        if self.config.data.ground_truth_mix > 0 and missing:
-            raise TrainingError(
-                f"data.ground_truth_mix={self.config.data.ground_truth_mix} needs a response with every prompt, but "
-                f"{missing} of {len(prompts)} have none. Set data.ground_truth_mix=0 or add the responses."
-            )
 
     def _not_finite(self, what: str, value: float) -> TrainingError:
         return TrainingError(
@@ -416,8 +428,8 @@ class Trainer:
     # ---------------------------------------------------------------- looking and saving
 
     def validate(self) -> float:
-        """KL(teacher || student) on the held-out prompts, nats per token."""
-        return self.validation.kl_nats(self.objective, self.device, self.config.loss.chunk_tokens)
+        """KL(teacher || student) on the held-out prompts, or the loss on their responses; nats per token."""
+        return self.validation.nats(self.objective, self.device, self.config.loss.chunk_tokens)
 
     def save(self) -> None:
         """Write a checkpoint of the current step and drop the oldest beyond the limit, never the best."""
@@ -466,8 +478,8 @@ class Trainer:
             self.replay.load_state_dict(replay["buffer"])
             self.cache.load_state_dict(replay["cache"], self.teacher.head)
         counters = state["counters"]
-        if counters["best_kl_nats"] is None:
-            counters["best_kl_nats"] = math.inf
+        if counters["best_nats"] is None:
+            counters["best_nats"] = math.inf
         self.counters = Counters(**counters)
         self.run_dir.truncate_logs(self.step)
         self.progress.resumed(self.step)
@@ -516,15 +528,6 @@ class Trainer:
             values = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
             self.accelerator.log(values, step=self.step)
         self.progress.stepped(metrics)
-
-
-def collate_with_labels(sequences: Sequence[TrainingSequence], pad_id: int, device: torch.device):
-    """As `collate`, but the input also holds the last token, so that every loss position has its label in it."""
-    extended = [
-        TrainingSequence(s.example_id, s.visit, s.prompt_ids, [*s.response_ids, pad_id], s.loss_steps)
-        for s in sequences
-    ]
-    return collate(extended, pad_id, device)
 
 
 def peak_bytes(device: torch.device) -> int:

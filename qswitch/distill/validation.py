@@ -1,7 +1,8 @@
-"""Did the student come closer to the teacher: KL(teacher || student) on held-out prompts.
+"""Did the student get better, by held-out prompts: KL(teacher || student), or the loss on the data's responses.
 
 The responses are written by the teacher once, before the first step, with their own seed, and never trained on. The
-figure is the mean over response tokens of KL(p || q) at temperature 1, in nats.
+figure is the mean over response tokens of KL(p || q) at temperature 1, in nats. Where no teacher is loaded (SFT), it is
+the mean cross-entropy of the data's own responses.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import torch
 from qswitch.data.prompts import Prompt
 from qswitch.distill.logit_cache import Targets
 from qswitch.distill.loss import chunked_divergence_values
-from qswitch.distill.objective import StudentObjective, TrainingSequence, collate
+from qswitch.distill.objective import (
+    StudentObjective,
+    TrainingSequence,
+    collate,
+    collate_with_labels,
+    ground_truth_sequence,
+)
+from qswitch.errors import DataError
 from qswitch.models.language_model import LanguageModel
 from qswitch.rollout.decode import RolloutRequest, inference, rollout
 from qswitch.rollout.policy import TeacherPolicy
@@ -24,6 +32,9 @@ VALIDATION_SEED = 20_250_429
 
 class Validation:
     """Held-out prompts with teacher-written responses and the teacher's outputs, kept in host memory."""
+
+    key = "kl_nats"
+    what = "KL(teacher || student) on held-out prompts"
 
     def __init__(
         self,
@@ -57,9 +68,10 @@ class Validation:
             TrainingSequence(r.example_id, 0, r.prompt_ids, r.response_ids, list(range(len(r.response_ids))))
             for r in written
         ]
+        self.num_prompts = len(written)
         self.num_tokens = sum(len(s.loss_steps) for s in self._sequences)
 
-    def kl_nats(self, objective: StudentObjective, device: torch.device, chunk_tokens: int) -> float:
+    def nats(self, objective: StudentObjective, device: torch.device, chunk_tokens: int) -> float:
         """Mean KL(teacher || student) per response token, nats; the student is scored in evaluation mode."""
         order = sorted(range(len(self._sequences)), key=lambda i: (self._sequences[i].num_tokens, i))
         total = 0.0
@@ -76,4 +88,44 @@ class Validation:
                     chunk_tokens=chunk_tokens,
                 )
                 total += float(values.double().sum())
+        return total / self.num_tokens
+
+
+class ResponseLoss:
+    """Held-out prompts with the data's own responses; needs no teacher.
+
+    Raises:
+        DataError: none of the prompts has a response.
+    """
+
+    key = "response_loss_nats"
+    what = "loss on held-out responses"
+
+    def __init__(self, prompts: Sequence[Prompt], *, pad_id: int, batch_size: int) -> None:
+        self._pad_id = pad_id
+        self._batch_size = batch_size
+        found = (ground_truth_sequence(p, 0) for p in prompts)
+        self._sequences = [s for s in found if s is not None]
+        self.num_prompts = len(self._sequences)
+        self.num_tokens = sum(len(s.loss_steps) for s in self._sequences)
+        if not self._sequences:
+            raise DataError(
+                f"None of the {len(prompts)} held-out prompts has a response to be scored on. Name another "
+                "data.validation, or raise data.num_validation."
+            )
+
+    def nats(self, objective: StudentObjective, device: torch.device, chunk_tokens: int) -> float:
+        """Mean next-token cross-entropy per response token, nats; the student is scored in evaluation mode."""
+        order = sorted(range(len(self._sequences)), key=lambda i: (self._sequences[i].num_tokens, i))
+        total = 0.0
+        with inference(objective.student):
+            for start in range(0, len(order), self._batch_size):
+                members = [self._sequences[i] for i in order[start : start + self._batch_size]]
+                batch = collate_with_labels(members, self._pad_id, device)
+                hidden = objective.hidden_at(batch)
+                labels = batch.input_ids[batch.rows, batch.columns + 1]
+                for chunk, expected in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True):
+                    logits = objective.student.head(chunk)
+                    logits = logits if logits.dtype == torch.float64 else logits.float()
+                    total += float(torch.nn.functional.cross_entropy(logits, expected, reduction="sum").double())
         return total / self.num_tokens

@@ -1,0 +1,123 @@
+"""Training by method on two-layer models: which tokens, which loss, and without a teacher where none is needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qswitch.data.prompts import Prompt
+from qswitch.distill.objective import ground_truth_sequence
+from qswitch.distill.run import distill
+from qswitch.run_dir import RunDir
+from tests.distill.test_trainer import folders, make_trainer, settings
+
+__all__ = ["folders"]
+
+
+def with_method(folders, method: str, **changes):
+    from qswitch.config import build_config
+
+    values = settings(folders).model_dump(mode="json", exclude_unset=True)
+    values["method"] = method
+    values["rollout"].pop("policy", None)
+    values["loss"] = {}
+    values["data"].pop("ground_truth_mix", None)
+    for dotted, value in changes.items():
+        section, _, key = dotted.partition("__")
+        values.setdefault(section, {})[key] = value
+    return build_config(values)
+
+
+def cross_entropy(trainer, sequences) -> float:
+    """Mean -log q of the loss tokens, one sequence at a time, from plain logits."""
+    total = tokens = 0
+    with torch.no_grad():
+        trainer.student.eval()
+        for s in sequences:
+            ids = torch.tensor([s.prompt_ids + s.response_ids])
+            log_q = trainer.student.hf(ids).logits[0].double().log_softmax(-1)
+            for step in s.loss_steps:
+                position = len(s.prompt_ids) + step
+                total -= log_q[position - 1, ids[0, position]].item()
+                tokens += 1
+    return total / tokens
+
+
+@pytest.mark.parametrize("method", ["sft", "seqkd"])
+def test_cross_entropy_is_that_of_the_written_tokens(folders, tmp_path, method):
+    config = with_method(folders, method, train__compute_dtype="fp64")
+    trainer = make_trainer(config, tmp_path / "run")
+    items = trainer.loader.next(6)
+    if method == "sft":
+        sequences = trainer.read_ground_truth(items)
+        assert {tuple(s.response_ids) for s in sequences} == {tuple(p.response_ids) for p, _ in items}
+    else:
+        rollouts, stats = trainer.roll_out(items)
+        assert stats.student_passes == 0 and all(r.teacher_hidden is None for r in rollouts)
+        sequences = trainer.cache_teacher(rollouts)
+    assert all(s.loss_steps == list(range(len(s.response_ids))) for s in sequences)
+    loss = trainer.learn(sequences, sum(len(s.loss_steps) for s in sequences))
+    assert loss == pytest.approx(cross_entropy(trainer, sequences), rel=1e-9)
+
+
+def test_sft_loads_no_teacher_and_lowers_the_loss_on_held_out_responses(folders, tmp_path, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("the teacher was loaded")
+
+    monkeypatch.setattr("qswitch.distill.run.load_teacher", refuse)
+    config = with_method(folders, "sft", train__max_steps=20, train__eval_steps=20, train__learning_rate=2e-2)
+    run_dir = RunDir.create(tmp_path / "run", config)
+    summary = distill(config, run_dir)
+    assert summary.kl_before_nats is None and summary.rollout_tokens == 0
+    assert summary.response_loss_after_nats < 0.9 * summary.response_loss_before_nats
+    assert {m["batch"] for m in run_dir.read_metrics() if "batch" in m} == {"ground_truth"}
+    assert json.loads((run_dir.path / "plan.json").read_text())["parts"]["teacher_weights"] == 0
+    assert "method `sft`" in (run_dir.adapter_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "batches"),
+    [
+        ("kd", {"ground_truth"}),
+        ("imitkd", {"rollout"}),
+        ("gkd", {"ground_truth", "rollout"}),
+        ("skd", {"rollout"}),
+        ("adaswitch", {"rollout"}),
+    ],
+)
+def test_a_method_has_its_mix_of_batches(folders, tmp_path, method, batches):
+    config = with_method(folders, method, train__max_steps=8, train__eval_steps=8, train__save_steps=8)
+    run_dir = RunDir.create(tmp_path / "run", config)
+    distill(config, run_dir)
+    steps = [m for m in run_dir.read_metrics() if "batch" in m]
+    assert {m["batch"] for m in steps} == batches
+    assert all(m["loss"] > 0 and m["loss_tokens"] > 0 for m in steps)
+
+
+def test_every_assistant_turn_of_a_conversation_is_learnt_and_no_user_turn():
+    # ids: user 1 2 | assistant 3 4 | user 5 6 7 | assistant (response) 8 9
+    prompt = Prompt(0, [1, 2, 3, 4, 5, 6, 7], [8, 9], "text", earlier_turns=((2, 4),))
+    sequence = ground_truth_sequence(prompt, 0)
+    assert sequence is not None
+    assert (sequence.prompt_ids, sequence.response_ids) == ([1, 2], [3, 4, 5, 6, 7, 8, 9])
+    assert [sequence.response_ids[step] for step in sequence.loss_steps] == [3, 4, 8, 9]
+
+
+def test_conversations_train_with_a_divergence_too(folders: tuple[Path, Path, Path], tmp_path):
+    data = tmp_path / "turns.jsonl"
+    turns = [
+        {"messages": [
+            {"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"it is {i}"},
+            {"role": "user", "content": "again"}, {"role": "assistant", "content": f"still {i}"},
+        ]}
+        for i in range(12)
+    ]  # fmt: skip
+    data.write_text("".join(json.dumps(t) + "\n" for t in turns))
+    trainer = make_trainer(with_method(folders, "kd", data__train=str(data), data__num_validation=2), tmp_path / "run")
+    report = trainer.train_step()
+    first = trainer.loader.next(1)[0][0]
+    assert first.earlier_turns and report.loss > 0
+    assert report.loss_tokens > 4 * len("still 1")
