@@ -161,29 +161,12 @@ def distill(
     else:
         settings = _load(preset, config, overrides)
     if dry_run:
+        from qswitch.preflight import check_settings
+
+        check_settings(settings)
         _print_plan(settings, vram, as_json)
         return
-
-    from qswitch.plan.scheduler import apply_plan, detect_budget_bytes, plan_run, require_fit
-
-    budget = _budget(vram)
-    if resume is not None:
-        run_dir = RunDir.open(resume)
-    else:
-        plan = plan_run(settings, budget_bytes=budget or detect_budget_bytes(settings.train.device)[0])
-        require_fit(plan)
-        settings = apply_plan(settings, plan)
-        name = preset or (config.stem if config else "run")
-        path = output_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run_dir = RunDir.create(path, settings)
-    print(f"run directory: {run_dir.path}", file=sys.stderr)
-
-    from qswitch.distill.run import distill as run_distillation
-
-    try:
-        summary = run_distillation(settings, run_dir, resume=resume is not None, budget_bytes=budget)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(str(run_dir.path)) from None
+    run_dir, summary = _train(settings, resume, output_dir, preset or (config.stem if config else "run"), vram)
     from qswitch.report.page import write_report
 
     report_path = write_report(run_dir.path)
@@ -192,6 +175,74 @@ def distill(
         return
     _print_result(run_dir, summary)
     print(f"  report:  {report_path}")
+
+
+@app.command(epilog="Example: qswitch sft --preset llama-7b-to-1b --model teacher --set data.train=my_data.jsonl")
+def sft(
+    model: Annotated[
+        Literal["teacher", "student"], typer.Option(help="Which model of the pair to fine-tune.")
+    ] = "student",
+    preset: Preset = None,
+    config: Config = None,
+    overrides: Overrides = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Run directory; default: runs/<preset>-sft-<model>-<date>-<time>.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the settings and print the plan; load nothing.")
+    ] = False,
+    vram: Vram = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune the teacher or the student on the responses in the data, as a warm start for distill."""
+    from qswitch.config import sft_config
+    from qswitch.preflight import check_settings
+
+    settings = sft_config(_load(preset, config, overrides), model)
+    if dry_run:
+        check_settings(settings)
+        _print_plan(settings, vram, as_json)
+        return
+    name = f"{preset or (config.stem if config else 'run')}-sft-{model}"
+    run_dir, summary = _train(settings, None, output_dir, name, vram)
+    if as_json:
+        print(run_dir.summary_path.read_text(encoding="utf-8"), end="")
+        return
+    _print_result(run_dir, summary)
+    setting = "teacher.adapter" if model == "teacher" else "student.init_adapter"
+    print(f"  or:      qswitch distill ... --set {setting}={run_dir.path}")
+
+
+def _train(settings: Any, resume: Path | None, output_dir: Path | None, name: str, vram: str | None) -> tuple[Any, Any]:
+    """Check, then run or resume; a run that a user's mistake stops before its first step leaves no folder behind."""
+    from qswitch.plan.scheduler import apply_plan, detect_budget_bytes, plan_run, require_fit
+    from qswitch.preflight import check_settings, prepare
+    from qswitch.run_dir import RunDir
+
+    budget = _budget(vram)
+    path = resume or output_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if resume is None:
+        RunDir.refuse_existing(path)
+        check_settings(settings, path)
+        plan = plan_run(settings, budget_bytes=budget or detect_budget_bytes(settings.train.device)[0])
+        require_fit(plan)
+        settings = apply_plan(settings, plan)
+
+    from qswitch.distill.progress import Progress
+    from qswitch.distill.run import distill as run_distillation
+
+    prepared = prepare(settings, notify=Progress(total_steps=settings.train.max_steps).loading)
+    run_dir = RunDir.open(path) if resume is not None else RunDir.create(path, settings)
+    print(f"run directory: {run_dir.path}", file=sys.stderr)
+    try:
+        summary = run_distillation(settings, run_dir, resume=resume is not None, budget_bytes=budget, prepared=prepared)
+    except QSwitchError:
+        if resume is None:
+            run_dir.discard_unstarted()
+        raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(str(run_dir.path)) from None
+    return run_dir, summary
 
 
 def _print_result(run_dir: Any, summary: Any) -> None:
@@ -203,11 +254,15 @@ def _print_result(run_dir: Any, summary: Any) -> None:
         last = rollouts[-1]
         console.print(f"\nA rollout of step {last['step']}, coloured by writer:")
         _print_tokens(console, [(t["text"], t["writer"]) for t in last["tokens"]])
-    fall = 1 - summary.kl_after_nats / summary.kl_before_nats if summary.kl_before_nats else 0.0
+    what = f"KL(teacher || student) on {summary.validation_prompts} held-out prompts, teacher-written responses"
+    before, after = summary.kl_before_nats, summary.kl_after_nats
+    if before is None:
+        what = f"Loss on the responses of {summary.validation_prompts} held-out prompts"
+        before, after = summary.response_loss_before_nats, summary.response_loss_after_nats
+    fall = 1 - after / before if before else 0.0
     console.print(
-        f"\nKL(teacher || student) on {summary.validation_prompts} held-out prompts, teacher-written responses "
-        f"({summary.validation_tokens} tokens):\n"
-        f"  before {summary.kl_before_nats:.3f}   after {summary.kl_after_nats:.3f} nats/token ({fall:.0%} lower)\n"
+        f"\n{what} ({summary.validation_tokens} tokens):\n"
+        f"  before {before:.3f}   after {after:.3f} nats/token ({fall:.0%} lower)\n"
         f"  {summary.steps} steps, {summary.rollout_tokens} rollout tokens, {summary.trained_tokens} trained tokens, "
         f"{summary.seconds:.0f} s of training\n"
         f"  memory: {summary.peak_gib:.2f} GiB measured, {summary.planned_gib:.2f} GiB planned\n"

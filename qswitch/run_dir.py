@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,7 @@ class RunDir:
         Raises:
             RunDirError: the folder holds something already, or cannot be made.
         """
-        if path.is_dir() and any(path.iterdir()):
-            remedy = (
-                f"Resume it with `qswitch distill --resume {path}`" if (path / "config.yaml").exists() else "Empty it"
-            )
-            raise RunDirError(f"{path} is not empty. {remedy}, or choose another --output-dir.")
+        cls.refuse_existing(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -43,6 +40,26 @@ class RunDir:
         run = cls(path, config)
         write_atomically(run.config_path, dump_config(config))
         return run
+
+    @staticmethod
+    def refuse_existing(path: Path) -> None:
+        """Nothing, or an error where a new run must not write.
+
+        Raises:
+            RunDirError: the path is a file, or a folder that holds something.
+        """
+        if path.is_file():
+            raise RunDirError(f"{path} is a file. Choose another --output-dir.")
+        if path.is_dir() and any(path.iterdir()):
+            remedy = (
+                f"Resume it with `qswitch distill --resume {path}`" if (path / "config.yaml").exists() else "Empty it"
+            )
+            raise RunDirError(f"{path} is not empty. {remedy}, or choose another --output-dir.")
+
+    def discard_unstarted(self) -> None:
+        """Remove the folder of a run that was stopped before its first step; one that has steps stays."""
+        if not self.metrics_path.exists() and not self.checkpoints():
+            shutil.rmtree(self.path)
 
     @classmethod
     def open(cls, path: Path) -> RunDir:

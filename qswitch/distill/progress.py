@@ -53,14 +53,27 @@ class Progress:
         """One line that stays."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def loading(self, what: str, done: int, total: int | None) -> None:
+        """How far reading or tokenising the data is: a live line on a terminal, without one a line now and then."""
+        now = time.monotonic()
+        if now - self._last_line < (0.2 if self._console.is_terminal else PLAIN_LINE_EVERY_S):
+            return
+        if self._last_line == -float("inf") and not self._console.is_terminal:
+            self._last_line = now  # what takes less than ten seconds needs no line
+            return
+        self._last_line = now
+        share = f"{done / total:.0%}" if total else f"{done:,}"
+        end = "\r" if self._console.is_terminal else "\n"
+        self._console.print(f"{what}: {share:<12}", end=end, highlight=False, markup=False, soft_wrap=True)
+
     def resumed(self, step: int) -> None:
         """The run goes on from a checkpoint."""
         self._start_step = step
         self.say(f"resumed from step {step}")
 
-    def validated(self, step: int, kl_nats: float) -> None:
-        """A validation figure."""
-        self.say(f"step {step}/{self._total}  KL(teacher || student) on held-out prompts: {kl_nats:.3f} nats/token")
+    def validated(self, step: int, what: str, nats: float) -> None:
+        """A validation figure; `what` says of what."""
+        self.say(f"step {step}/{self._total}  {what}: {nats:.3f} nats/token")
 
     def stepped(self, metrics: dict[str, Any]) -> None:
         """A finished step, with its line of metrics.jsonl."""

@@ -17,19 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from qswitch.config import RunConfig
-from qswitch.data.loader import load_corpus_tokens, split_validation
-from qswitch.data.prompts import Prompt, PromptEncoder, encode_all, template_source
-from qswitch.data.records import load_records
+from qswitch.data.prompts import PromptEncoder, template_source
 from qswitch.distill.checkpoint import checkpoint_name
 from qswitch.distill.progress import Progress
 from qswitch.distill.trainer import GIB, Trainer, peak_bytes
-from qswitch.errors import DataError
 from qswitch.models.load import load_teacher
-from qswitch.models.pair import TokenizerPair, load_pair_tokenizer, template_tokenizer
+from qswitch.models.pair import TokenizerPair
 from qswitch.models.runtime import make_runtime
 from qswitch.models.shrink import shrink_to_folder
 from qswitch.models.student import load_adapter, load_student, save_adapter
+from qswitch.plan.adapters import find_adapter
 from qswitch.plan.scheduler import detect_budget_bytes, plan_run, require_fit
+from qswitch.preflight import Prepared, prepare
 from qswitch.rollout.kv_cache import verify_kv
 from qswitch.run_dir import RunDir
 
@@ -40,12 +39,18 @@ logger = logging.getLogger(__name__)
 class Summary:
     """RUN/summary.json: what the run did and whether the student got better."""
 
-    kl_before_nats: float
-    """Mean KL(teacher || student) per token on held-out prompts, teacher-written responses, before the first step."""
-    kl_after_nats: float
+    method: str
+    kl_before_nats: float | None
+    """Mean KL(teacher || student) per token on held-out prompts, teacher-written responses, before the first step.
+    None where no teacher was loaded."""
+    kl_after_nats: float | None
     """The same for the adapter in RUN/adapter, the best of the validations."""
-    kl_last_nats: float
+    kl_last_nats: float | None
     """The same after the last step."""
+    response_loss_before_nats: float | None
+    """Where no teacher was loaded: mean cross-entropy per token of the held-out prompts' own responses."""
+    response_loss_after_nats: float | None
+    response_loss_last_nats: float | None
     best_step: int
     steps: int
     steps_without_loss: int
@@ -69,8 +74,15 @@ class Interrupted(KeyboardInterrupt):
     """The user stopped the run; a checkpoint of the last finished step is on disk."""
 
 
-def distill(config: RunConfig, run_dir: RunDir, *, resume: bool = False, budget_bytes: int | None = None) -> Summary:
-    """Run or resume a distillation in `run_dir`.
+def distill(
+    config: RunConfig,
+    run_dir: RunDir,
+    *,
+    resume: bool = False,
+    budget_bytes: int | None = None,
+    prepared: Prepared | None = None,
+) -> Summary:
+    """Run or resume a distillation in `run_dir`; `prepared` is what a preflight has loaded already.
 
     Raises:
         PlanError: the plan does not fit the memory; nothing was loaded.
@@ -82,9 +94,10 @@ def distill(config: RunConfig, run_dir: RunDir, *, resume: bool = False, budget_
     require_fit(plan)
     run_dir.write_json("plan.json", plan.to_dict())
 
-    pair = load_pair_tokenizer(config)
-    encoder, prompts, held_out = load_prompts(config, pair)
-    progress.say(f"{len(prompts)} training prompts, {len(held_out)} held out")
+    prepared = prepared or prepare(config, notify=progress.loading)
+    pair, encoder, data = prepared.pair, prepared.encoder, prepared.prompts
+    run_dir.write_json("data.json", data.report.to_dict())
+    progress.say(f"{data.report.training_prompts} training prompts, {len(data.held_out)} held out")
     runtime = make_runtime(config.train)
     if config.student.shrink_to_layers is not None and not run_dir.student_base_path.exists():
         report = shrink_to_folder(
@@ -95,14 +108,15 @@ def distill(config: RunConfig, run_dir: RunDir, *, resume: bool = False, budget_
             trust_remote_code=config.student.trust_remote_code,
         )
         progress.say(f"student cut to {len(report.kept)} layers; dropped {', '.join(map(str, report.dropped))}")
-    progress.say(f"loading the teacher ({config.teacher.precision}) and the student on {runtime.device}")
-    teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size)
+    loaded = f"the teacher ({config.teacher.precision}) and the student" if config.needs_teacher else "the student"
+    progress.say(f"loading {loaded} on {runtime.device}")
+    teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size) if config.needs_teacher else None
     student = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=run_dir.student_base_path)
+    if config.student.init_adapter is not None and not resume:
+        load_adapter(student, find_adapter(config.student.init_adapter, "student.init_adapter"))
     for model in (teacher, student):
-        verify_kv(model, blocks=config.rollout.block_tokens != 0)
-    corpus = None
-    if config.data.lm_corpus is not None:
-        corpus = load_corpus_tokens(config.data.lm_corpus, pair.tokenizer, split=config.data.split)
+        if model is not None:
+            verify_kv(model, blocks=config.rollout.block_tokens != 0)
 
     trainer = Trainer(
         config,
@@ -110,9 +124,9 @@ def distill(config: RunConfig, run_dir: RunDir, *, resume: bool = False, budget_
         teacher=teacher,
         student=student,
         pair=pair,
-        prompts=prompts,
-        validation_prompts=held_out,
-        corpus=corpus,
+        prompts=data.train,
+        validation_prompts=data.held_out,
+        corpus=prepared.corpus,
         planned_bytes=plan.total_bytes,
         progress=progress,
     )
@@ -125,55 +139,31 @@ def distill(config: RunConfig, run_dir: RunDir, *, resume: bool = False, budget_
     return _finish(config, run_dir, trainer, pair, encoder, plan.total_bytes)
 
 
-def load_prompts(config: RunConfig, pair: TokenizerPair) -> tuple[PromptEncoder, list[Prompt], list[Prompt]]:
-    """The encoder, the training prompts and the held-out prompts, which never overlap."""
-    data = config.data
-    encoder = PromptEncoder(template_tokenizer(pair, data.template), data.template, end_token_ids=pair.eos_ids)
-
-    def encode(reference: str | list[str], limit: int | None = None) -> list[Prompt]:
-        prompts, _ = encode_all(
-            load_records(data, reference, limit=limit),
-            encoder,
-            max_prompt_tokens=data.max_prompt_tokens,
-            max_response_tokens=config.rollout.max_new_tokens,
-        )
-        return prompts
-
-    prompts = encode(data.train, data.limit)
-    if data.validation is not None:
-        held_out = encode(data.validation)[: data.num_validation]
-        texts = {p.text for p in held_out}
-        kept = [p for p in prompts if p.text not in texts]
-        if len(kept) < len(prompts):
-            logger.warning("Left out %d training prompts that are held out for validation.", len(prompts) - len(kept))
-        if not kept:
-            raise DataError("Every training prompt is also in data.validation. Name another file for one of them.")
-        return encoder, kept, held_out
-    # A small file gives at most a fifth of its prompts away.
-    held_out_count = min(data.num_validation, max(1, len(prompts) // 5))
-    train, held_out = split_validation(prompts, held_out_count, config.seed)
-    return encoder, train, held_out
-
-
 def _finish(
     config: RunConfig, run_dir: RunDir, trainer: Trainer, pair: TokenizerPair, encoder: PromptEncoder, planned: int
 ) -> Summary:
     """Put the best adapter, its tokenizer and a model card into RUN/adapter, and write the summary."""
     counters = trainer.counters
-    assert counters.kl_before_nats is not None and counters.kl_last_nats is not None
+    assert counters.before_nats is not None and counters.last_nats is not None
+    figures = {"before": counters.before_nats, "after": counters.best_nats, "last": counters.last_nats}
+    kl, response_loss = (figures, {}) if config.needs_teacher else ({}, figures)
     load_adapter(trainer.student, run_dir.checkpoints_path / checkpoint_name(counters.best_step) / "adapter")
     save_adapter(trainer.student, run_dir.adapter_path)
     # The student was trained on this template, so it must be asked with it.
     pair.student.chat_template = template_source(encoder)
     pair.student.save_pretrained(run_dir.adapter_path)
     summary = Summary(
-        kl_before_nats=counters.kl_before_nats,
-        kl_after_nats=counters.best_kl_nats,
-        kl_last_nats=counters.kl_last_nats,
+        method=config.method,
+        kl_before_nats=kl.get("before"),
+        kl_after_nats=kl.get("after"),
+        kl_last_nats=kl.get("last"),
+        response_loss_before_nats=response_loss.get("before"),
+        response_loss_after_nats=response_loss.get("after"),
+        response_loss_last_nats=response_loss.get("last"),
         best_step=counters.best_step,
         steps=trainer.step,
         steps_without_loss=counters.steps_without_loss,
-        validation_prompts=len(trainer.validation.rollouts),
+        validation_prompts=trainer.validation.num_prompts,
         validation_tokens=trainer.validation.num_tokens,
         rollout_tokens=counters.rollout_tokens,
         trained_tokens=counters.trained_tokens,
@@ -197,19 +187,30 @@ def adapter_card(config: RunConfig, summary: Summary) -> str:
     licences = (
         "\n".join(f"- {model}: {licence}" for model, licence in config.about.licences.items()) or "- see the models"
     )
+    if config.needs_teacher:
+        made = f"distilled from {summary.teacher}"
+        figure, before, after = "KL(teacher \\|\\| student)", summary.kl_before_nats, summary.kl_after_nats
+    else:
+        made = "fine-tuned"
+        figure, before, after = (
+            "Cross-entropy of the responses", summary.response_loss_before_nats, summary.response_loss_after_nats
+        )  # fmt: skip
+    responses = f"rollout policy `{config.rollout.policy}`, " if config.writes_rollouts else ""
+    imitates = config.loss.objective == "divergence"
+    loss = f"`{config.loss.divergence}` over `{config.loss.scope}`" if imitates else "`cross_entropy`"
     return f"""---
 library_name: peft
-tags: [distillation, switch, qswitch]
+tags: [distillation, {config.method}, qswitch]
 ---
-# {summary.student}, distilled from {summary.teacher}
+# {summary.student}, {made}
 
-Trained with qswitch (preset `{config.about.name}`) by the SWITCH method (Koo et al., Findings of NAACL 2025), policy
-`{config.rollout.policy}`, loss `{config.loss.divergence}` over `{config.loss.scope}`, {summary.steps} steps.
+Trained with qswitch (preset `{config.about.name}`), method `{config.method}`, {responses}loss {loss}, {summary.steps}
+steps.{" SWITCH is by Koo et al., Findings of NAACL 2025." if config.method == "switch" else ""}
 
-| KL(teacher \\|\\| student), nats per token, {summary.validation_prompts} held-out prompts | |
+| {figure}, nats per token, {summary.validation_prompts} held-out prompts | |
 |---|---|
-| before | {summary.kl_before_nats:.4f} |
-| after | {summary.kl_after_nats:.4f} |
+| before | {before:.4f} |
+| after | {after:.4f} |
 
 Licences of the models it is made from:
 {licences}

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from qswitch.config import DataSection
+from qswitch.data.overlap import seen_in_training
 from qswitch.data.prompts import Prompt, PromptEncoder
-from qswitch.errors import ConfigError
+from qswitch.errors import ConfigError, DataError
 from qswitch.evaluate.protocol import Protocol
 from qswitch.evaluate.rouge import rouge_l
 from qswitch.evaluate.scores import SetScores, compare_scores, score_set
@@ -82,6 +83,7 @@ def evaluate(
     if len({s.name for s in settings.subjects}) < len(settings.subjects):
         raise ConfigError("Two of the models have the same name. Name them apart: NAME=reference.")
     sets = _load_sets(settings)
+    overlaps = _overlaps(settings, sets, say)
     first = settings.subjects[0]
     template = settings.protocol.template or first.template
     folder = EvaluationDir.open(output_dir, settings.to_dict(sets, template))
@@ -93,6 +95,7 @@ def evaluate(
     for subject in settings.subjects:
         _answer(settings, folder, subject, sets, prompts, views, template, say)
     results = _results(settings, folder, sets, prompts, template)
+    results["overlaps_with_training"] = overlaps
     folder.write(results, render(results))
     return results
 
@@ -123,6 +126,30 @@ def _load_sets(settings: EvaluationSettings) -> list[TestSet]:
     if len({s.name for s in sets}) < len(sets):
         raise ConfigError("Two of the sets have the same file name. Evaluate them one after the other.")
     return sets
+
+
+def _overlaps(
+    settings: EvaluationSettings, sets: Sequence[TestSet], say: Callable[[str], None]
+) -> dict[str, dict[str, int | None]]:
+    """Set -> run -> number of records whose prompt the run was trained on; None where its data cannot be read."""
+    found: dict[str, dict[str, int | None]] = {s.name: {} for s in sets}
+    for subject in settings.subjects:
+        if subject.run_dir is None or subject.part != "student":
+            continue
+        for test_set in sets:
+            records = [item.record for item in test_set.records]
+            try:
+                num: int | None = len(seen_in_training(subject.run_dir.config.data, records))
+            except DataError as error:
+                num = None
+                say(f"{subject.name}: whether its training data overlaps {test_set.name} is not known. {error}")
+            found[test_set.name][subject.name] = num
+            if num:
+                say(
+                    f"{test_set.name}: {num} of {len(records)} prompts are also in the training data of "
+                    f"{subject.name}; its scores on them say little."
+                )
+    return found
 
 
 def _encode(

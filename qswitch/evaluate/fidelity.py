@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qswitch.config import RolloutSection, RunConfig
 from qswitch.distill.divergence import divergence, jsd_bits
-from qswitch.distill.run import load_prompts
+from qswitch.distill.prompts import load_prompts
 from qswitch.errors import ConfigError, ModelError
 from qswitch.evaluate.intervals import Estimate, mean_interval
 from qswitch.evaluate.subjects import trained_weights

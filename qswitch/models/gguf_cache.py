@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def materialise_gguf(path: Path) -> Path:
             plain_model(loaded).to(torch.bfloat16).save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         publish_folder(partial, folder)
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, ImportError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, NotImplementedError, ImportError, struct.error) as error:
         raise ModelError(f"{path} cannot be converted: {first_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,8 +1,9 @@
-"""How a tokenizer, and a model in a given precision, come from a reference. Knows nothing of adapters or training."""
+"""How a tokenizer, and a model in a given precision, come from a reference. Knows nothing of training."""
 
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from qswitch.config import StudentSection, TeacherSection
 from qswitch.errors import ModelError
 from qswitch.models.language_model import LanguageModel, verify_head
-from qswitch.models.messages import explained, quiet, say_once
+from qswitch.models.messages import explained, first_line, quiet, say_once
 from qswitch.models.quantise import QUANTISED, quantization_config, stored_quantization
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
+from qswitch.plan.adapters import find_adapter
 
 ModelSection = TeacherSection | StudentSection
 
@@ -45,18 +47,47 @@ def read_tokenizer(resolved: ResolvedModel, trust_remote_code: bool = False) -> 
 
 
 def load_teacher(teacher: TeacherSection, runtime: Runtime, *, vocab_size: int | None = None) -> LanguageModel:
-    """The teacher, frozen and in eval mode, in `teacher.precision`.
+    """The teacher, frozen and in eval mode, in `teacher.precision`, with its fine-tuned adapter if it has one.
 
     Raises:
         ModelError: it cannot be found, read, quantised, or is no decoder-only model.
     """
-    model = LanguageModel(
-        load_base(teacher, runtime, teacher.precision), vocab_size=vocab_size, compute_dtype=runtime.compute_dtype
-    )
+    hf = load_base(teacher, runtime, teacher.precision)
+    if teacher.adapter is not None:
+        folder = find_adapter(teacher.adapter, "teacher.adapter")
+        hf = with_adapter(hf, folder, merge=teacher.precision not in QUANTISED, dtype=runtime.compute_dtype)
+    model = LanguageModel(hf, vocab_size=vocab_size, compute_dtype=runtime.compute_dtype)
     model.requires_grad_(False)
     model.eval()
     verify_head(model)
     return model
+
+
+def with_adapter(hf: Any, folder: Path, *, merge: bool, dtype: torch.dtype) -> Any:
+    """The model with a trained PEFT adapter: merged into its weights, or attached beside them in `dtype`.
+
+    Quantised weights keep the adapter beside them: merging would round it away (peft issues 1043, 2321).
+
+    Raises:
+        ModelError: the adapter does not belong to this model.
+    """
+    import peft
+
+    try:
+        with quiet(), warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys")  # peft only warns of a bad fit
+            wrapped = peft.PeftModel.from_pretrained(hf, str(folder), is_trainable=False, autocast_adapter_dtype=False)
+    except (OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:
+        raise ModelError(
+            f"teacher.adapter={folder} does not fit {type(hf).__name__}: {first_line(error)} Use the adapter that was "
+            "trained on this model."
+        ) from None
+    if merge:
+        return wrapped.merge_and_unload(safe_merge=True)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return wrapped
 
 
 def load_base(

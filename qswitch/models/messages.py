@@ -6,6 +6,8 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+from safetensors import SafetensorError
+
 from qswitch.errors import ModelError
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ def explained(name: str, what: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         text = str(error)
         lower = text.lower()
         if type(error).__name__ == "OutOfMemoryError":  # torch's; the trainer's business

@@ -27,6 +27,9 @@ class TokenizerPair:
     eos_ids: tuple[int, ...]
     """Tokens that end a response, of either model."""
     pad_id: int
+    teacher_eos_ids: tuple[int, ...] = ()
+    """Tokens that end a response of the teacher, by its tokenizer and generation config."""
+    student_eos_ids: tuple[int, ...] = ()
 
 
 def load_pair_tokenizer(config: RunConfig) -> TokenizerPair:
@@ -40,16 +43,17 @@ def load_pair_tokenizer(config: RunConfig) -> TokenizerPair:
     vocab_size = check_tokenizers(
         teacher, student, teacher_rows=_num_rows(config.teacher), student_rows=_num_rows(config.student)
     )
-    eos = {t.eos_token_id for t in (teacher, student) if t.eos_token_id is not None}
-    for section in (config.teacher, config.student):
-        eos |= _generation_eos(section)
-    eos_ids = tuple(sorted(i for i in eos if i < vocab_size))
+    own = []
+    for tokenizer, section in ((teacher, config.teacher), (student, config.student)):
+        eos = _generation_eos(section) | ({tokenizer.eos_token_id} - {None})
+        own.append(tuple(sorted(i for i in eos if i < vocab_size)))
+    eos_ids = tuple(sorted({*own[0], *own[1]}))
     if not eos_ids:
         raise ModelError(
             "Neither tokenizer has an end-of-sequence token, so responses would always run to rollout.max_new_tokens. "
             "Set eos_token in the teacher's tokenizer_config.json."
         )
-    return TokenizerPair(teacher, teacher, student, vocab_size, eos_ids, teacher.pad_token_id)
+    return TokenizerPair(teacher, teacher, student, vocab_size, eos_ids, teacher.pad_token_id, own[0], own[1])
 
 
 def template_tokenizer(pair: TokenizerPair, template: str) -> Any:

@@ -14,7 +14,8 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
-from qswitch.config import LoraSection
+from qswitch.config import LoraSection, TeacherSection
+from qswitch.plan.adapters import adapter_settings, find_adapter
 from qswitch.plan.shapes import LinearShape, ModelShape
 
 GIB = 2**30
@@ -165,6 +166,14 @@ def lora_parameters(shape: ModelShape, lora: LoraSection) -> int:
 def trainable_parameters(shape: ModelShape, adapter: str, lora: LoraSection) -> int:
     """Parameters with a gradient: the adapters, or every weight."""
     return lora_parameters(shape, lora) if adapter == "lora" else shape.num_parameters
+
+
+def attached_adapter_bytes(shape: ModelShape, teacher: TeacherSection, compute_bytes: int) -> int:
+    """An adapter that stays beside quantised weights, in the compute dtype; one merged into others takes nothing."""
+    if teacher.adapter is None or teacher.precision not in ("nf4", "int8"):
+        return 0
+    lora = adapter_settings(find_adapter(teacher.adapter, "teacher.adapter"))
+    return lora_parameters(shape, lora) * compute_bytes
 
 
 def optimizer_bytes(num_trainable: int, optimizer: str, parameter_bytes: int = FP32_BYTES) -> int:

@@ -136,7 +136,10 @@ def detect_budget_bytes(device: Literal["auto", "cuda", "cpu"] = "auto") -> tupl
         if gpu is not None:
             return gpu, "free memory of the first GPU (nvidia-smi)"
         if device == "cuda":
-            raise ConfigError("No GPU answers to nvidia-smi. Give the budget, for example 12GiB, or use the CPU.")
+            raise ConfigError(
+                "train.device=cuda, but no GPU answers to nvidia-smi. Give the budget, for example --vram 12GiB, or "
+                "set train.device=cpu."
+            )
     available, source = _host_available_bytes()
     limit = _control_group_free_bytes()
     if limit is not None and (available is None or limit < available):
@@ -225,7 +228,7 @@ def _sizes(
     )
     num_trainable = memory.trainable_parameters(student, section.adapter, section.lora)
     row_bytes = memory.cache_row_bytes(cache.format, teacher.hidden_size, vocab, cache.topk, b)
-    wanted = row_bytes * sequences * rollout.max_new_tokens
+    wanted = row_bytes * sequences * rollout.max_new_tokens if config.loss.objective == "divergence" else 0
     on_device = min(wanted, int(cache.device_budget_gib * GIB))
     on_host = min(wanted - on_device, int(cache.host_budget_gib * GIB))
     on_disk = wanted - on_device - on_host
@@ -233,7 +236,10 @@ def _sizes(
         on_device, on_host = on_device + on_host, 0
     resident = {
         "cuda_context": memory.CUDA_CONTEXT_BYTES if on_gpu else 0,
-        "teacher_weights": memory.weight_bytes(teacher, config.teacher.precision, b, any_width=on_gpu),
+        "teacher_weights": (
+            memory.weight_bytes(teacher, config.teacher.precision, b, any_width=on_gpu) if config.needs_teacher else 0
+        ),
+        "teacher_adapter": memory.attached_adapter_bytes(teacher, config.teacher, b) if config.needs_teacher else 0,
         "student_weights": student_weights,
         "adapters": 0 if full else num_trainable * acc,
         "optimizer_state": memory.optimizer_bytes(num_trainable, train.optimizer, acc),
@@ -261,6 +267,9 @@ def _sizes(
         "dequantisation": max(unpack_teacher, unpack_student),
         "autocast_copies": cast,
     }
+    if not config.needs_teacher:  # SFT: no second model, no rollout
+        load["load_buffer"] = student_load + _cut_layers_bytes(section, student, b)
+        decode = dict.fromkeys(decode, 0)
     # The language-model loss runs over blocks of its own, one per row.
     length = max(tokens, config.loss.lm_block_tokens if config.data.lm_corpus is not None else 0)
     positions = micro * (length if config.data.lm_corpus is not None else rollout.max_new_tokens)
@@ -284,6 +293,7 @@ def _sizes(
     )
     # Responses that the teacher did not see being written are scored in one pass over whole sequences.
     scores = config.data.ground_truth_mix > 0 or rollout.policy not in ("switch", "teacher", "random", "mixture")
+    scores = scores and config.loss.objective == "divergence"
     score = memory.forward_bytes(teacher, rows, tokens, b) + unpack_teacher if scores else 0
 
     stays = dict.fromkeys(("rollout", "train", "validate"), sum(resident.values()))
@@ -473,7 +483,7 @@ def require_fit(plan: Plan) -> None:
 
 SHORT_NAMES = {
     "CUDA context": ("cuda_context",),
-    "teacher": ("teacher_weights",),
+    "teacher": ("teacher_weights", "teacher_adapter"),
     "student": ("student_weights", "adapters", "optimizer_state"),
     "logit cache": ("logit_cache",),
     "KV caches": ("teacher_kv_cache", "student_kv_cache"),

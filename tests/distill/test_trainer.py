@@ -13,10 +13,11 @@ import torch
 
 from qswitch.config import RunConfig, build_config
 from qswitch.distill.divergence import divergence
+from qswitch.distill.prompts import load_prompts
 from qswitch.distill.replay import staleness_nats
-from qswitch.distill.run import Interrupted, distill, load_prompts
+from qswitch.distill.run import Interrupted, distill
 from qswitch.distill.trainer import Trainer
-from qswitch.errors import TrainingError
+from qswitch.errors import DataError, TrainingError
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer
 from qswitch.models.runtime import make_runtime
@@ -254,7 +255,7 @@ def test_ground_truth_mix_without_responses_is_refused(folders, tmp_path):
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(12)))
     config = settings(folders, data__train=str(data), data__ground_truth_mix=0.5)
-    with pytest.raises(TrainingError, match="have none"):
+    with pytest.raises(DataError, match="12 of 12 records have none"):
         make_trainer(config, tmp_path / "run")
 
 

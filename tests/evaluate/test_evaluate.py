@@ -201,3 +201,14 @@ def test_mistakes_end_with_2_and_one_message(made, arguments, message, capsys, t
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.splitlines()[-1]
     assert "Traceback" not in captured.err
+
+
+def test_questions_that_the_run_was_trained_on_are_reported(made, tmp_path):
+    run_path, _ = made
+    data = tmp_path / "seen.jsonl"
+    data.write_text("".join(json.dumps({"prompt": p, "response": "x"}) + "\n" for p in ("Tell  the", "unheard of")))
+    said: list[str] = []
+    wanted = request((run_path, data), tmp_path / "out", no_teacher=True)
+    results, _ = run_eval(wanted, say=said.append)
+    assert results["overlaps_with_training"] == {"seen": {"run": 1}}
+    assert any("1 of 2 prompts are also in the training data of run" in line for line in said)

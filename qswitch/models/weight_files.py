@@ -1,0 +1,60 @@
+"""Whether a model folder's weight files are all there and whole, by their headers alone. Knows no model class."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qswitch.errors import ModelError
+from qswitch.models.references import ResolvedModel
+
+INDEX = "model.safetensors.index.json"
+_LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its header, little-endian."""
+
+
+def check_weight_files(resolved: ResolvedModel) -> None:
+    """Nothing, or an error for a local folder whose weights cannot be read; a hub id is left to its download.
+
+    Raises:
+        ModelError: no safetensors file, a part is missing, or a file is cut off.
+    """
+    folder = Path(resolved.path)
+    if not folder.is_dir():
+        return
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        found = f"only {pickled[0]}, and qswitch reads no pickle. Convert it to safetensors" if pickled else (
+            "none. Copy or download model.safetensors into it"
+        )  # fmt: skip
+        raise ModelError(f"{folder}: it needs weights in safetensors format and has {found}.")
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index} cannot be read ({error!r}). Download it again.") from None
+        missing = sorted(parts - {f.name for f in files})
+        if missing:
+            raise ModelError(f"{folder}: {len(missing)} of {len(parts)} weight files are missing, for example "
+                             f"{missing[0]}. Download them.")  # fmt: skip
+        files = [folder / part for part in sorted(parts)]
+    for file in files:
+        _check_whole(file)
+
+
+def _check_whole(file: Path) -> None:
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(_LENGTH_BYTES), "little")
+            if length > size:
+                raise ValueError("its header does not end")
+            header = json.loads(handle.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file} is no safetensors file ({error}). Download it again.") from None
+    expected = _LENGTH_BYTES + length + max(ends, default=0)
+    if size != expected:
+        raise ModelError(f"{file} has {size:,} bytes, but its header describes {expected:,}. Download it again.")

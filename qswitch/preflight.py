@@ -1,0 +1,349 @@
+"""What would stop a run, found before any weight is loaded, and all in one list.
+
+`check_settings` needs no library and no network; `prepare` then reads tokenizers and data, and hands back what it has
+read. Each finding names the setting, the reason and the remedy. Cold until `prepare` runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qswitch.config import RunConfig, StudentSection, TeacherSection
+from qswitch.errors import ConfigError, DataError, ModelError, QSwitchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qswitch.data.prompts import PromptEncoder
+    from qswitch.distill.prompts import RunPrompts
+    from qswitch.models.pair import TokenizerPair
+    from qswitch.plan.shapes import ModelShape
+
+GIB = 2**30
+NF4_CPU_BLOCK = 64
+"""bitsandbytes on CPU reads NF4 in blocks of this many inputs."""
+TEMPLATE_PROBE = "What is 2 + 2? It's four."
+
+
+class PreflightError(ConfigError):
+    """A run that cannot start: every reason found."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a preflight has read: tokenizers and data."""
+
+    pair: TokenizerPair
+    encoder: PromptEncoder
+    prompts: RunPrompts
+    corpus: Tensor | None
+    """data.lm_corpus as one stream of token ids."""
+
+
+Sections = list[tuple[str, TeacherSection | StudentSection]]
+
+
+def sections_to_load(config: RunConfig) -> Sections:
+    """The models whose weights a run loads, by role."""
+    student: Sections = [("student", config.student)]
+    return [("teacher", config.teacher), *student] if config.needs_teacher else student
+
+
+# ------------------------------------------------------------------------------------------------------ settings alone
+
+
+def check_settings(config: RunConfig, output_dir: Path | None = None) -> None:
+    """Nothing, or every reason that settings, files and this machine give against the run; no library, no network.
+
+    `output_dir` is where the run would write; its disk is checked for room.
+
+    Raises:
+        PreflightError: lists them.
+    """
+    problems = [*_adapters(config), *_shapes_and_context(config), *_machine(config), *_files(config)]
+    if not problems and output_dir is not None:
+        problems += _disk(config, output_dir)
+    if problems:
+        raise PreflightError(problems)
+
+
+def _shapes_and_context(config: RunConfig) -> Iterator[str]:
+    from qswitch.plan.scheduler import describe_machine
+    from qswitch.plan.shapes import shape_for
+
+    tokens = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    for role, section in sections_to_load(config):
+        try:
+            shape = shape_for(section)
+        except ConfigError as error:
+            yield from error.problems
+            continue
+        if shape.max_positions and tokens > shape.max_positions:
+            yield (
+                f"{role}.model {_name(section)} has a context of {shape.max_positions} tokens, but "
+                f"data.max_prompt_tokens ({config.data.max_prompt_tokens}) and rollout.max_new_tokens "
+                f"({config.rollout.max_new_tokens}) make {tokens}. Lower one of them."
+            )
+        if role == "student":
+            yield from _unknown_targets(config.student, shape)
+        block = config.loss.lm_block_tokens
+        if role == "student" and config.data.lm_corpus is not None and 0 < shape.max_positions < block:
+            yield (
+                f"loss.lm_block_tokens={block} is longer than the student's context of {shape.max_positions} tokens. "
+                "Lower it."
+            )
+        if section.precision == "nf4" and describe_machine(config.train).device == "cpu":
+            linears = shape.linears
+            odd = sum(m.weight_parameters for m in linears if m.in_features % NF4_CPU_BLOCK)
+            if odd > shape.linear_weight_parameters / 2:
+                widths = sorted({m.in_features for m in linears if m.in_features % NF4_CPU_BLOCK})
+                yield (
+                    f"{role}.precision=nf4 is not possible on a CPU for {_name(section)}: most of its linear layers "
+                    f"have an input width that is no multiple of {NF4_CPU_BLOCK} ({', '.join(map(str, widths))}). Set "
+                    f"{role}.precision=bf16, or use a GPU."
+                )
+
+
+def _unknown_targets(student: StudentSection, shape: ModelShape) -> Iterator[str]:
+    """Listed LoRA targets that no module has; peft passes over one of several in silence."""
+    targets = student.lora.target_modules
+    if student.adapter != "lora" or isinstance(targets, str):
+        return
+    known = [m.name for m in (*shape.layer_linears, *shape.outer_linears)]
+    others = ("lm_head", "embed_tokens", "wte", "wpe", "embed_out")
+    for name in targets:
+        if name.rpartition(".")[2] not in (*known, *others):
+            yield (
+                f"student.lora.target_modules names {name}, which {_name(student)} does not have. Its linear modules "
+                f"are {', '.join(dict.fromkeys(known))}."
+            )
+
+
+def _machine(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    for role, section in sections_to_load(config):
+        if section.precision in ("nf4", "int8"):
+            if importlib.util.find_spec("bitsandbytes") is None:
+                yield (
+                    f"{role}.precision={section.precision} needs bitsandbytes, which is not installed: pip install "
+                    f"bitsandbytes. Or set {role}.precision=bf16."
+                )
+            elif platform.machine().lower() not in ("x86_64", "amd64", "aarch64", "arm64"):
+                yield (
+                    f"{role}.precision={section.precision}: bitsandbytes has no build for {platform.machine()}. Set "
+                    f"{role}.precision=bf16."
+                )
+            if train.compute_dtype == "fp64":
+                yield f"{role}.precision={section.precision} cannot compute in fp64. Set {role}.precision=fp32."
+    if train.optimizer == "paged_adamw_8bit" and train.device == "auto":
+        from qswitch.plan.scheduler import describe_machine
+
+        if describe_machine(train).device == "cpu":
+            yield "train.optimizer=paged_adamw_8bit needs a GPU, and nvidia-smi shows none. Set train.optimizer=adamw."
+    for tracker in train.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            yield f"train.report_to names {tracker}, which is not installed: pip install {tracker}. Or remove it."
+
+
+def _adapters(config: RunConfig) -> Iterator[str]:
+    from qswitch.plan.adapters import adapter_settings, find_adapter, init_adapter_problem
+
+    try:
+        if config.teacher.adapter is not None:
+            adapter_settings(find_adapter(config.teacher.adapter, "teacher.adapter"))
+    except ConfigError as error:
+        yield from error.problems
+    try:
+        problem = init_adapter_problem(config.student) if config.student.init_adapter is not None else None
+    except ConfigError as error:
+        yield from error.problems
+    else:
+        if problem is not None:
+            yield problem
+
+
+def _files(config: RunConfig) -> Iterator[str]:
+    from qswitch.data.sources import RECORD_SUFFIXES, TEXT_SUFFIXES, reference_path
+
+    data = config.data
+    texts = RECORD_SUFFIXES + TEXT_SUFFIXES
+    named = {"train": (data.train, RECORD_SUFFIXES), "validation": (data.validation, RECORD_SUFFIXES),
+             "lm_corpus": (data.lm_corpus, texts)}  # fmt: skip
+    for setting, (references, suffixes) in named.items():
+        for reference in [references] if isinstance(references, str) else references or []:
+            try:
+                reference_path(reference, suffixes)
+            except DataError as error:
+                yield f"data.{setting}: {error}"
+    template = data.template
+    if template not in ("teacher", "student", "alpaca", "plain") and not Path(template).expanduser().is_file():
+        yield (
+            f"data.template={template}: no such file. Use teacher, student, alpaca, plain, or the path of a Jinja file."
+        )
+
+
+def _disk(config: RunConfig, output_dir: Path) -> Iterator[str]:
+    """Checkpoints are written beside the old ones: one more than are kept, the best one, and RUN/adapter."""
+    from qswitch.plan import memory
+    from qswitch.plan.shapes import shape_for
+
+    student = config.student
+    shape = shape_for(student)
+    trained = memory.trainable_parameters(shape, student.adapter, student.lora)
+    weights = trained * memory.FP32_BYTES
+    checkpoint = weights + memory.optimizer_bytes(trained, config.train.optimizer, memory.FP32_BYTES)
+    needed = checkpoint * (config.train.save_total_limit + 2) + weights
+    if student.shrink_to_layers is not None:
+        needed += shape.num_parameters * 2
+    free = shutil.disk_usage(_existing_parent(output_dir)).free
+    if needed > free:
+        yield (
+            f"The disk of {output_dir} has {free / GIB:.1f} GiB free, but the checkpoints take up to "
+            f"{needed / GIB:.1f} ({config.train.save_total_limit + 2} of {checkpoint / GIB:.2f} each). Free some, "
+            "choose another --output-dir, or lower train.save_total_limit."
+        )
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _name(section: TeacherSection | StudentSection) -> str:
+    return section.model if isinstance(section.model, str) else section.model[0]
+
+
+# --------------------------------------------------------------------------------------- again, with tokenizer and data
+
+
+def prepare(config: RunConfig, notify: Callable[[str, int, int | None], None] | None = None) -> Prepared:
+    """Tokenizers and data of a run, read and checked; still no weights.
+
+    `notify` hears how far reading the data is.
+
+    Raises:
+        PreflightError: every problem of models, tokenizers, template and data, in one list.
+    """
+    from qswitch.distill.prompts import gather_prompts, make_encoder
+    from qswitch.models.pair import load_pair_tokenizer
+    from qswitch.models.runtime import make_runtime
+
+    problems: list[str] = []
+
+    def attempt(action: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return action(*arguments)
+        except QSwitchError as error:
+            problems.extend(error.problems if isinstance(error, ConfigError) else [str(error)])
+            return None
+
+    attempt(make_runtime, config.train)
+    problems += _unreadable_models(config)
+    pair = attempt(load_pair_tokenizer, config) if not problems else None
+    encoder = attempt(make_encoder, config, pair) if pair is not None else None
+    if pair is None or encoder is None:
+        attempt(_read_a_record, config)
+        raise PreflightError(problems)
+    problems += _end_tokens(config, pair)
+    problems += _template(config, pair, encoder)
+    prompts = attempt(gather_prompts, config, encoder, notify)
+    corpus = attempt(_corpus, config, pair) if config.data.lm_corpus is not None else None
+    if problems:
+        raise PreflightError(problems)
+    return Prepared(pair, encoder, prompts, corpus)
+
+
+def _corpus(config: RunConfig, pair: TokenizerPair) -> Tensor:
+    from qswitch.data.loader import BlockLoader, load_corpus_tokens
+
+    assert config.data.lm_corpus is not None
+    tokens = load_corpus_tokens(config.data.lm_corpus, pair.tokenizer, split=config.data.split)
+    BlockLoader(tokens, config.loss.lm_block_tokens, config.seed)  # refuses a corpus shorter than a block
+    return tokens
+
+
+def _unreadable_models(config: RunConfig) -> list[str]:
+    """Models that are not there, gated, or of no use, by role; reads config.json and the weight files' headers."""
+    from transformers import AutoConfig
+
+    from qswitch.models.messages import explained, quiet
+    from qswitch.models.quantise import stored_quantization
+    from qswitch.models.references import resolve_reference
+    from qswitch.models.weight_files import check_weight_files
+
+    problems: list[str] = []
+    loaded = [role for role, _ in sections_to_load(config)]
+    seen: set[str] = set()
+    for role, section in (("teacher", config.teacher), ("student", config.student)):
+        key = repr((section.model, section.revision, section.trust_remote_code, section.precision))
+        if key in seen:
+            continue
+        seen.add(key)
+        try:
+            resolved = resolve_reference(section.model, section.revision)
+            with quiet(), explained(resolved.name, "model"):
+                found = AutoConfig.from_pretrained(
+                    resolved.path, revision=resolved.revision, trust_remote_code=section.trust_remote_code
+                )
+            if getattr(found, "is_encoder_decoder", False):
+                raise ModelError(f"{resolved.name} is an encoder-decoder model. Use a decoder-only language model.")
+            if role in loaded:
+                stored_quantization(found, resolved, section.precision)
+                check_weight_files(resolved)
+        except ModelError as error:
+            hint = ""
+            if config.about.gated and config.about.twin and not os.environ.get("HF_TOKEN"):
+                hint = f" HF_TOKEN is not set; the preset {config.about.twin} needs none."
+            problems.append(f"{role}.model: {error}{hint}")
+    return problems
+
+
+def _read_a_record(config: RunConfig) -> None:
+    """Reads the beginning of every data reference, so that its problem stands beside those of the models."""
+    from qswitch.data.records import load_records
+
+    for references in (config.data.train, config.data.validation):
+        for reference in [references] if isinstance(references, str) else references or []:
+            if Path(reference).expanduser().exists():  # a hub that does not answer has been reported already
+                load_records(config.data, reference, limit=100)
+
+
+def _end_tokens(config: RunConfig, pair: TokenizerPair) -> list[str]:
+    own = {"teacher": pair.teacher_eos_ids, "student": pair.student_eos_ids}
+    if config.data.allow_eos_mismatch or not all(own.values()) or set(own["teacher"]) & set(own["student"]):
+        return []
+    names = {role: ", ".join(map(str, pair.tokenizer.convert_ids_to_tokens(list(ids)))) for role, ids in own.items()}
+    return [
+        f"The teacher ends a response with {names['teacher']}, the student with {names['student']}: in other programs "
+        "the exported student would run on to its limit. Use the student that belongs to this teacher (its chat "
+        "variant), give the student's generation_config.json the teacher's eos_token_id, or set "
+        "data.allow_eos_mismatch=true."
+    ]
+
+
+def _template(config: RunConfig, pair: TokenizerPair, encoder: PromptEncoder) -> list[str]:
+    """The template's own text, special tokens included, must be the same ids to both."""
+    from qswitch.data.records import Message, Record
+
+    text = encoder.render(Record(0, (Message("user", TEMPLATE_PROBE),), None, "the template probe"))
+    ids = {role: t(text, add_special_tokens=False)["input_ids"] for role, t in
+           (("teacher", pair.teacher), ("student", pair.student))}  # fmt: skip
+    if ids["teacher"] == ids["student"]:
+        return []
+    pairs = zip(ids["teacher"], ids["student"], strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, ids.values())))
+    shown = {role: getattr(pair, role).convert_ids_to_tokens(found[at : at + 3]) for role, found in ids.items()}
+    return [
+        f"data.template={config.data.template}: from token {at} of a rendered prompt on, the teacher's tokenizer reads "
+        f"{shown['teacher']} and the student's {shown['student']}. Use the same tokenizer files for both, or "
+        "data.template=alpaca."
+    ]
