@@ -181,6 +181,10 @@ class DataSection(Section):
     """Number of held-out prompts that are scored."""
     ground_truth_mix: float = Field(default=0.0, ge=0, le=1)
     """Probability that a batch is ground truth instead of a rollout (0.5 in the paper)."""
+    adaptive_share: bool = False
+    """Instead of a fixed mix: the share of rollout batches starts at 0 and grows when the validation loss rises."""
+    share_tolerance_nats: float = Field(default=0.1, ge=0)
+    """Rise of the loss on held-out responses at which the share grows by 0.1, nats per token."""
     lm_corpus: str | list[str] | None = None
     """Plain text for an added language-model loss; text, jsonl with `text`, or a hub id."""
 
@@ -211,7 +215,7 @@ class RolloutSection(Section):
     reuse: int = Field(default=1, ge=1)
     """R: every rollout trains R times over the following steps, without either model writing again."""
     replay_capacity: int = Field(default=1000, ge=1)
-    """Rollouts held for reuse; the oldest leave first."""
+    """Rollouts held for reuse, or for data.adaptive_share; the oldest leave first."""
     replay_max_age_steps: int = Field(default=50, ge=1)
     """Optimizer steps after which a rollout is too stale to train on again."""
     block_tokens: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = "auto"
@@ -301,7 +305,9 @@ class TrainSection(Section):
 class RunConfig(Section):
     """A whole run. `qswitch distill` writes it, resolved, to RUN/config.yaml, which starts the same run again."""
 
-    method: Literal["switch", "sft", "kd", "seqkd", "gkd", "imitkd", "skd", "adaswitch", "custom"] = "switch"
+    method: Literal["switch", "sft", "kd", "seqkd", "gkd", "imitkd", "distillm", "skd", "adaswitch", "custom"] = (
+        "switch"
+    )
     """Fills in the defaults of a method (docs/methods.md); what is written in the sections wins. custom: none."""
     about: AboutSection = Field(default_factory=AboutSection)
     teacher: TeacherSection
@@ -317,7 +323,12 @@ class RunConfig(Section):
     @property
     def writes_rollouts(self) -> bool:
         """Whether any training response is written by a model."""
-        return self.data.ground_truth_mix < 1
+        return self.data.ground_truth_mix < 1 or self.data.adaptive_share
+
+    @property
+    def reads_responses(self) -> bool:
+        """Whether any batch is made of the data's own responses."""
+        return self.data.ground_truth_mix > 0 or self.data.adaptive_share
 
     @property
     def needs_teacher(self) -> bool:
@@ -364,7 +375,10 @@ def _settings_without_effect(config: RunConfig):
         if name not in reads and getattr(rollout, name) != type(rollout).model_fields[name].default:
             mode = f"policy {rollout.policy}" + (f", schedule {rollout.schedule}" if rollout.policy == "switch" else "")
             yield f"rollout.{name} has no effect with {mode}. Remove it or change the policy."
-    if rollout.reuse == 1:
+    if rollout.reuse > 1 and (data.adaptive_share or not config.writes_rollouts):
+        why = "data.adaptive_share replays by itself" if data.adaptive_share else "no rollout is written"
+        yield f"rollout.reuse has no effect here: {why}. Remove it."
+    if rollout.reuse == 1 and not data.adaptive_share:
         for name in written(rollout, "replay_capacity", "replay_max_age_steps"):
             if getattr(rollout, name) != type(rollout).model_fields[name].default:
                 yield f"rollout.{name} has no effect with rollout.reuse=1, where every rollout trains once."
@@ -405,6 +419,10 @@ def _settings_without_effect(config: RunConfig):
             yield f"data.weights = {data.weights}: every weight must be above 0. Remove the entries you do not want."
         elif entries == 1:
             yield "data.weights has no effect with one entry in data.train. Remove it."
+    if data.adaptive_share and data.ground_truth_mix:
+        yield "data.ground_truth_mix has no effect with data.adaptive_share, which adapts it. Remove it."
+    if not data.adaptive_share and data.share_tolerance_nats != 0.1:
+        yield "data.share_tolerance_nats has no effect without data.adaptive_share. Remove it, or set method=distillm."
     if data.validation_split is not None and data.validation is None:
         yield "data.validation_split has no effect without data.validation. Remove it, or set data.validation."
     if data.lm_corpus is None:

@@ -35,6 +35,12 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "loss": {"objective": "divergence", "divergence": "forward_kl", "scope": "all"},
         "data": {"ground_truth_mix": 0.0},
     },
+    "distillm": {
+        # Its buffer has no limit of age.
+        "rollout": {"policy": "student", "replay_capacity": 1000, "replay_max_age_steps": 1_000_000},
+        "loss": {"objective": "divergence", "divergence": "skew_reverse_kl", "alpha": 0.1, "scope": "all"},
+        "data": {"adaptive_share": True, "ground_truth_mix": 0.0},
+    },
     "skd": {
         "rollout": {"policy": "skd"},
         "loss": {"objective": "divergence", "divergence": "forward_kl", "scope": "all"},
@@ -55,6 +61,7 @@ FIXED: dict[str, tuple[str, ...]] = {
     "seqkd": ("rollout.policy", "loss.objective", "data.ground_truth_mix"),
     "gkd": ("rollout.policy", "loss.objective"),
     "imitkd": ("rollout.policy", "loss.objective", "data.ground_truth_mix"),
+    "distillm": ("rollout.policy", "loss.objective", "data.adaptive_share", "data.ground_truth_mix"),
     "skd": ("rollout.policy", "loss.objective"),
     "adaswitch": ("rollout.policy", "loss.objective"),
     CUSTOM: (),
@@ -77,7 +84,11 @@ OWNED = (
     "loss.alpha",
     "loss.beta",
     "loss.scope",
+    "rollout.replay_capacity",
+    "rollout.replay_max_age_steps",
     "data.ground_truth_mix",
+    "data.adaptive_share",
+    "data.share_tolerance_nats",
 )
 """Settings that say what a method is. A file or --set that names another method takes those of the file below away."""
 
@@ -123,8 +134,9 @@ def contradictions(method: str, values: Mapping[str, Any]) -> Iterator[tuple[str
 
 
 _UNREAD = {
-    "sft": ("rollout.temperature", "loss.temperature"),
-    "kd": ("rollout.temperature",),
+    "sft": ("rollout.temperature", "rollout.reuse", "loss.temperature"),
+    "kd": ("rollout.temperature", "rollout.reuse"),
+    "distillm": ("rollout.reuse",),
     "seqkd": ("loss.temperature",),
 }
 """Settings of no method's own that a method has no use for."""

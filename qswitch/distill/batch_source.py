@@ -40,7 +40,7 @@ class AdaptiveShare:
     def source(self, coin: float, progress: float, *, can_replay: bool) -> Source:
         """Of a step with `coin` in [0, 1) at `progress` in [0, 1): fresh below phi (1 - progress), replayed up to phi.
 
-        Without anything to replay the rollout is fresh.
+        Where nothing can be replayed the rollout is fresh.
         """
         if coin >= self.phi:
             return "ground_truth"

@@ -17,6 +17,7 @@ from qswitch.data.records import Record, check_columns, load_records
 from qswitch.data.sources import Notify
 from qswitch.data.streaming import Counts, Index, StreamedPrompts, build_index, content_digest, json_lines_files
 from qswitch.errors import DataError
+from qswitch.methods import FIXED
 from qswitch.models.gguf_cache import cache_folder
 from qswitch.models.pair import TokenizerPair, template_tokenizer
 
@@ -252,11 +253,14 @@ def _streamed_report(counts: list[Counts], held_out: list[Prompt]) -> DataReport
 
 def _refuse_missing_responses(config: RunConfig, report: DataReport) -> None:
     mix = config.data.ground_truth_mix
-    if mix > 0 and report.without_response:
-        instead = "set data.ground_truth_mix=0" if mix < 1 else "choose a method that writes its own, such as switch"
+    if config.reads_responses and report.without_response:
+        setting = "data.adaptive_share" if config.data.adaptive_share else f"data.ground_truth_mix={mix:g}"
+        fixed = "data.adaptive_share" if config.data.adaptive_share else "data.ground_truth_mix"
+        removable = 0 < mix < 1 and fixed not in FIXED[config.method]
+        instead = f"set {fixed}=0" if removable else "choose a method that writes its own, such as switch"
         raise DataError(
-            f"method={config.method} with data.ground_truth_mix={mix:g} learns from the data's responses, but "
-            f"{report.without_response} of {report.records} records have none. Add them, or {instead}."
+            f"method={config.method} with {setting} learns from the data's responses, but {report.without_response} of "
+            f"{report.records} records have none. Add them, or {instead}."
         )
 
 

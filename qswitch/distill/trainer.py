@@ -23,6 +23,7 @@ from transformers import get_scheduler
 from qswitch.config import RunConfig
 from qswitch.data.loader import BlockLoader, PromptLoader
 from qswitch.data.prompts import Prompt
+from qswitch.distill.batch_source import AdaptiveShare, Source
 from qswitch.distill.checkpoint import (
     checkpoint_name,
     load_checkpoint,
@@ -88,7 +89,7 @@ class StepReport:
 
     loss: float | None = None
     grad_norm: float | None = None
-    batch: str = "rollout"
+    batch: Source = "rollout"
     loss_tokens: int = 0
     replayed: int = 0
     """Sequences that had trained before."""
@@ -167,6 +168,12 @@ class Trainer:
             )
         )
         self.replay = ReplayBuffer(config.rollout.replay_capacity, config.rollout.replay_max_age_steps, config.seed)
+        self.share: AdaptiveShare | None = None
+        if config.data.adaptive_share:
+            self.share = AdaptiveShare(config.data.share_tolerance_nats)
+            self.response_loss = ResponseLoss(
+                validation_prompts, pad_id=pair.pad_id, batch_size=config.rollout.batch_size
+            )
         self.acceptance = Acceptance()
         self.blocks = self._make_blocks()
         self.step = 0
@@ -180,6 +187,7 @@ class Trainer:
         train = self.config.train
         if self.counters.before_nats is None:
             self.counters.before_nats = self.counters.last_nats = self.validate()
+            self.adapt_share()
             self.progress.validated(0, self.validation.what, self.counters.before_nats)
         with self.progress:
             while self.step < train.max_steps:
@@ -192,7 +200,9 @@ class Trainer:
                 if self.step % train.eval_steps == 0 or self.step == train.max_steps:
                     self.counters.last_nats = self.validate()
                     self.progress.validated(self.step, self.validation.what, self.counters.last_nats)
-                    self.run_dir.append_metrics({"step": self.step, self.validation.key: self.counters.last_nats})
+                    self.run_dir.append_metrics(
+                        {"step": self.step, self.validation.key: self.counters.last_nats, **self.adapt_share()}
+                    )
                     if self.counters.last_nats < self.counters.best_nats:
                         self.counters.best_nats, self.counters.best_step = self.counters.last_nats, self.step
                         self.save()
@@ -213,15 +223,17 @@ class Trainer:
         clock = _Clock(report.seconds)
 
         total = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        if self._is_ground_truth_step():
-            report.batch = "ground_truth"
+        self.replay.expire(self.step)
+        report.batch = self._next_source()
+        if report.batch == "ground_truth":
             sequences = self.read_ground_truth(self.loader.next(total))
         else:
-            self.replay.expire(self.step)
-            fresh, replayed = split_step(total, self.config.rollout.reuse, len(self.replay))
-            report.rollouts, report.rollout = self.roll_out(self.loader.next(fresh))
-            clock.lap("rollout")
-            sequences = self.cache_teacher(report.rollouts)
+            fresh, replayed = self._fresh_and_replayed(report.batch, total)
+            sequences = []
+            if fresh:
+                report.rollouts, report.rollout = self.roll_out(self.loader.next(fresh))
+                clock.lap("rollout")
+                sequences = self.cache_teacher(report.rollouts)
             drawn = self.replay.draw(replayed, self.step)
             self.remember(report.rollouts, sequences)
             sequences += [entry.sequence for entry in drawn]
@@ -261,12 +273,13 @@ class Trainer:
             batch_size=settings.batch_size,
             keep=keep,
             blocks=self.blocks,
-            keep_student=settings.reuse > 1,
+            keep_student=settings.reuse > 1 or self.share is not None,
         )
 
     def remember(self, rollouts: Sequence[Rollout], sequences: Sequence[TrainingSequence]) -> None:
         """Keep fresh sequences for the further uses that rollout.reuse gives them."""
-        uses = self.config.rollout.reuse - 1
+        # The adaptive share draws from the buffer at random, again and again.
+        uses = None if self.share is not None else self.config.rollout.reuse - 1
         if uses == 0:
             return
         entries = []
@@ -411,12 +424,22 @@ class Trainer:
             keys = torch.tensor([key for s, _ in kept for key in s.cache_keys()], dtype=torch.int64)
             self.cache.put(keys, torch.cat([h for _, h in kept]), self.teacher.head)
 
-    def _is_ground_truth_step(self) -> bool:
+    def _next_source(self) -> Source:
         mix = self.config.data.ground_truth_mix
-        if mix == 0:
-            return False
+        if mix == 0 and self.share is None:
+            return "rollout"
         key = row_keys(self.config.seed, torch.tensor([_GROUND_TRUTH_COIN]), torch.tensor([self.step]))
-        return float(uniform(key)) < mix
+        coin = float(uniform(key))
+        if self.share is None:
+            return "ground_truth" if coin < mix else "rollout"
+        full = len(self.replay) >= self.config.rollout.replay_capacity
+        return self.share.source(coin, self.step / self.config.train.max_steps, can_replay=full)
+
+    def _fresh_and_replayed(self, source: Source, total: int) -> tuple[int, int]:
+        """How many sequences of a step are written now, and how many had been before."""
+        if self.share is None:
+            return split_step(total, self.config.rollout.reuse, len(self.replay))
+        return (0, total) if source == "replay" else (total, 0)
 
     def _not_finite(self, what: str, value: float) -> TrainingError:
         return TrainingError(
@@ -431,6 +454,15 @@ class Trainer:
         """KL(teacher || student) on the held-out prompts, or the loss on their responses; nats per token."""
         return self.validation.nats(self.objective, self.device, self.config.loss.chunk_tokens)
 
+    def adapt_share(self) -> dict[str, float]:
+        """Let the share of student-written batches hear of the loss on held-out responses; both, for the metrics."""
+        if self.share is None:
+            return {}
+        loss = self.response_loss.nats(self.objective, self.device, self.config.loss.chunk_tokens)
+        if self.share.observe(loss):
+            self.progress.say(f"{self.response_loss.what} rose to {loss:.3f}: student writes {self.share.phi:.0%}")
+        return {self.response_loss.key: loss, "student_batch_share": self.share.phi}
+
     def save(self) -> None:
         """Write a checkpoint of the current step and drop the oldest beyond the limit, never the best."""
         state = {
@@ -440,6 +472,8 @@ class Trainer:
         }
         if self.corpus is not None:
             state["corpus"] = self.corpus.state_dict()
+        if self.share is not None:
+            state["share"] = self.share.state_dict()
         save_checkpoint(
             self.run_dir.checkpoints_path,
             step=self.step,
@@ -459,7 +493,8 @@ class Trainer:
         """The sequences that will train again, with their teacher outputs; None where there are none."""
         if len(self.replay) == 0:
             return None
-        return {"buffer": self.replay.state_dict(), "cache": self.cache.export(self.replay.cache_keys())}
+        cache = self.cache.export(self.replay.cache_keys()) if self.imitates else None
+        return {"buffer": self.replay.state_dict(), "cache": cache}
 
     def resume(self) -> bool:
         """Go back to the newest complete checkpoint; False where there is none."""
@@ -476,7 +511,10 @@ class Trainer:
         replay = load_replay(folder)
         if replay is not None:
             self.replay.load_state_dict(replay["buffer"])
-            self.cache.load_state_dict(replay["cache"], self.teacher.head)
+            if self.teacher is not None and replay["cache"] is not None:
+                self.cache.load_state_dict(replay["cache"], self.teacher.head)
+        if self.share is not None:
+            self.share.load_state_dict(state["share"])
         counters = state["counters"]
         if counters["best_nats"] is None:
             counters["best_nats"] = math.inf

@@ -292,7 +292,7 @@ def _sizes(
         + cast
     )
     # Responses that the teacher did not see being written are scored in one pass over whole sequences.
-    scores = config.data.ground_truth_mix > 0 or rollout.policy not in ("switch", "teacher", "random", "mixture")
+    scores = config.reads_responses or rollout.policy not in ("switch", "teacher", "random", "mixture")
     scores = scores and config.loss.objective == "divergence"
     score = memory.forward_bytes(teacher, rows, tokens, b) + unpack_teacher if scores else 0
 

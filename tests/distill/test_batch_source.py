@@ -1,0 +1,74 @@
+"""DistiLLM's mix of batches: when the share grows, which batch comes, what is replayed, what a resume changes."""
+
+from __future__ import annotations
+
+import pytest
+
+from qswitch.distill import batch_source
+from qswitch.distill.batch_source import AdaptiveShare
+from qswitch.distill.run import Interrupted, distill
+from qswitch.distill.trainer import Trainer
+from qswitch.run_dir import RunDir
+from tests.distill.test_trainer import adapter_bytes, folders
+from tests.distill.test_training_by_method import with_method
+
+__all__ = ["folders"]
+
+
+def test_the_share_grows_by_a_tenth_for_every_rise_beyond_the_tolerance():
+    share = AdaptiveShare(tolerance_nats=0.1)
+    seen = [(loss, share.observe(loss), share.phi) for loss in (2.0, 1.5, 2.05, 2.1, 2.15, 2.19, 2.2)]
+    assert [grew for _, grew, _ in seen] == [False, False, False, True, False, False, True]
+    assert share.phi == 0.2
+    for loss in range(3, 30):
+        share.observe(float(loss))
+    assert share.phi == 1.0
+
+
+@pytest.mark.parametrize(("phi", "progress"), [(0.0, 0.3), (0.4, 0.0), (0.4, 0.5), (1.0, 0.75)])
+def test_batches_have_the_documented_shares(phi: float, progress: float):
+    share = AdaptiveShare(0.1, phi=phi)
+    coins = [(i + 0.5) / 1000 for i in range(1000)]
+    drawn = [share.source(coin, progress, can_replay=True) for coin in coins]
+    expected = {"rollout": phi * (1 - progress), "replay": phi * progress, "ground_truth": 1 - phi}
+    for source, probability in expected.items():
+        assert abs(drawn.count(source) / 1000 - probability) <= 0.001
+    fresh = [share.source(coin, progress, can_replay=False) for coin in coins]
+    assert "replay" not in fresh and abs(fresh.count("rollout") / 1000 - phi) <= 0.001
+
+
+def test_a_run_goes_through_all_three_sources_and_resumes_bit_for_bit(folders, tmp_path, monkeypatch):
+    """Every validation is made to look worse than the one before, so that phi grows in steps of a half."""
+    monkeypatch.setattr(batch_source, "PHI_STEP", 0.5)
+    observed = AdaptiveShare.observe
+
+    def observe_worse(self: AdaptiveShare, _loss: float) -> bool:
+        return observed(self, 0.0 if self.reference_nats is None else 1e3 + self.phi)
+
+    monkeypatch.setattr(AdaptiveShare, "observe", observe_worse)
+    config = with_method(
+        folders, "distillm", rollout__replay_capacity=8, train__max_steps=12, train__eval_steps=3, train__save_steps=3
+    )
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    distill(config, RunDir.create(whole, config))
+    lines = RunDir.open(whole).read_metrics()
+    batches = [line["batch"] for line in lines if "batch" in line]
+    assert batches[:3] == ["ground_truth"] * 3, "phi is 0 at first"
+    assert set(batches) == {"ground_truth", "rollout", "replay"}
+    assert all(line["loss"] > 0 for line in lines if "batch" in line)
+    shares = [line["student_batch_share"] for line in lines if "student_batch_share" in line]
+    assert shares[0] > 0 and shares == sorted(shares)
+
+    run_dir = RunDir.create(halves, config)
+    original = Trainer.train_step
+
+    def stop_late(self: Trainer):
+        self.stop_requested = self.step == 7
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Trainer, "train_step", stop_late)
+        distill(config, run_dir)
+    distill(config, RunDir.open(halves), resume=True)
+    assert adapter_bytes(whole) == adapter_bytes(halves)
+    assert [m["batch"] for m in run_dir.read_metrics() if "batch" in m] == batches
