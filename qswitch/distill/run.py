@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from qswitch.config import RunConfig
 from qswitch.data.prompts import PromptEncoder, template_source
 from qswitch.distill.checkpoint import checkpoint_name
@@ -152,6 +154,9 @@ def _finish(
     # The student was trained on this template, so it must be asked with it.
     pair.student.chat_template = template_source(encoder)
     pair.student.save_pretrained(run_dir.adapter_path)
+    # Responses ended at either model's token; another program that knows the base's alone would run on.
+    eos_ids = pair.eos_ids[0] if len(pair.eos_ids) == 1 else list(pair.eos_ids)
+    GenerationConfig(eos_token_id=eos_ids, pad_token_id=pair.pad_id).save_pretrained(run_dir.adapter_path)
     summary = Summary(
         method=config.method,
         kl_before_nats=kl.get("before"),

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from qswitch.config import RunConfig
 from qswitch.errors import ModelError
@@ -96,6 +97,7 @@ def merge_run(
             "Load the adapter with peft instead, and please report the adapter settings."
         )
     _restore_hidden_config(merged, base)
+    _set_end_tokens(merged, adapter)
     merged.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     card = model_card(config, base, _summary(run_dir), merge_error, dtype)
     write_model_folder(merged, tokenizer, output_dir, {"README.md": card})
@@ -118,6 +120,12 @@ def merge_run(
             MAX_KL_NATS,
         )
     return report
+
+
+def _set_end_tokens(merged: Any, adapter: Path) -> None:
+    """The tokens at which the run ended responses, the teacher's among them; a bare checkpoint has the base's."""
+    if (adapter / "generation_config.json").is_file() and merged.generation_config is not None:
+        merged.generation_config.eos_token_id = GenerationConfig.from_pretrained(adapter).eos_token_id
 
 
 def _adapter_folder(run_dir: RunDir) -> Path:

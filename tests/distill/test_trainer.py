@@ -197,6 +197,7 @@ def test_a_run_leaves_everything_and_loads_with_plain_peft(folders, tmp_path):
     adapted = PeftModel.from_pretrained(base, run_dir.adapter_path)
     assert not torch.allclose(adapted(torch.tensor([[5, 6, 7]])).logits, before)
     assert tokenizer.chat_template
+    assert json.loads((run_dir.adapter_path / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
 def test_full_fine_tuning_trains_and_resumes_its_weights(folders, tmp_path):

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qswitch.config import RunConfig, build_config
 from qswitch.errors import ModelError
@@ -135,3 +135,10 @@ def test_a_run_without_an_adapter_is_explained(tmp_path):
     run_dir = RunDir.create(tmp_path / "run", config)
     with pytest.raises(ModelError, match="no adapter yet"):
         merge_run(run_dir.path, tmp_path / "out")
+
+
+def test_the_merged_model_ends_at_every_token_that_ended_a_response(tmp_path):
+    run_dir, _ = trained_run(tmp_path)
+    GenerationConfig(eos_token_id=[2, 7]).save_pretrained(run_dir.adapter_path)
+    merge_run(run_dir.path, tmp_path / "out", prompts=TEXTS)
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 7]
