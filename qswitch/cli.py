@@ -163,7 +163,7 @@ def distill(
     if dry_run:
         from qswitch.preflight import check_settings
 
-        check_settings(settings)
+        check_settings(settings, elsewhere=vram is not None)
         _print_plan(settings, vram, as_json)
         return
     run_dir, summary = _train(settings, resume, output_dir, preset or (config.stem if config else "run"), vram)
@@ -200,7 +200,7 @@ def sft(
 
     settings = sft_config(_load(preset, config, overrides), model)
     if dry_run:
-        check_settings(settings)
+        check_settings(settings, elsewhere=vram is not None)
         _print_plan(settings, vram, as_json)
         return
     name = f"{preset or (config.stem if config else 'run')}-sft-{model}"

@@ -59,22 +59,25 @@ def sections_to_load(config: RunConfig) -> Sections:
 # ------------------------------------------------------------------------------------------------------ settings alone
 
 
-def check_settings(config: RunConfig, output_dir: Path | None = None) -> None:
+def check_settings(config: RunConfig, output_dir: Path | None = None, *, elsewhere: bool = False) -> None:
     """Nothing, or every reason that settings, files and this machine give against the run; no library, no network.
 
-    `output_dir` is where the run would write; its disk is checked for room.
+    `output_dir` is where the run would write; its disk is checked for room. With `elsewhere` the run is meant for
+    another machine, and nothing is said of this one.
 
     Raises:
         PreflightError: lists them.
     """
-    problems = [*_adapters(config), *_shapes_and_context(config), *_machine(config), *_files(config)]
+    problems = [*_adapters(config), *_shapes_and_context(config, elsewhere), *_files(config)]
+    if not elsewhere:
+        problems += _machine(config)
     if not problems and output_dir is not None:
         problems += _disk(config, output_dir)
     if problems:
         raise PreflightError(problems)
 
 
-def _shapes_and_context(config: RunConfig) -> Iterator[str]:
+def _shapes_and_context(config: RunConfig, elsewhere: bool) -> Iterator[str]:
     from qswitch.plan.scheduler import describe_machine
     from qswitch.plan.shapes import shape_for
 
@@ -99,7 +102,7 @@ def _shapes_and_context(config: RunConfig) -> Iterator[str]:
                 f"loss.lm_block_tokens={block} is longer than the student's context of {shape.max_positions} tokens. "
                 "Lower it."
             )
-        if section.precision == "nf4" and describe_machine(config.train).device == "cpu":
+        if not elsewhere and section.precision == "nf4" and describe_machine(config.train).device == "cpu":
             linears = shape.linears
             odd = sum(m.weight_parameters for m in linears if m.in_features % NF4_CPU_BLOCK)
             if odd > shape.linear_weight_parameters / 2:

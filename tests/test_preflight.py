@@ -112,6 +112,13 @@ def test_widths_that_nf4_cannot_block_on_a_cpu(copy):
     assert "no multiple of 64 (60, 100)" in found
 
 
+def test_a_plan_for_another_machine_says_nothing_of_this_one(pair, monkeypatch):
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    config = settings(pair, teacher__precision="nf4", train__device="auto", train__optimizer="paged_adamw_8bit")
+    assert len(problems(check_settings, config)) == 2
+    check_settings(config, elsewhere=True)
+
+
 def test_a_tracker_that_is_not_installed(pair, monkeypatch):
     real = preflight.importlib.util.find_spec
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda n: None if n == "wandb" else real(n))
