@@ -43,7 +43,7 @@ def test_an_empty_folder_is_fine(tmp_path: Path, config):
 
 def test_a_file_in_the_way_is_named(tmp_path: Path, config):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirError, match="cannot be made"):
+    with pytest.raises(RunDirError, match="is a file"):
         RunDir.create(tmp_path / "file" / "run", config)
 
 
@@ -129,3 +129,14 @@ def test_only_complete_checkpoints_count_and_they_sort_by_step(tmp_path: Path, c
             (folder / "state.json").write_text("{}")
     assert [p.name for p in run.checkpoints()] == ["step-000020", "step-000100"]
     assert run.latest_checkpoint() == run.checkpoints_path / "step-000100"
+
+
+def test_a_run_without_steps_is_discarded_and_one_with_steps_stays(tmp_path, config):
+    unstarted = RunDir.create(tmp_path / "unstarted", config)
+    unstarted.write_json("plan.json", {})
+    unstarted.discard_unstarted()
+    assert not unstarted.path.exists()
+    started = RunDir.create(tmp_path / "started", config)
+    started.append_metrics({"step": 1})
+    started.discard_unstarted()
+    assert started.config_path.exists()
