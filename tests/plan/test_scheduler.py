@@ -194,7 +194,7 @@ def test_the_budget_is_found_on_gpu_and_host(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     size, source = detect_budget_bytes()
     assert size > 0 and ("meminfo" in source or "cgroup" in source)
-    with pytest.raises(ConfigError, match="No GPU"):
+    with pytest.raises(ConfigError, match="no GPU answers"):
         detect_budget_bytes("cuda")
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 11264\n")
