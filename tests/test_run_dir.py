@@ -43,7 +43,7 @@ def test_an_empty_folder_is_fine(tmp_path: Path, config):
 
 def test_a_file_in_the_way_is_named(tmp_path: Path, config):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunDirError, match="is a file"):
+    with pytest.raises(RunDirError, match="cannot be made"):
         RunDir.create(tmp_path / "file" / "run", config)
 
 
