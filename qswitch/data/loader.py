@@ -221,6 +221,8 @@ class PromptLoader:
         Raises:
             DataError: the state belongs to other prompts or another seed.
         """
+        if "sets" not in state:
+            raise DataError("The checkpoint is of an older qswitch and cannot be resumed. Start a new run.")
         if len(state["sets"]) != len(self._orders):
             raise DataError(
                 f"The data changed since the checkpoint: it had {len(state['sets'])} weighted sets, now "
