@@ -128,9 +128,10 @@ class ReplayBuffer:
 def split_step(total: int, reuse: int, available: int) -> tuple[int, int]:
     """(fresh, replayed) sequences of a step of `total`, such that in the long run each trains `reuse` times.
 
-    The first steps have nothing to replay and are fresh.
+    The first steps have nothing to replay and are fresh. Where `reuse` does not divide `total`, more is replayed than
+    fresh sequences bring in, until the buffer has no more: rounding the other way would fill it for ever.
     """
-    replayed = min(total - -(-total // reuse), available)
+    replayed = min(total - max(1, total // reuse), available)
     return total - replayed, replayed
 
 
