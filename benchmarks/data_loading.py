@@ -1,7 +1,7 @@
 """How long does loading and tokenising take, and how much memory: in memory, and streamed.
 
     python benchmarks/data_loading.py data.jsonl --tokenizer MODEL_FOLDER
-    python benchmarks/data_loading.py data.jsonl --tokenizer MODEL_FOLDER --streamed-records 2000000
+    python benchmarks/data_loading.py --tokenizer MODEL_FOLDER --streamed-records 2000000
 
 Every case runs in a process of its own and is measured from the moment when everything is imported and the tokenizer
 is loaded: seconds, and resident memory at its peak beyond what was resident then. The streamed case writes a synthetic
@@ -117,13 +117,15 @@ def write_synthetic(path: Path, records: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="a data file in any format")
+    parser.add_argument("file", type=Path, nargs="?", help="a data file in any format")
     parser.add_argument("--tokenizer", required=True, help="folder or hub id of a model")
     parser.add_argument("--streamed-records", type=int, default=0, help="size of the synthetic file; 0: none")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    cases = {"in_memory": in_a_process(arguments.file, arguments.tokenizer, streaming=False)}
-    cases["streamed"] = in_a_process(arguments.file, arguments.tokenizer, streaming=True)
+    cases: dict[str, Any] = {}
+    if arguments.file is not None:
+        for name, streaming in (("in_memory", False), ("streamed", True)):
+            cases[name] = in_a_process(arguments.file, arguments.tokenizer, streaming)
     if arguments.streamed_records:
         with tempfile.TemporaryDirectory() as folder:
             for records in (arguments.streamed_records // 10, arguments.streamed_records):
@@ -135,7 +137,7 @@ def main() -> None:
                 }
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     result = {
-        "file": arguments.file.name,
+        "file": None if arguments.file is None else arguments.file.name,
         "cases": cases,
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
