@@ -1,7 +1,7 @@
 """What does the chunked loss save against the dense one, and what does it cost in time?
 
-    python benchmarks/chunked_loss.py                                   # bytes at full size, time at a small one
-    python benchmarks/chunked_loss.py --timed-positions 2048 --timed-vocab 128256 --timed-width 2048
+    python -m benchmarks.chunked_loss                                   # bytes at full size, time at a small one
+    python -m benchmarks.chunked_loss --timed-positions 2048 --timed-vocab 128256 --timed-width 2048
 
 Both sides run the same divergence over the same frozen heads, forward and backward to the student's hidden states;
 dense holds the logits of all positions, chunked those of `--chunk-tokens`. Live tensor bytes are counted by a dispatch
@@ -13,66 +13,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import time
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.live_bytes import LiveBytes
+from benchmarks.provenance import provenance
 from qswitch.distill.divergence import DIVERGENCES, divergence
 from qswitch.distill.logit_cache import Targets
 from qswitch.distill.loss import chunked_divergence
 
 Loss = Callable[[Tensor], Tensor]
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations made inside the mode and that are still alive: now, and at the peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live_bytes = 0
-        self.peak_bytes = 0
-        self.largest_bytes = 0
-        self._paused = False
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What is made inside is never counted."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            if self._paused or id(storage) in given or storage in self._known:
-                continue
-            self._known.add(storage)
-            num_bytes = storage.nbytes()
-            weakref.finalize(storage, self._free, num_bytes)
-            self.live_bytes += num_bytes
-            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-            self.largest_bytes = max(self.largest_bytes, num_bytes)
-        return result
-
-    def _free(self, num_bytes: int) -> None:
-        self.live_bytes -= num_bytes
 
 
 class Case:
@@ -175,38 +130,6 @@ def measure_time(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def provenance(args: argparse.Namespace) -> dict[str, Any]:
-    root = Path(__file__).resolve().parent
-
-    def git(*command: str) -> str | None:
-        try:
-            return subprocess.run(
-                ["git", *command], cwd=root, capture_output=True, text=True, check=True
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "../qswitch/distill")
-    return {
-        "commit": git("rev-parse", "HEAD"),
-        "distill_has_uncommitted_changes": None if changed is None else bool(changed),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "hardware": {
-            "processor": processor(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
-        },
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     for name, default in (("positions", 2048), ("vocab", 128256), ("width", 2048)):
@@ -228,7 +151,7 @@ def main() -> None:
         "dtype": args.dtype,
         "bytes": measure_bytes(args),
         "time": measure_time(args),
-        **provenance(args),
+        **provenance(args.device),
     }
     text = json.dumps(result, indent=2)
     if args.output is not None:

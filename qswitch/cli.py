@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -107,29 +107,17 @@ def _load(preset: str | None, config: Path | None, overrides: list[str] | None):
     return load_run_config(preset if preset is not None else config, overrides)  # type: ignore[arg-type]
 
 
-def _budget(vram: str | None) -> int | None:
-    if vram is None:
-        return None
-    from qswitch.plan.scheduler import parse_size
+def _print_plan(config: Any, vram: str | None, gpu: str | None, as_json: bool) -> None:
+    from qswitch.plan.machine import find_budget
+    from qswitch.plan.scheduler import plan_run, require_fit
 
-    return parse_size(vram)
-
-
-def _print_plan(config: Any, vram: str | None, as_json: bool) -> None:
-    from qswitch.plan.scheduler import detect_budget_bytes, plan_run, require_fit
-
-    budget = _budget(vram)
-    source = f"--vram {vram}"
-    if budget is None:
-        budget, source = detect_budget_bytes(config.train.device)
-    # A named budget is a GPU's, also where this machine has none.
-    device: Literal["cuda"] | None = "cuda" if vram is not None and config.train.device != "cpu" else None
-    plan = plan_run(config, budget_bytes=budget, device=device)
+    budget = find_budget(config.train, vram=vram, gpu=gpu)
+    plan = plan_run(config, budget_bytes=budget.num_bytes, device=budget.device, gpu=budget.gpu)
     if as_json:
         print(json.dumps(plan.to_dict(), indent=1))
     else:
         print(plan.render())
-        print(f"Budget: {source}.")
+        print(f"Budget: {budget.source}.")
     require_fit(plan)
 
 
@@ -164,7 +152,7 @@ def distill(
         from qswitch.preflight import check_settings
 
         check_settings(settings, elsewhere=vram is not None)
-        _print_plan(settings, vram, as_json)
+        _print_plan(settings, vram, None, as_json)
         return
     run_dir, summary = _train(settings, resume, output_dir, preset or (config.stem if config else "run"), vram)
     from qswitch.report.page import write_report
@@ -179,9 +167,7 @@ def distill(
 
 @app.command(epilog="Example: qswitch sft --preset llama-7b-to-1b --model teacher --set data.train=my_data.jsonl")
 def sft(
-    model: Annotated[
-        Literal["teacher", "student"], typer.Option(help="Which model of the pair to fine-tune.")
-    ] = "student",
+    model: Annotated[Literal[teacher, student], typer.Option(help="Which model of the pair to fine-tune.")] = "student",
     preset: Preset = None,
     config: Config = None,
     overrides: Overrides = None,
@@ -201,7 +187,7 @@ def sft(
     settings = sft_config(_load(preset, config, overrides), model)
     if dry_run:
         check_settings(settings, elsewhere=vram is not None)
-        _print_plan(settings, vram, as_json)
+        _print_plan(settings, vram, None, as_json)
         return
     name = f"{preset or (config.stem if config else 'run')}-sft-{model}"
     run_dir, summary = _train(settings, None, output_dir, name, vram)
@@ -215,11 +201,12 @@ def sft(
 
 def _train(settings: Any, resume: Path | None, output_dir: Path | None, name: str, vram: str | None) -> tuple[Any, Any]:
     """Check, then run or resume; a run that a user's mistake stops before its first step leaves no folder behind."""
-    from qswitch.plan.scheduler import apply_plan, detect_budget_bytes, plan_run, require_fit
+    from qswitch.plan.machine import detect_budget_bytes, parse_size
+    from qswitch.plan.scheduler import apply_plan, plan_run, require_fit
     from qswitch.preflight import check_settings, prepare
     from qswitch.run_dir import RunDir
 
-    budget = _budget(vram)
+    budget = None if vram is None else parse_size(vram)
     path = resume or output_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if resume is None:
         RunDir.refuse_existing(path)
@@ -289,16 +276,30 @@ def _print_tokens(console: Any, tokens: list[tuple[str, str]]) -> None:
     console.print(legend)
 
 
-@app.command(epilog="Example: qswitch plan --preset llama-7b-to-1b --vram 12GiB")
+@app.command(epilog="Example: qswitch plan --preset llama-7b-to-1b --gpu rtx3060-12gb")
 def plan(
     preset: Preset = None,
     config: Config = None,
     overrides: Overrides = None,
     vram: Vram = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Plan for what a card leaves free, for example rtx3060-12gb.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every preset against 6, 8, 12, 16 and 24 GiB.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say beforehand how much memory a run takes, and whether it fits."""
-    _print_plan(_load(preset, config, overrides), vram, as_json)
+    if not every:
+        _print_plan(_load(preset, config, overrides), vram, gpu, as_json)
+        return
+    if preset or config or overrides or vram or gpu:
+        raise ConfigError("--all plans every preset against fixed budgets; leave the other options out.")
+    from qswitch.plan.scheduler import plan_overview
+    from qswitch.plan.table import render_overview
+    from qswitch.presets import load_run_config, preset_names
+
+    overview = plan_overview({name: load_run_config(name) for name in preset_names()})
+    print(json.dumps(overview, indent=1) if as_json else render_overview(overview))
 
 
 @app.command(epilog="Example: qswitch merge runs/my-run --output-dir merged")

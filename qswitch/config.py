@@ -93,6 +93,9 @@ class TeacherSection(Section):
     """How weights are stored: nf4 is 4-bit with double quantisation, about 0.52 byte per parameter."""
     adapter: str | None = None
     """A run of `qswitch sft --model teacher`, or a PEFT folder: attached to nf4 or int8 weights, merged into others."""
+    residency: Literal["resident", "swap"] = "resident"
+    """resident: always on the device. swap: it leaves while the student trains; one copy stays in host memory, and each
+    round of rollouts begins with an upload. Changes memory and time, never the tokens."""
     shape: dict[str, Any] | None = None
     """config.json values of the model, so that it can be planned before any download."""
 
@@ -227,6 +230,9 @@ class RolloutSection(Section):
     """Response limit, tokens."""
     batch_size: int = Field(default=8, ge=1)
     """Rows decoded together; changes speed and memory, never the tokens."""
+    round_steps: int = Field(default=1, ge=1)
+    """Optimizer steps that one round of rollouts feeds; the last of them learns from responses round_steps - 1 updates
+    old."""
 
 
 class LossSection(Section):

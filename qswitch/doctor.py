@@ -15,7 +15,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from qswitch.models.runtime import has_native_bf16
-    from qswitch.plan.scheduler import detect_budget_bytes
+    from qswitch.plan.machine import detect_budget_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     budget, source = detect_budget_bytes()

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qswitch.config import RunConfig
-from qswitch.plan.scheduler import Plan, parse_size, plan_run
+from qswitch.plan.machine import parse_size
+from qswitch.plan.scheduler import Plan, plan_run
 from qswitch.plan.shapes import shape_for
 from qswitch.presets import load_run_config, preset_names
 

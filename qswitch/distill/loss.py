@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from qswitch.distill.cache_format import LogitTargets
 from qswitch.distill.divergence import divergence, topk_divergence
@@ -61,6 +62,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         saved = list(ctx.saved_tensors)
         hidden_grad = saved.pop(0) if ctx.wants_hidden else None

@@ -29,7 +29,8 @@ from qswitch.models.runtime import make_runtime
 from qswitch.models.shrink import shrink_to_folder
 from qswitch.models.student import load_adapter, load_student, save_adapter
 from qswitch.plan.adapters import find_adapter
-from qswitch.plan.scheduler import detect_budget_bytes, plan_run, require_fit
+from qswitch.plan.machine import detect_budget_bytes
+from qswitch.plan.scheduler import plan_run, require_fit
 from qswitch.preflight import Prepared, prepare
 from qswitch.rollout.kv_cache import verify_kv
 from qswitch.run_dir import RunDir

@@ -258,7 +258,8 @@ def test_every_part_grows_with_rows_length_and_vocabulary(rows, tokens, more, vo
     ):
         assert part(rows, tokens) < part(rows + more, tokens)
         assert part(rows, tokens) < part(rows, tokens + more)
-    assert memory.rollout_vocabulary_bytes(rows, vocab) < memory.rollout_vocabulary_bytes(rows, vocab + more)
+    assert memory.rollout_vocabulary_bytes(rows, 5, vocab) < memory.rollout_vocabulary_bytes(rows, 5, vocab + more)
+    assert memory.rollout_vocabulary_bytes(rows, 1, vocab) < memory.rollout_vocabulary_bytes(rows, 1 + more, vocab)
     assert memory.loss_chunk_bytes(tokens, 128, vocab) < memory.loss_chunk_bytes(tokens, 128, vocab + more)
     larger = shape_from_config({**TINY, "vocab_size": vocab + more})
     assert memory.weight_bytes(shape_from_config({**TINY, "vocab_size": vocab}), "nf4", 2) < memory.weight_bytes(

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from qswitch.config import build_config
 from qswitch.errors import ConfigError, PlanError
-from qswitch.plan import scheduler
-from qswitch.plan.scheduler import apply_plan, detect_budget_bytes, explain_no_fit, parse_size, plan_run, require_fit
+from qswitch.plan import machine, scheduler
+from qswitch.plan.machine import describe_machine, detect_budget_bytes, parse_size
+from qswitch.plan.scheduler import apply_plan, explain_no_fit, model_shapes, plan_run, require_fit
 
 GIB = 2**30
 TEACHER = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
@@ -70,13 +71,13 @@ def test_less_memory_is_never_faster():
     asked = config(
         train={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}, rollout={"batch_size": 16}
     )
-    teacher, student = scheduler._shapes(asked)
-    machine = scheduler.describe_machine(asked.train, "cuda")
+    teacher, student = model_shapes(asked)
+    gpu = describe_machine(asked.train, "cuda")
     seconds = []
     for gib in (7.5, 8, 9, 10, 12, 16, 24, 48):
         plan = gpu_plan(asked, gib)
         assert plan.fits
-        seconds.append(scheduler.step_seconds(plan.config, teacher, student, machine))
+        seconds.append(scheduler.step_seconds(plan.config, teacher, student, gpu))
     assert seconds == sorted(seconds, reverse=True)
     assert seconds[0] > seconds[-1]
 
@@ -127,7 +128,8 @@ def test_the_table_is_aligned_and_complete():
     plan = gpu_plan(config(), 12)
     text = plan.render()
     rows = [line for line in text.splitlines() if line.startswith("  ")]
-    assert len(rows) == len(plan.parts) + len(plan.phases) + len(plan.choices)
+    groups = (plan.parts, plan.phases, plan.choices, plan.breakdown.host, plan.breakdown.disk)
+    assert len(rows) == sum(len(group) for group in groups)
     assert len({len(row) for row in rows}) == 1
     assert "fits" in text
 
@@ -135,7 +137,7 @@ def test_the_table_is_aligned_and_complete():
 def test_full_training_costs_weights_gradients_and_moments():
     asked = config(student={"adapter": "none", "lora": {"r": 16}})
     plan = gpu_plan(asked)
-    _, student = scheduler._shapes(asked)
+    _, student = model_shapes(asked)
     assert plan.parts["adapters"] == 0
     assert plan.parts["student_weights"] == plan.parts["gradients"] == 4 * student.num_parameters
     assert plan.parts["optimizer_state"] == 8 * student.num_parameters
@@ -146,16 +148,16 @@ def test_rows_of_a_large_cache_move_down_the_tiers():
     asked = config(cache={"format": "bf16", "device_budget_gib": 0.125, "host_budget_gib": 0.0625})
     plan = gpu_plan(asked)
     assert plan.parts["logit_cache"] == GIB // 8
-    assert plan.host_bytes == GIB // 16
+    assert plan.breakdown.host["logit_cache"] == GIB // 16
     needed = 4 * 4 * 256 * 32000 * 2
-    assert plan.disk_bytes == needed - GIB // 8 - GIB // 16
+    assert plan.breakdown.disk["logit_cache"] == needed - GIB // 8 - GIB // 16
 
 
 def test_on_a_cpu_there_is_no_context_and_the_device_is_the_host(monkeypatch):
-    monkeypatch.setattr(scheduler, "_has_native_bf16_cpu", lambda: False)
+    monkeypatch.setattr(machine, "_has_native_bf16_cpu", lambda: False)
     asked = config(train={"device": "cpu"}, student={"precision": "bf16"})
     plan = plan_run(asked)
-    _, student = scheduler._shapes(asked)
+    _, student = model_shapes(asked)
     assert plan.parts["cuda_context"] == 0 and plan.host_bytes == 0
     assert plan.parts["student_weights"] == 4 * student.num_parameters
     assert any("fp32" in note for note in plan.notes)

@@ -1,0 +1,179 @@
+"""The parts of one run in bytes: which of them are alive in which phase, on the device, in host memory and on disk.
+
+Pure; knows no budget and makes no choice (`scheduler.py`), and how a part is computed stands in `memory.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qswitch.config import RunConfig, StudentSection
+from qswitch.plan import memory
+from qswitch.plan.machine import GIB, Machine
+from qswitch.plan.shapes import ModelShape, shape_for
+
+PHASES = ("load", "rollout", "train", "validate")
+
+
+@dataclass(frozen=True, slots=True)
+class Breakdown:
+    """Bytes of a run's parts, and the peak of each phase."""
+
+    parts: dict[str, int]
+    """Part -> bytes on the device that computes."""
+    phases: dict[str, int]
+    """load, rollout, train, validate -> peak bytes on the device."""
+    host: dict[str, int]
+    """Part -> bytes in host memory beside a GPU; empty on a CPU, where the device is the host."""
+    disk: dict[str, int]
+    """Part -> bytes in the run directory and the model cache."""
+
+    @property
+    def total_bytes(self) -> int:
+        return max(self.phases.values())
+
+
+def break_down(config: RunConfig, teacher: ModelShape, student: ModelShape, machine: Machine) -> Breakdown:
+    """The bytes of a configuration exactly as it is."""
+    on_gpu, b, acc = machine.device == "cuda", machine.compute_bytes, machine.accumulate_bytes
+    section, train, rollout, cache = config.student, config.train, config.rollout, config.cache
+    full = section.adapter == "none"
+    precision: memory.Precision = "bf16" if section.precision == "auto" else section.precision
+    vocab = min(teacher.vocab_size, student.vocab_size)
+    prompt, tokens = config.data.max_prompt_tokens, config.data.max_prompt_tokens + rollout.max_new_tokens
+    micro, rows = train.per_device_train_batch_size, rollout.batch_size
+    sequences = micro * train.gradient_accumulation_steps * rollout.round_steps
+
+    # ------------------------------------------------------------------------------------------ what stays
+    needed = config.needs_teacher  # SFT: no second model, no rollout
+    teacher_bytes = memory.weight_bytes(teacher, config.teacher.precision, b, any_width=on_gpu) if needed else 0
+    teacher_adapter_bytes = memory.attached_adapter_bytes(teacher, config.teacher, b) if needed else 0
+    # The head scores cached hidden states and the held-out responses, so it never leaves.
+    head_bytes = memory.head_bytes(teacher, config.teacher.precision, b) if needed else 0
+    away_bytes = teacher_bytes + teacher_adapter_bytes - head_bytes if config.teacher.residency == "swap" else 0
+    student_bytes = student.num_parameters * acc if full else memory.weight_bytes(student, precision, b, on_gpu)
+    num_trainable = memory.trainable_parameters(student, section.adapter, section.lora)
+    optimizer_bytes = memory.optimizer_bytes(num_trainable, train.optimizer, acc)
+    # Rows of a round stay until its last step; on a CPU both of the first tiers are the device.
+    row_bytes = memory.cache_row_bytes(cache.format, teacher.hidden_size, vocab, cache.topk, b)
+    rows_bytes = row_bytes * sequences * rollout.max_new_tokens if config.loss.objective == "divergence" else 0
+    on_device = min(rows_bytes, int(cache.device_budget_gib * GIB))
+    on_host = min(rows_bytes - on_device, int(cache.host_budget_gib * GIB))
+    on_disk = rows_bytes - on_device - on_host
+    held_out_bytes = config.data.num_validation * rollout.max_new_tokens * teacher.hidden_size * b
+    host = {
+        "process": memory.PROCESS_BYTES,
+        "teacher_copy": memory.pinned_bytes(away_bytes),
+        "logit_cache": on_host,
+        "held_out_teacher_outputs": held_out_bytes,
+    }
+    resident = {
+        "cuda_context": memory.CUDA_CONTEXT_BYTES if on_gpu else 0,
+        "teacher_weights": teacher_bytes,
+        "teacher_adapter": teacher_adapter_bytes,
+        "student_weights": student_bytes,
+        "adapters": 0 if full else num_trainable * acc,
+        "optimizer_state": optimizer_bytes,
+        "logit_cache": on_device,
+    }
+    if not on_gpu:
+        resident["logit_cache"] += host.pop("logit_cache")
+        resident |= host
+        host = {}
+
+    # ------------------------------------------------------------------------------------------ each phase's own
+    # Autocast keeps a copy of fp32 weights in the compute dtype for as long as a pass lasts.
+    cast = student.num_parameters * b if full and b < acc else 0
+    unpack_teacher = memory.dequantisation_bytes(teacher, config.teacher.precision, b)
+    unpack_student = 0 if full else memory.dequantisation_bytes(student, precision, b)
+    student_load = memory.load_buffer_bytes(student, "fp32" if full else precision, b)
+    load = {
+        "load_buffer": max(
+            memory.load_buffer_bytes(teacher, config.teacher.precision, b),
+            student_load + _cut_layers_bytes(section, student, b),
+        )
+    }
+    decode = {
+        "teacher_kv_cache": memory.kv_cache_bytes(teacher, rows, tokens, b),
+        "student_kv_cache": memory.kv_cache_bytes(student, rows, tokens, b),
+        "rollout_logits": memory.rollout_vocabulary_bytes(rows, _round_steps(config), vocab, acc),
+        "kept_hidden": memory.kept_hidden_bytes(teacher.hidden_size, sequences, rows, rollout.max_new_tokens, b),
+        "prefill": max(
+            memory.forward_bytes(teacher, rows, prompt, b), memory.forward_bytes(student, rows, prompt, b, not full)
+        ),
+        "dequantisation": max(unpack_teacher, unpack_student),
+        "autocast_copies": cast,
+    }
+    if not needed:
+        load["load_buffer"] = student_load + _cut_layers_bytes(section, student, b)
+        decode = dict.fromkeys(decode, 0)
+    # The language-model loss runs over blocks of its own.
+    corpus = config.data.lm_corpus is not None
+    length = max(tokens, config.loss.lm_block_tokens if corpus else 0)
+    positions = micro * (length if corpus else rollout.max_new_tokens)
+    activations = memory.activation_bytes(
+        student, micro, length, b, section.adapter, section.lora, section.gradient_checkpointing
+    )
+    chunk = memory.loss_chunk_bytes(positions, config.loss.chunk_tokens, vocab, acc)
+    learn = {
+        "gradients": num_trainable * acc,
+        "activations": activations,
+        "loss_chunk": chunk,
+        "optimizer_step": memory.optimizer_step_bytes(num_trainable, train.optimizer, acc),
+    }
+    backward = activations + chunk + unpack_student + cast
+    validate = (
+        memory.forward_bytes(student, rows, tokens, b, not full)
+        + memory.loss_chunk_bytes(rows * rollout.max_new_tokens, config.loss.chunk_tokens, vocab, acc)
+        + rows * rollout.max_new_tokens * (teacher.hidden_size + student.hidden_size) * b
+        + unpack_student
+        + cast
+    )
+    # Responses that the teacher did not see being written are scored in one pass over whole sequences.
+    scores = config.reads_responses or rollout.policy == "student"
+    scores = scores and config.loss.objective == "divergence"
+    score = memory.forward_bytes(teacher, micro, tokens, b) + unpack_teacher if scores else 0
+    moving = {
+        "load": load["load_buffer"],
+        "rollout": max(sum(decode.values()), score),
+        "train": learn["gradients"] + max(backward, learn["optimizer_step"]),
+        "validate": validate,
+    }
+
+    # ------------------------------------------------------------------------------------------ together
+    stays = sum(resident.values())
+    base = {"load": stays - resident["logit_cache"] - optimizer_bytes, "rollout": stays, "train": stays - away_bytes,
+            "validate": stays - away_bytes}  # fmt: skip
+    allowance = {name: int(size * memory.FRAGMENTATION_SHARE) for name, size in moving.items()}
+    phases = {name: base[name] + moving[name] + allowance[name] for name in PHASES}
+    largest = max(phases, key=phases.__getitem__)
+    parts = {**resident, **load, **decode, **learn, "validation": validate, "fragmentation": allowance[largest]}
+    disk = {
+        "logit_cache": on_disk,
+        "checkpoints": _checkpoint_bytes(config, num_trainable * acc, optimizer_bytes),
+        "student_base": student.num_parameters * 2 if section.shrink_to_layers is not None else 0,
+    }
+    return Breakdown(parts, phases, host, disk)
+
+
+def _round_steps(config: RunConfig) -> int:
+    """Steps of the longest round: the drafts and the token after them; 1 where one model writes alone."""
+    rollout = config.rollout
+    if rollout.policy in ("student", "teacher"):
+        return 1
+    drafts = memory.MAX_AUTO_DRAFTS if rollout.block_tokens == "auto" else rollout.block_tokens
+    return min(drafts + 1, rollout.max_new_tokens)
+
+
+def _cut_layers_bytes(section: StudentSection, student: ModelShape, compute_bytes: int) -> int:
+    """Layers that are read with the base and then dropped: while loading, the model is still whole."""
+    if section.shrink_to_layers is None:
+        return 0
+    whole = shape_for(section.model_copy(update={"shrink_to_layers": None}))
+    return (whole.num_parameters - student.num_parameters) * compute_bytes
+
+
+def _checkpoint_bytes(config: RunConfig, trained_bytes: int, optimizer_bytes: int) -> int:
+    """Kept checkpoints, the best, the one being written, and the final weights."""
+    kept = min(config.train.save_total_limit, -(-config.train.max_steps // config.train.save_steps)) + 2
+    return kept * (trained_bytes + optimizer_bytes) + trained_bytes

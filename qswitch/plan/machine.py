@@ -1,0 +1,194 @@
+"""What a plan is made for: the device and its arithmetic, how much memory it has, and how fast it is.
+
+Knows no model and no configuration beyond train.device and train.compute_dtype.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qswitch.config import TrainSection
+from qswitch.errors import ConfigError
+
+GIB = 2**30
+
+Device = Literal["cuda", "cpu"]
+
+DRIVER_RESERVE_BYTES = 400 * 2**20
+"""Of a card's nominal memory, what no program gets: the driver's reserve (nvidia-smi -q calls it "Reserved"; 200 to 400
+MiB on 12 to 24 GiB cards) and a text console. A desktop on the same card takes up to 1 GiB more. An allowance, not
+measured by this project."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A consumer card as its maker specifies it."""
+
+    nominal_gib: int
+    bandwidth_bytes_per_s: float
+    flops: float
+    """bf16 matrix products with fp32 accumulation, without sparsity: twice the fp32 rate on GeForce cards."""
+
+    @property
+    def free_bytes(self) -> int:
+        """What a program finds on a card without a desktop."""
+        return self.nominal_gib * GIB - DRIVER_RESERVE_BYTES
+
+
+# Memory, bandwidth and fp32 rate: NVIDIA's product pages and its Ampere GA102, Ada and Blackwell white papers.
+GPUS = {
+    "rtx3050-6gb": Gpu(6, 168e9, 13.6e12),
+    "rtx4050-laptop-6gb": Gpu(6, 192e9, 18.0e12),
+    "rtx3060ti-8gb": Gpu(8, 448e9, 32.4e12),
+    "rtx3070-8gb": Gpu(8, 448e9, 40.6e12),
+    "rtx4060-8gb": Gpu(8, 272e9, 30.2e12),
+    "rtx3060-12gb": Gpu(12, 360e9, 25.4e12),
+    "rtx4070-12gb": Gpu(12, 504e9, 58.2e12),
+    "rtx4060ti-16gb": Gpu(16, 288e9, 44.2e12),
+    "rtx5060ti-16gb": Gpu(16, 448e9, 47.4e12),
+    "rtx4080-16gb": Gpu(16, 717e9, 97.4e12),
+    "rtx3090-24gb": Gpu(24, 936e9, 71.2e12),
+    "rtx4090-24gb": Gpu(24, 1008e9, 165.2e12),
+    "rtx5090-32gb": Gpu(32, 1792e9, 209.6e12),
+}
+REFERENCE_GPU = GPUS["rtx3060-12gb"]
+"""The card whose times order the candidates where none is named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What bytes and seconds depend on beside the models."""
+
+    device: Device
+    compute_bytes: int
+    """Width of the compute dtype."""
+    accumulate_bytes: int
+    """Width of log-probabilities, losses and trainable weights: 8 with fp64 arithmetic, else 4."""
+    gpu: Gpu = REFERENCE_GPU
+    """Whose times are used, also for a CPU: only the order of candidates depends on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much memory a plan may take, and where the figure is from."""
+
+    num_bytes: int
+    source: str
+    device: Device | None = None
+    """The device that the budget belongs to; None: whatever train.device finds here."""
+    gpu: Gpu | None = None
+
+
+def parse_size(text: str | int | float) -> int:
+    """Bytes of "12GiB", "12GB", "512MiB" or "12". Every unit is binary: a "12 GB" card has 12 GiB; no unit means GiB.
+
+    Raises:
+        ConfigError: no such size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])i?b?)?\s*", str(text), re.IGNORECASE)
+    size = int(float(match[1]) * 2 ** {"k": 10, "m": 20, "g": 30, "t": 40}[(match[2] or "g").lower()]) if match else 0
+    if size < 1:
+        raise ConfigError(f"{text!r} is not a memory size. Write it as 12GiB, 512MiB, or 12 (GiB).")
+    return size
+
+
+def find_budget(train: TrainSection, *, vram: str | None = None, gpu: str | None = None) -> Budget:
+    """The named budget, else a named card's free memory, else what this machine has free.
+
+    A named budget or card is a GPU's, also where this machine has none, unless train.device is cpu.
+
+    Raises:
+        ConfigError: both are named, the card is not in the table, or nothing can be found out.
+    """
+    if vram is not None and gpu is not None:
+        raise ConfigError("Give either --vram or --gpu.")
+    if gpu is not None:
+        card = GPUS.get(gpu.lower())
+        if card is None:
+            near = difflib.get_close_matches(gpu.lower(), GPUS, n=1, cutoff=0.4)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"--gpu {gpu} is not in the table.{hint} Known: {', '.join(GPUS)}. Or give --vram.")
+        free = f"{card.free_bytes / GIB:.1f} of {card.nominal_gib} GiB are free to a program on {gpu}"
+        return Budget(card.free_bytes, free, "cuda", card)
+    if vram is not None:
+        return Budget(parse_size(vram), f"--vram {vram}", None if train.device == "cpu" else "cuda")
+    size, source = detect_budget_bytes(train.device)
+    return Budget(size, source)
+
+
+def detect_budget_bytes(device: Literal["auto", "cuda", "cpu"] = "auto") -> tuple[int, str]:
+    """Free memory of the first GPU, else what the host can still give: (bytes, where the figure is from)."""
+    if device != "cpu":
+        gpu = _gpu_free_bytes()
+        if gpu is not None:
+            return gpu, "free memory of the first GPU (nvidia-smi)"
+        if device == "cuda":
+            raise ConfigError(
+                "train.device=cuda, but no GPU answers to nvidia-smi. Give the budget, for example --vram 12GiB, or "
+                "set train.device=cpu."
+            )
+    available, source = _host_available_bytes()
+    limit = _control_group_free_bytes()
+    if limit is not None and (available is None or limit < available):
+        available, source = limit, "free memory of the container (cgroup)"
+    if available is None:
+        raise ConfigError("The free memory of this machine cannot be read. Give the budget, for example 12GiB.")
+    return available, source
+
+
+def _gpu_free_bytes() -> int | None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        return int(answer.split()[0]) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None  # a driver that does not answer is a machine without a GPU
+
+
+def _host_available_bytes() -> tuple[int | None, str]:
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return None, ""
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    return (int(match[1]) * 1024 if match else None), "available host memory (/proc/meminfo)"
+
+
+def _control_group_free_bytes() -> int | None:
+    root = Path("/sys/fs/cgroup")
+    try:
+        return max(1, int((root / "memory.max").read_text()) - int((root / "memory.current").read_text()))
+    except (OSError, ValueError):
+        return None  # no limit ("max"), or another hierarchy
+
+
+def _has_native_bf16_cpu() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return re.search(r"\b(avx512_bf16|amx_bf16)\b", flags) is not None
+
+
+def describe_machine(
+    train: TrainSection, device: Literal["auto", "cuda", "cpu"] | None = None, gpu: Gpu | None = None
+) -> Machine:
+    """Device and arithmetic to plan for; `device` overrides train.device (planning for a GPU one does not have)."""
+    wanted = device or train.device
+    if wanted == "auto":
+        wanted = "cuda" if _gpu_free_bytes() is not None else "cpu"
+    dtype = train.compute_dtype
+    if dtype == "auto":
+        dtype = "bf16" if wanted == "cuda" or _has_native_bf16_cpu() else "fp32"
+    compute_bytes = {"bf16": 2, "fp32": 4, "fp64": 8}[dtype]
+    accumulate_bytes = 8 if dtype == "fp64" else 4
+    return Machine(wanted, compute_bytes, accumulate_bytes, gpu or REFERENCE_GPU)
