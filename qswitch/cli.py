@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -167,7 +167,9 @@ def distill(
 
 @app.command(epilog="Example: qswitch sft --preset llama-7b-to-1b --model teacher --set data.train=my_data.jsonl")
 def sft(
-    model: Annotated[Literal[teacher, student], typer.Option(help="Which model of the pair to fine-tune.")] = "student",
+    model: Annotated[
+        Literal["teacher", "student"], typer.Option(help="Which model of the pair to fine-tune.")
+    ] = "student",
     preset: Preset = None,
     config: Config = None,
     overrides: Overrides = None,

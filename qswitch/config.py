@@ -384,6 +384,16 @@ def _settings_without_effect(config: RunConfig):
     if rollout.reuse > 1 and (data.adaptive_share or not config.writes_rollouts):
         why = "data.adaptive_share replays by itself" if data.adaptive_share else "no rollout is written"
         yield f"rollout.reuse has no effect here: {why}. Remove it."
+    if rollout.round_steps > 1 and (rollout.reuse > 1 or data.adaptive_share):
+        other = "rollout.reuse > 1" if rollout.reuse > 1 else "data.adaptive_share"
+        yield (
+            f"rollout.round_steps={rollout.round_steps} cannot be combined with {other}: both let a rollout train "
+            "later. Set rollout.round_steps=1."
+        )
+    if not config.needs_teacher and config.teacher.residency == "swap":
+        yield "teacher.residency=swap has no effect: this method loads no teacher. Remove it."
+    if rollout.round_steps > 1 and not config.needs_teacher:
+        yield "rollout.round_steps has no effect: this method loads no teacher. Remove it."
     if rollout.reuse == 1 and not data.adaptive_share:
         for name in written(rollout, "replay_capacity", "replay_max_age_steps"):
             if getattr(rollout, name) != type(rollout).model_fields[name].default:

@@ -22,6 +22,7 @@ from qswitch.config import RunConfig
 from qswitch.data.prompts import PromptEncoder, template_source
 from qswitch.distill.checkpoint import checkpoint_name
 from qswitch.distill.progress import Progress
+from qswitch.distill.recovery import Recovery, Sizes, limit_device_memory, release_memory, return_freed_memory
 from qswitch.distill.trainer import GIB, Trainer, peak_bytes
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import TokenizerPair
@@ -30,6 +31,7 @@ from qswitch.models.shrink import shrink_to_folder
 from qswitch.models.student import load_adapter, load_student, save_adapter
 from qswitch.plan.adapters import find_adapter
 from qswitch.plan.machine import detect_budget_bytes
+from qswitch.plan.memory import CUDA_CONTEXT_BYTES
 from qswitch.plan.scheduler import plan_run, require_fit
 from qswitch.preflight import Prepared, prepare
 from qswitch.rollout.kv_cache import verify_kv
@@ -93,7 +95,8 @@ def distill(
         Interrupted: stopped by SIGINT or SIGTERM, resumable.
     """
     progress = Progress(total_steps=config.train.max_steps)
-    plan = plan_run(config, budget_bytes=budget_bytes if budget_bytes is not None else detect_budget_bytes()[0])
+    memory_bytes = budget_bytes if budget_bytes is not None else detect_budget_bytes(config.train.device)[0]
+    plan = plan_run(config, budget_bytes=memory_bytes)
     require_fit(plan)
     run_dir.write_json("plan.json", plan.to_dict())
 
@@ -102,6 +105,10 @@ def distill(
     run_dir.write_json("data.json", data.report.to_dict())
     progress.say(f"{data.report.training_prompts} training prompts, {len(data.held_out)} held out")
     runtime = make_runtime(config.train)
+    if runtime.device.type == "cuda" and budget_bytes is not None:
+        limit_device_memory(runtime.device, budget_bytes, CUDA_CONTEXT_BYTES)
+    elif runtime.device.type == "cpu":
+        return_freed_memory()
     if config.student.shrink_to_layers is not None and not run_dir.student_base_path.exists():
         report = shrink_to_folder(
             config.student.model,
@@ -121,6 +128,15 @@ def distill(
         if model is not None:
             verify_kv(model, blocks=config.rollout.block_tokens != 0)
 
+    release_memory(runtime.device)  # what loading left behind would add to the peak of training
+    recovery = Recovery(
+        Sizes.of(config),
+        runtime.device,
+        planned_bytes=plan.total_bytes,
+        planned_bytes_of=lambda sizes: plan_run(sizes.write_into(config)).total_bytes,
+        say=progress.say,
+        budget_bytes=memory_bytes,
+    )
     trainer = Trainer(
         config,
         run_dir,
@@ -130,7 +146,7 @@ def distill(
         prompts=data.train,
         validation_prompts=data.held_out,
         corpus=prepared.corpus,
-        planned_bytes=plan.total_bytes,
+        recovery=recovery,
         progress=progress,
     )
     if resume:
@@ -139,7 +155,7 @@ def distill(
         trainer.run()
     if trainer.step < config.train.max_steps:
         raise Interrupted
-    return _finish(config, run_dir, trainer, pair, encoder, plan.total_bytes)
+    return _finish(config, run_dir, trainer, pair, encoder, recovery.planned_bytes or plan.total_bytes)
 
 
 def _finish(

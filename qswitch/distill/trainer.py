@@ -10,8 +10,10 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,11 +44,14 @@ from qswitch.distill.objective import (
 )
 from qswitch.distill.progress import Progress
 from qswitch.distill.prompts import Prompts
+from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes, release_memory
 from qswitch.distill.replay import ReplayBuffer, ReplayEntry, split_step, staleness_nats
+from qswitch.distill.round import PreparedStep, unique_keys
 from qswitch.distill.validation import ResponseLoss, Validation
 from qswitch.errors import TrainingError
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.pair import TokenizerPair
+from qswitch.models.residency import SwappedModel
 from qswitch.rollout.block_length import (
     Acceptance,
     AutoBlock,
@@ -116,7 +121,7 @@ class Trainer:
         prompts: Prompts,
         validation_prompts: Sequence[Prompt],
         corpus: Tensor | None = None,
-        planned_bytes: int | None = None,
+        recovery: Recovery | None = None,
         progress: Progress | None = None,
     ) -> None:
         train, cache = config.train, config.cache
@@ -126,11 +131,11 @@ class Trainer:
         self.policy = make_policy(config.rollout)
         self.imitates = config.loss.objective == "divergence"
         """Whether the loss reads the teacher's outputs, rather than the written tokens alone."""
-        self.planned_bytes = planned_bytes
         self.stop_requested = False
 
         self.accelerator = _make_accelerator(config, run_dir, student)
         self.device = student.device
+        self.recovery = recovery or Recovery(Sizes.of(config), self.device)
         self.objective = StudentObjective(student, config.loss)
         trainable = [p for p in student.parameters() if p.requires_grad]
         optimizer = _make_optimizer(config, trainable)
@@ -176,6 +181,11 @@ class Trainer:
             )
         self.acceptance = Acceptance()
         self.blocks = self._make_blocks()
+        self.round: deque[PreparedStep] = deque()
+        """Steps that the last round of rollouts has prepared and that have not been taken."""
+        self.swapped = SwappedModel(teacher) if teacher is not None and config.teacher.residency == "swap" else None
+        if self.swapped is not None:
+            self.swapped.leave()
         self.step = 0
         self.counters = Counters()
         self._tracking = bool(train.report_to)
@@ -183,7 +193,11 @@ class Trainer:
     # ---------------------------------------------------------------- the loop
 
     def run(self) -> Counters:
-        """Train from the current step to train.max_steps, or until `stop_requested`; a stop leaves a checkpoint."""
+        """Train from the current step to train.max_steps, or until `stop_requested`; a stop leaves a checkpoint.
+
+        Raises:
+            MemoryFloorError: no size is left to shrink; a checkpoint of the last finished step is on disk.
+        """
         train = self.config.train
         if self.counters.before_nats is None:
             self.counters.before_nats = self.counters.last_nats = self.validate()
@@ -192,7 +206,11 @@ class Trainer:
         with self.progress:
             while self.step < train.max_steps:
                 started = time.perf_counter()
-                report = self.train_step()
+                try:
+                    report = self.train_step()
+                except MemoryFloorError as error:
+                    self.save()
+                    raise self._at_the_floor(error) from error
                 self.step += 1
                 self.counters.seconds += time.perf_counter() - started
                 self.log(report)
@@ -217,38 +235,77 @@ class Trainer:
 
     def train_step(self) -> StepReport:
         """One optimizer step: prompts, responses, teacher outputs, loss, update."""
-        train = self.config.train
-        seed_step(self.config.seed, self.step)
         report = StepReport()
         clock = _Clock(report.seconds)
 
-        total = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        self.replay.expire(self.step)
-        report.batch = self._next_source()
-        if report.batch == "ground_truth":
-            sequences = self.read_ground_truth(self.loader.next(total))
-        else:
-            fresh, replayed = self._fresh_and_replayed(report.batch, total)
-            sequences = []
-            if fresh:
-                report.rollouts, report.rollout = self.roll_out(self.loader.next(fresh))
-                clock.lap("rollout")
-                sequences = self.cache_teacher(report.rollouts)
-            drawn = self.replay.draw(replayed, self.step)
-            self.remember(report.rollouts, sequences)
-            sequences += [entry.sequence for entry in drawn]
-            report.replayed = len(drawn)
-            report.staleness_nats = staleness_nats(self.objective, drawn, pad_id=self.pair.pad_id, device=self.device)
+        if not self.round:
+            self.prepare_round(report, clock)
+        prepared = self.round[0]
         clock.lap("teacher")
 
-        sequences = [s for s in sequences if s.loss_steps]
+        report.batch = prepared.source
+        sequences = [s for s in prepared.sequences if s.loss_steps]
         report.loss_tokens = sum(len(s.loss_steps) for s in sequences)
-        report.loss = self.learn(sequences, report.loss_tokens)
+        report.loss, report.grad_norm = self.recovery.attempt(
+            "loss", lambda: self.gradients(sequences, report.loss_tokens), undo=self._undo_gradients()
+        )
         clock.lap("loss")
-        report.grad_norm = self.update(report.loss)
+        self.update(report.loss)
+        self.round.popleft()
         self.forget_used()
         clock.lap("optimizer")
         return report
+
+    def prepare_round(self, report: StepReport, clock: _Clock) -> None:
+        """All that the next rollout.round_steps steps need of the teacher, who is away in between if it is swapped."""
+        train, attempt = self.config.train, self.recovery.attempt
+        total = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        self.replay.expire(self.step)
+        cursor = self.loader.state_dict()
+        steps = range(self.step, min(self.step + self.config.rollout.round_steps, train.max_steps))
+        try:
+            self.teacher_comes()
+            sources = [self._next_source(step) for step in steps]
+            # Replayed sequences belong to rounds of one step; a longer round is fresh or ground truth throughout.
+            splits = [(total, 0) if s == "ground_truth" else self._fresh_and_replayed(s, total) for s in sources]
+            items = [self.loader.next(fresh) if fresh else [] for fresh, _ in splits]
+            written = [item for s, own in zip(sources, items, strict=True) if s != "ground_truth" for item in own]
+            sequences: list[TrainingSequence] = []
+            if written:
+                report.rollouts, report.rollout = attempt("rollout", lambda: self.roll_out(written))
+                clock.lap("rollout")
+                sequences = attempt("teacher", lambda: self.cache_teacher(report.rollouts))
+            for source, own, (_, replayed) in zip(sources, items, splits, strict=True):
+                if source == "ground_truth":
+                    responses = attempt("teacher", partial(self.read_ground_truth, own))
+                    self.round.append(PreparedStep(source, responses))
+                    continue
+                fresh, sequences = sequences[: len(own)], sequences[len(own) :]
+                drawn = self.replay.draw(replayed, self.step)
+                self.remember(report.rollouts, fresh)
+                report.replayed = len(drawn)
+                if drawn:
+                    report.staleness_nats = attempt("validation", partial(self._staleness, drawn))
+                self.round.append(PreparedStep(source, fresh + [entry.sequence for entry in drawn]))
+        except MemoryFloorError:
+            self.loader.load_state_dict(cursor)
+            self.round.clear()
+            self.forget_used()
+            raise
+        finally:
+            self.teacher_leaves()
+
+    def teacher_comes(self) -> None:
+        """Load a swapped teacher."""
+        if self.swapped is not None:
+            self.recovery.attempt("teacher upload", self.swapped.come_back)
+
+    def teacher_leaves(self) -> None:
+        """Free a swapped teacher's bytes."""
+        if self.swapped is not None:
+            self.swapped.leave()
+        if self.device.type == "cpu":
+            release_memory(self.device)  # what decoding freed is still glibc's, and would add to the peak of training
 
     # ---------------------------------------------------------------- the stages of a step
 
@@ -270,7 +327,7 @@ class Trainer:
             temperature=settings.temperature,
             eos_ids=self.pair.eos_ids,
             pad_id=self.pair.pad_id,
-            batch_size=settings.batch_size,
+            batch_size=self.recovery.sizes.rollout_rows,
             keep=keep,
             blocks=self.blocks,
             keep_student=settings.reuse > 1 or self.share is not None,
@@ -298,7 +355,7 @@ class Trainer:
     def forget_used(self) -> None:
         """Drop the teacher's outputs that no sequence will need again."""
         self.replay.expire(self.step + 1)
-        needed = {tuple(key) for key in self.replay.cache_keys().tolist()}
+        needed = {tuple(key) for key in self._needed_keys().tolist()}
         stored = self.cache.keys()
         self.cache.discard(stored[[tuple(key) not in needed for key in stored.tolist()]])
 
@@ -357,7 +414,7 @@ class Trainer:
         the gradient.
         """
         self.wrapped.train()
-        size = self.config.train.per_device_train_batch_size
+        size = self.recovery.sizes.micro_batch
         total = 0.0
         # Similar lengths share a micro-batch: less padding, and the token mean does not see the order.
         ordered = sorted(sequences, key=lambda s: (s.num_tokens, s.example_id, s.visit))
@@ -370,30 +427,49 @@ class Trainer:
                 batch, targets = collate_with_labels(group, self.pair.pad_id, self.device), None
             loss = self.wrapped(batch, targets, float(loss_tokens))
             total += self._backward(loss)
+            self.recovery.check_host_memory()
         if self.corpus is not None:
-            self._backward(self.config.loss.lm_coefficient * self._corpus_loss(size))
+            self._learn_corpus(size)
         return total if sequences or self.corpus is not None else None
 
-    def update(self, loss: float | None) -> float | None:
-        """Clip and step the optimizer; the gradient norm, or None for a step that had no loss token.
+    def gradients(self, sequences: Sequence[TrainingSequence], loss_tokens: int) -> tuple[float | None, float | None]:
+        """The step's loss and its clipped gradient's norm; None for a step that had no loss token.
 
         Raises:
-            TrainingError: the gradient is not finite; the weights are untouched.
+            TrainingError: the gradient is not finite.
         """
-        norm = None
+        seed_step(self.config.seed, self.step)
+        self.objective.settings = self.config.loss.model_copy(update={"chunk_tokens": self.recovery.sizes.chunk_tokens})
+        loss = self.learn(sequences, loss_tokens)
+        if loss is None:
+            return None, None
+        norm = float(self.accelerator.clip_grad_norm_(self.trainable, self.config.train.max_grad_norm))
+        if not math.isfinite(norm):
+            raise self._not_finite("gradient norm", norm)
+        return loss, norm
+
+    def _undo_gradients(self) -> Callable[[], None]:
+        """What brings a step back to where it is now, after part of its gradients have been accumulated."""
+        cursor = self.corpus.state_dict() if self.corpus is not None else None
+
+        def undo() -> None:
+            self.optimizer.zero_grad()
+            if self.corpus is not None and cursor is not None:
+                self.corpus.load_state_dict(cursor)
+
+        return undo
+
+    def update(self, loss: float | None) -> None:
+        """Step the optimizer with the gradients of a step that had a loss, and the schedule always."""
         if loss is None:
             self.counters.steps_without_loss += 1
         else:
-            norm = float(self.accelerator.clip_grad_norm_(self.trainable, self.config.train.max_grad_norm))
-            if not math.isfinite(norm):
-                raise self._not_finite("gradient norm", norm)
             self.optimizer.step()
         self.optimizer.zero_grad()
         with warnings.catch_warnings():
             # A skipped step moves the schedule without the optimizer, which torch takes for a mistake.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
             self.lr_scheduler.step()
-        return norm
 
     def _backward(self, loss: Tensor) -> float:
         value = float(loss.detach())
@@ -402,21 +478,34 @@ class Trainer:
         self.accelerator.backward(loss)
         return value
 
-    def _corpus_loss(self, rows: int) -> Tensor:
+    def _learn_corpus(self, size: int) -> None:
+        """Gradients of the language-model loss over as many blocks as the step has sequences, `size` at a time."""
         assert self.corpus is not None
-        blocks = self.corpus.next(rows)
+        train = self.config.train
+        blocks = self.corpus.next(train.per_device_train_batch_size * train.gradient_accumulation_steps)
         sequences = [
             TrainingSequence(i, 0, block[:1].tolist(), block[1:].tolist(), list(range(len(block) - 1)))
             for i, block in enumerate(blocks)
         ]
-        batch = collate_with_labels(sequences, self.pair.pad_id, self.device)
-        return self.wrapped(batch, None, float(sum(len(s.loss_steps) for s in sequences)))
+        num_tokens = float(sum(len(s.loss_steps) for s in sequences))
+        for start in range(0, len(sequences), size):
+            batch = collate_with_labels(sequences[start : start + size], self.pair.pad_id, self.device)
+            self._backward(self.config.loss.lm_coefficient * self.wrapped(batch, None, num_tokens))
+            self.recovery.check_host_memory()
 
     def _score(self, sequences: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
         assert self.teacher is not None, "a configuration that scores responses loads the teacher"
         return score_responses(
-            self.teacher, sequences, pad_id=self.pair.pad_id, batch_size=self.config.train.per_device_train_batch_size
+            self.teacher, sequences, pad_id=self.pair.pad_id, batch_size=self.recovery.sizes.micro_batch
         )
+
+    def _staleness(self, drawn: Sequence[ReplayEntry]) -> float | None:
+        return staleness_nats(self.objective, drawn, pad_id=self.pair.pad_id, device=self.device)
+
+    def _needed_keys(self) -> Tensor:
+        """Keys int64 [N, 3] of the teacher outputs that replayed and prepared sequences will read."""
+        replayed = [(a, b, c) for a, b, c in self.replay.cache_keys().tolist()]
+        return unique_keys(replayed + [key for prepared in self.round for key in prepared.cache_keys()])
 
     def _put(self, sequences: Sequence[TrainingSequence], states: Sequence[Tensor | None]) -> None:
         kept = [(s, h) for s, h in zip(sequences, states, strict=True) if s.loss_steps and h is not None]
@@ -424,16 +513,16 @@ class Trainer:
             keys = torch.tensor([key for s, _ in kept for key in s.cache_keys()], dtype=torch.int64)
             self.cache.put(keys, torch.cat([h for _, h in kept]), self.teacher.head)
 
-    def _next_source(self) -> Source:
+    def _next_source(self, step: int) -> Source:
         mix = self.config.data.ground_truth_mix
         if mix == 0 and self.share is None:
             return "rollout"
-        key = row_keys(self.config.seed, torch.tensor([_GROUND_TRUTH_COIN]), torch.tensor([self.step]))
+        key = row_keys(self.config.seed, torch.tensor([_GROUND_TRUTH_COIN]), torch.tensor([step]))
         coin = float(uniform(key))
         if self.share is None:
             return "ground_truth" if coin < mix else "rollout"
         full = len(self.replay) >= self.config.rollout.replay_capacity
-        return self.share.source(coin, self.step / self.config.train.max_steps, can_replay=full)
+        return self.share.source(coin, step / self.config.train.max_steps, can_replay=full)
 
     def _fresh_and_replayed(self, source: Source, total: int) -> tuple[int, int]:
         """How many sequences of a step are written now, and how many had been before."""
@@ -448,17 +537,31 @@ class Trainer:
             f"{self.run_dir.checkpoints_path}."
         )
 
+    def _at_the_floor(self, error: MemoryFloorError) -> MemoryFloorError:
+        return MemoryFloorError(
+            f"{error} Step {self.step} was not taken; the checkpoint of step {self.step} in "
+            f"{self.run_dir.checkpoints_path} has all before it. Free memory, or resume on a larger device; for this "
+            "one start anew with a smaller rollout.max_new_tokens or data.max_prompt_tokens, or teacher.residency=swap."
+        )
+
     # ---------------------------------------------------------------- looking and saving
 
     def validate(self) -> float:
         """KL(teacher || student) on the held-out prompts, or the loss on their responses; nats per token."""
-        return self.validation.nats(self.objective, self.device, self.config.loss.chunk_tokens)
+        return self._held_out_nats(self.validation)
+
+    def _held_out_nats(self, held_out: Validation | ResponseLoss) -> float:
+        def score() -> float:
+            sizes = self.recovery.sizes
+            return held_out.nats(self.objective, self.device, sizes.chunk_tokens, sizes.validation_rows)
+
+        return self.recovery.attempt("validation", score)
 
     def adapt_share(self) -> dict[str, float]:
         """Let the share of student-written batches hear of the loss on held-out responses; both, for the metrics."""
         if self.share is None:
             return {}
-        loss = self.response_loss.nats(self.objective, self.device, self.config.loss.chunk_tokens)
+        loss = self._held_out_nats(self.response_loss)
         if self.share.observe(loss):
             self.progress.say(f"{self.response_loss.what} rose to {loss:.3f}: student writes {self.share.phi:.0%}")
         return {self.response_loss.key: loss, "student_batch_share": self.share.phi}
@@ -469,6 +572,7 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "counters": _finite(asdict(self.counters)),
             "acceptance": self.acceptance.state_dict(),
+            "sizes": asdict(self.recovery.sizes),
         }
         if self.corpus is not None:
             state["corpus"] = self.corpus.state_dict()
@@ -490,11 +594,12 @@ class Trainer:
         )
 
     def _replay_state(self) -> dict[str, Any] | None:
-        """The sequences that will train again, with their teacher outputs; None where there are none."""
-        if len(self.replay) == 0:
+        """The sequences that will train, again or for the first time, with their teacher outputs; None without any."""
+        if len(self.replay) == 0 and not self.round:
             return None
-        cache = self.cache.export(self.replay.cache_keys()) if self.imitates else None
-        return {"buffer": self.replay.state_dict(), "cache": cache}
+        cache = self.cache.export(self._needed_keys()) if self.imitates else None
+        prepared = [step.state_dict() for step in self.round]
+        return {"buffer": self.replay.state_dict(), "round": prepared, "cache": cache}
 
     def resume(self) -> bool:
         """Go back to the newest complete checkpoint; False where there is none."""
@@ -506,11 +611,13 @@ class Trainer:
         self.step = state["step"]
         self.loader.load_state_dict(state["loader"])
         self.acceptance.load_state_dict(state["acceptance"])
+        self.recovery.restore(state["sizes"])
         if self.corpus is not None:
             self.corpus.load_state_dict(state["corpus"])
         replay = load_replay(folder)
         if replay is not None:
             self.replay.load_state_dict(replay["buffer"])
+            self.round = deque(PreparedStep.from_state_dict(step) for step in replay["round"])
             if self.teacher is not None and replay["cache"] is not None:
                 self.cache.load_state_dict(replay["cache"], self.teacher.head)
         if self.share is not None:
@@ -557,7 +664,8 @@ class Trainer:
             "train_tokens_per_s": report.loss_tokens / learning if learning and report.loss_tokens else None,
             "seconds": {k: round(v, 4) for k, v in report.seconds.items()},
             "peak_gib": peak_bytes(self.device) / GIB,
-            "planned_gib": self.planned_bytes / GIB if self.planned_bytes is not None else None,
+            "planned_gib": None if self.recovery.planned_bytes is None else self.recovery.planned_bytes / GIB,
+            "out_of_memory": self.recovery.take_events(),
         }
         self.run_dir.append_metrics(metrics)
         sample = report.rollouts[:ROLLOUTS_LOGGED_PER_STEP]
@@ -614,7 +722,16 @@ def _make_optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> 
         import bitsandbytes as bnb
 
         return bnb.optim.PagedAdamW8bit(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
-    return torch.optim.AdamW(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
+    # Fused: a step allocates nothing, so it is taken whole or, where its kernel fails, not at all.
+    optimizer = torch.optim.AdamW(parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)
+    for parameter in parameters:
+        # What the first step would allocate, in the middle of a run; torch makes it where there is none.
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+    return optimizer
 
 
 def _shares(stats: RolloutStats) -> list[float]:

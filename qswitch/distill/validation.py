@@ -71,13 +71,15 @@ class Validation:
         self.num_prompts = len(written)
         self.num_tokens = sum(len(s.loss_steps) for s in self._sequences)
 
-    def nats(self, objective: StudentObjective, device: torch.device, chunk_tokens: int) -> float:
+    def nats(
+        self, objective: StudentObjective, device: torch.device, chunk_tokens: int, batch_size: int | None = None
+    ) -> float:
         """Mean KL(teacher || student) per response token, nats; the student is scored in evaluation mode."""
         order = sorted(range(len(self._sequences)), key=lambda i: (self._sequences[i].num_tokens, i))
-        total = 0.0
+        total, size = 0.0, batch_size or self._batch_size
         with inference(objective.student):
-            for start in range(0, len(order), self._batch_size):
-                members = order[start : start + self._batch_size]
+            for start in range(0, len(order), size):
+                members = order[start : start + size]
                 batch = collate([self._sequences[i] for i in members], self._pad_id, device)
                 targets = Targets.from_hidden(torch.cat([self._hidden[i] for i in members]), self._teacher_head)
                 values = chunked_divergence_values(
@@ -114,13 +116,15 @@ class ResponseLoss:
                 "data.validation, or raise data.num_validation."
             )
 
-    def nats(self, objective: StudentObjective, device: torch.device, chunk_tokens: int) -> float:
+    def nats(
+        self, objective: StudentObjective, device: torch.device, chunk_tokens: int, batch_size: int | None = None
+    ) -> float:
         """Mean next-token cross-entropy per response token, nats; the student is scored in evaluation mode."""
         order = sorted(range(len(self._sequences)), key=lambda i: (self._sequences[i].num_tokens, i))
-        total = 0.0
+        total, size = 0.0, batch_size or self._batch_size
         with inference(objective.student):
-            for start in range(0, len(order), self._batch_size):
-                members = [self._sequences[i] for i in order[start : start + self._batch_size]]
+            for start in range(0, len(order), size):
+                members = [self._sequences[i] for i in order[start : start + size]]
                 batch = collate_with_labels(members, self._pad_id, device)
                 hidden = objective.hidden_at(batch)
                 labels = batch.input_ids[batch.rows, batch.columns + 1]

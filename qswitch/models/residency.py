@@ -71,6 +71,8 @@ class SwappedModel:
         """
         if self.is_resident:
             return
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what training has freed, also in segments that are too small
         try:
             for storage, size in zip(self._storages, self._sizes, strict=True):
                 storage.resize_(size)

@@ -1,0 +1,228 @@
+"""What a run does when the device has less memory than the plan was promised.
+
+A stage of a step that runs out of memory is undone, the sizes it depends on shrink, the plan is made anew, and the
+stage runs again with the same random numbers. Sizes change memory and time, never what is learnt: the tokens of a
+rollout are a function of its key, and the loss is the token mean over the whole step however it is cut. Knows no model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from qswitch.config import RunConfig
+from qswitch.errors import TrainingError
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+T = TypeVar("T")
+
+_M_MMAP_THRESHOLD = -3
+"""malloc.h: requests from this size on are mapped, and unmapped when freed."""
+
+MIN_CHUNK_TOKENS = 32
+"""A loss chunk below this saves little beside the two heads."""
+
+
+class MemoryFloorError(TrainingError):
+    """Out of memory with nothing left to shrink."""
+
+
+class MemoryBudgetExceededError(torch.OutOfMemoryError):
+    """The process uses more host memory than its budget; on a CPU nothing else says so before the kernel ends it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What a run may lower at any step."""
+
+    rollout_rows: int
+    """Rows decoded together."""
+    micro_batch: int
+    """Sequences in one forward and backward pass, and in one pass that scores given responses."""
+    chunk_tokens: int
+    """Loss positions projected to the vocabulary at a time."""
+    validation_rows: int
+    """Held-out responses scored together."""
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Sizes:
+        """The sizes a configuration starts with."""
+        return cls(
+            rollout_rows=config.rollout.batch_size,
+            micro_batch=config.train.per_device_train_batch_size,
+            chunk_tokens=config.loss.chunk_tokens,
+            validation_rows=config.rollout.batch_size,
+        )
+
+    def smaller(self, stage: str) -> Sizes | None:
+        """Sizes with which `stage` takes less memory; None at the floor."""
+        if stage == "rollout" and self.rollout_rows > 1:
+            return replace(self, rollout_rows=self.rollout_rows // 2)
+        if stage in ("teacher", "loss") and self.micro_batch > 1:
+            return replace(self, micro_batch=self.micro_batch // 2)
+        if stage == "validation" and self.validation_rows > 1:
+            return replace(self, validation_rows=self.validation_rows // 2)
+        if stage in ("loss", "validation") and self.chunk_tokens > MIN_CHUNK_TOKENS:
+            return replace(self, chunk_tokens=max(MIN_CHUNK_TOKENS, self.chunk_tokens // 2))
+        return None
+
+    def write_into(self, config: RunConfig) -> RunConfig:
+        """The configuration with these sizes, for planning; its accumulation steps grow as its micro-batch shrinks."""
+        train = config.train
+        effective = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        changes = {
+            "per_device_train_batch_size": self.micro_batch,
+            "gradient_accumulation_steps": -(-effective // self.micro_batch),
+        }
+        return config.model_copy(
+            update={
+                "rollout": config.rollout.model_copy(update={"batch_size": self.rollout_rows}),
+                "train": train.model_copy(update=changes),
+                "loss": config.loss.model_copy(update={"chunk_tokens": self.chunk_tokens}),
+            }
+        )
+
+
+class Recovery:
+    """Runs the stages of a step, and shrinks the sizes of one that runs out of memory.
+
+    Args:
+        sizes: to start with.
+        planned_bytes_of: the plan's peak for other sizes; None where nothing was planned.
+        say: tells the user, once per shrinking.
+        budget_bytes: of host memory; checked on a CPU only, by `check_host_memory`.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        device: torch.device,
+        *,
+        planned_bytes: int | None = None,
+        planned_bytes_of: Callable[[Sizes], int] | None = None,
+        say: Callable[[str], None] = logger.warning,
+        budget_bytes: int | None = None,
+    ) -> None:
+        self.sizes, self.planned_bytes = sizes, planned_bytes
+        self.events: list[dict[str, Any]] = []
+        """What happened since they were last taken, for metrics.jsonl."""
+        self._device, self._planned_bytes_of, self._say = device, planned_bytes_of, say
+        self._budget_bytes = budget_bytes if device.type == "cpu" else None
+
+    def attempt(self, stage: str, run: Callable[[], T], undo: Callable[[], None] | None = None) -> T:
+        """The result of `run`, which reads `sizes`; after an out-of-memory error it is undone and runs again, smaller.
+
+        Raises:
+            MemoryFloorError: nothing is left to shrink.
+        """
+        while True:
+            try:
+                return run()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = " ".join(str(error).split())[:200]
+            # Outside the handler the traceback is gone, and with it the tensors of the failed pass.
+            if undo is not None:
+                undo()
+            release_memory(self._device)
+            self._shrink(stage, reason)
+
+    def check_host_memory(self) -> None:
+        """Nothing within the budget.
+
+        Raises:
+            MemoryBudgetExceededError: the process holds more than its budget.
+        """
+        if self._budget_bytes is None:
+            return
+        used = resident_bytes()
+        if used > self._budget_bytes:
+            raise MemoryBudgetExceededError(
+                f"the process holds {used / GIB:.2f} GiB of host memory, its budget is {self._budget_bytes / GIB:.2f}"
+            )
+
+    def restore(self, sizes: dict[str, int]) -> None:
+        """Go on with the sizes of a checkpoint: a resumed run computes with the shapes of the one that stopped."""
+        self._set(Sizes(**sizes))
+
+    def take_events(self) -> list[dict[str, Any]]:
+        """The events so far, which are then forgotten."""
+        events, self.events = self.events, []
+        return events
+
+    def _set(self, sizes: Sizes) -> None:
+        if sizes != self.sizes and self._planned_bytes_of is not None:
+            self.planned_bytes = self._planned_bytes_of(sizes)
+        self.sizes = sizes
+
+    def _shrink(self, stage: str, reason: str) -> None:
+        smaller = self.sizes.smaller(stage)
+        if smaller is None:
+            raise MemoryFloorError(f"Out of memory in the {stage} stage, and nothing is left to shrink ({reason}).")
+        before, planned = asdict(self.sizes), self.planned_bytes
+        self._set(smaller)
+        changes = {k: [before[k], v] for k, v in asdict(smaller).items() if v != before[k]}
+        self.events.append({"stage": stage, "reason": reason, **changes})
+        listed = ", ".join(f"{k} {old} -> {new}" for k, (old, new) in changes.items())
+        plan = ""
+        if planned is not None and self.planned_bytes is not None:
+            plan = f"; planned peak {planned / GIB:.2f} -> {self.planned_bytes / GIB:.2f} GiB"
+        self._say(f"out of memory ({stage}): {listed}{plan}; the step is repeated with the same random numbers")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that an allocation failed, on a GPU or in host memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    # torch's CPU allocator and cuBLAS raise plain RuntimeErrors.
+    return any(sign in text for sign in ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory"))
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what is no longer referenced: reference cycles, the allocator's cache, glibc's free lists."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)
+
+
+def return_freed_memory() -> None:
+    """Let glibc give every freed tensor above 1 MiB back at once, on a CPU.
+
+    By default it keeps blocks of up to 32 MiB and cannot use them again for aligned requests of the same size: a pass
+    whose tensors take 1.6 GiB left the process at 3.1. With a fixed threshold the process holds 1.7.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+def resident_bytes() -> int:
+    """What the process holds in host memory now."""
+    import resource
+
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    except (OSError, ValueError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # no /proc: the peak, an upper bound
+
+
+def limit_device_memory(device: torch.device, budget_bytes: int, context_bytes: int) -> None:
+    """Keep the process within a budget below the card's memory: beyond it, allocations fail as on a smaller card."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    if budget_bytes < total:
+        torch.cuda.set_per_process_memory_fraction(max(0.0, budget_bytes - context_bytes) / total, device)

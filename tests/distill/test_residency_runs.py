@@ -1,0 +1,68 @@
+"""A swapped teacher and longer rounds: the same adapter, byte for byte, also after a stop in the middle of a round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qswitch.config import build_config
+from qswitch.distill.run import Interrupted, distill
+from qswitch.distill.trainer import Trainer
+from qswitch.errors import ConfigError
+from qswitch.run_dir import RunDir
+from tests.distill.test_trainer import adapter_bytes, folders, settings  # noqa: F401
+
+MIXED = {"data__ground_truth_mix": 0.5, "student__lora": {"r": 4, "alpha": 8, "dropout": 0.2}}
+
+
+def run(folders: Any, path: Any, **changes: Any) -> tuple[bytes, list[Any]]:  # noqa: F811
+    config = settings(folders, rollout__block_tokens=2, train__max_steps=5, **changes)
+    run_dir = RunDir.create(path, config)
+    distill(config, run_dir)
+    return adapter_bytes(path), [r["response"] for r in run_dir.read_rollouts()]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+@pytest.mark.parametrize("changes", [{}, {"rollout__round_steps": 3}, {**MIXED, "rollout__round_steps": 2}])
+def test_swap_and_resident_end_with_the_same_bytes(folders, tmp_path, precision, changes):  # noqa: F811
+    results = [
+        run(folders, tmp_path / kind, teacher__precision=precision, teacher__residency=kind, **changes)
+        for kind in ("resident", "swap")
+    ]
+    assert results[0] == results[1] and results[0][1]
+
+
+def test_a_longer_round_is_written_by_the_student_of_its_beginning(folders, tmp_path):  # noqa: F811
+    config = settings(folders, rollout__block_tokens=2, train__max_steps=5, rollout__round_steps=2)
+    run_dir = RunDir.create(tmp_path / "run", config)
+    distill(config, run_dir)
+    lines = [m for m in run_dir.read_metrics() if "loss" in m]
+    assert [m["fresh"] for m in lines] == [8, 0, 8, 0, 4]  # the last round has one step left
+
+
+@pytest.mark.parametrize("changes", [{"teacher__residency": "swap"}, MIXED])
+def test_a_stop_within_a_round_changes_nothing(folders, tmp_path, changes):  # noqa: F811
+    options = {"rollout__round_steps": 4, **changes}
+    whole, _ = run(folders, tmp_path / "whole", **options)
+    config = settings(folders, rollout__block_tokens=2, train__max_steps=5, **options)
+    original = Trainer.train_step
+
+    def stop_at_one(self: Trainer) -> Any:
+        self.stop_requested = self.stop_requested or self.step == 1
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Trainer, "train_step", stop_at_one)
+        distill(config, RunDir.create(tmp_path / "halves", config))
+    stopped = RunDir.open(tmp_path / "halves")
+    assert stopped.latest_checkpoint().name == "step-000003"  # of 4 in the first round
+    distill(stopped.config, stopped, resume=True)
+    assert adapter_bytes(tmp_path / "halves") == whole
+
+
+def test_rounds_and_reuse_are_one_or_the_other(folders):  # noqa: F811
+    values = settings(folders).model_dump()
+    values["rollout"] |= {"round_steps": 2, "reuse": 2}
+    with pytest.raises(ConfigError, match=r"round_steps=2 cannot be combined with rollout\.reuse"):
+        build_config(values)
