@@ -54,9 +54,10 @@ def break_down(config: RunConfig, teacher: ModelShape, student: ModelShape, mach
     student_bytes = student.num_parameters * acc if full else memory.weight_bytes(student, precision, b, on_gpu)
     num_trainable = memory.trainable_parameters(student, section.adapter, section.lora)
     optimizer_bytes = memory.optimizer_bytes(num_trainable, train.optimizer, acc)
-    # Rows of a round stay until its last step; on a CPU both of the first tiers are the device.
+    # Rows stay until the last step that reads them; on a CPU both of the first tiers are the device.
     row_bytes = memory.cache_row_bytes(cache.format, teacher.hidden_size, vocab, cache.topk, b)
-    rows_bytes = row_bytes * sequences * rollout.max_new_tokens if config.loss.objective == "divergence" else 0
+    held = _held_sequences(config, micro * train.gradient_accumulation_steps)
+    rows_bytes = row_bytes * held * rollout.max_new_tokens if config.loss.objective == "divergence" else 0
     on_device = min(rows_bytes, int(cache.device_budget_gib * GIB))
     on_host = min(rows_bytes - on_device, int(cache.host_budget_gib * GIB))
     on_disk = rows_bytes - on_device - on_host
@@ -96,7 +97,7 @@ def break_down(config: RunConfig, teacher: ModelShape, student: ModelShape, mach
     decode = {
         "teacher_kv_cache": memory.kv_cache_bytes(teacher, rows, tokens, b),
         "student_kv_cache": memory.kv_cache_bytes(student, rows, tokens, b),
-        "rollout_logits": memory.rollout_vocabulary_bytes(rows, _round_steps(config), vocab, acc),
+        "rollout_logits": memory.rollout_vocabulary_bytes(rows, _round_steps(config, vocab), vocab, acc),
         "kept_hidden": memory.kept_hidden_bytes(teacher.hidden_size, sequences, rows, rollout.max_new_tokens, b),
         "prefill": max(
             memory.forward_bytes(teacher, rows, prompt, b), memory.forward_bytes(student, rows, prompt, b, not full)
@@ -156,13 +157,28 @@ def break_down(config: RunConfig, teacher: ModelShape, student: ModelShape, mach
     return Breakdown(parts, phases, host, disk)
 
 
-def _round_steps(config: RunConfig) -> int:
+def _round_steps(config: RunConfig, vocab_size: int) -> int:
     """Steps of the longest round: the drafts and the token after them; 1 where one model writes alone."""
     rollout = config.rollout
     if rollout.policy in ("student", "teacher"):
         return 1
-    drafts = memory.MAX_AUTO_DRAFTS if rollout.block_tokens == "auto" else rollout.block_tokens
+    if rollout.block_tokens != "auto":
+        drafts = rollout.block_tokens
+    else:
+        a_step = memory.ROUND_SCRATCH_BYTES_PER_LOGIT * rollout.batch_size * vocab_size
+        drafts = max(0, min(memory.ROUND_SCRATCH_BYTES // a_step - 1, memory.MAX_AUTO_DRAFTS))
     return min(drafts + 1, rollout.max_new_tokens)
+
+
+def _held_sequences(config: RunConfig, per_step: int) -> int:
+    """Sequences whose teacher outputs are cached at once: those of a round, and those that will train again."""
+    rollout = config.rollout
+    again = 0
+    if config.data.adaptive_share:
+        again = rollout.replay_capacity
+    elif rollout.reuse > 1:
+        again = min(rollout.replay_capacity, per_step * (rollout.reuse - 1))
+    return per_step * rollout.round_steps + again
 
 
 def _cut_layers_bytes(section: StudentSection, student: ModelShape, compute_bytes: int) -> int:

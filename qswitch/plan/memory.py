@@ -50,7 +50,10 @@ ROLLOUT_VOCABULARY_COPIES = 10
 and hash, shifted copy and mask in int64, 2 each: 9 in all); 1 for the logits that fp32 was made from."""
 
 MAX_AUTO_DRAFTS = 16
-"""Longest block that rollout.block_tokens=auto chooses (rollout/block_length.py)."""
+"""Longest block that rollout.block_tokens=auto chooses."""
+ROUND_SCRATCH_BYTES = 256 * 2**20
+ROUND_SCRATCH_BYTES_PER_LOGIT = 36
+"""auto drafts no more than what these allow; both as in rollout/block_length.py, which a test compares."""
 
 LOSS_VOCABULARY_COPIES = 8
 """fp32-sized [chunk, V] tensors alive at once in the loss: logits and log-probabilities of teacher and student (4),

@@ -242,6 +242,21 @@ def test_cache_rows_have_their_published_sizes():
     assert memory.cache_row_bytes("int8", 4096, 128256, 64, 2) == 128256 + 4
 
 
+def test_the_longest_block_is_that_of_the_engine():
+    from qswitch.config import build_config
+    from qswitch.plan.breakdown import _round_steps
+    from qswitch.rollout import block_length
+
+    assert memory.MAX_AUTO_DRAFTS == block_length.MAX_BLOCK_TOKENS
+    for rows in (1, 2, 8, 32, 100):
+        for vocab in (32000, 152064):
+            config = build_config({
+                "teacher": {"model": "a"}, "student": {"model": "b"}, "data": {"train": "c"},
+                "rollout": {"batch_size": rows},
+            })  # fmt: skip
+            assert _round_steps(config, vocab) == block_length.drafts_within_scratch(rows, vocab) + 1
+
+
 size = st.integers(1, 64)
 
 
