@@ -190,6 +190,8 @@ class DataSection(Section):
     """Rise of the loss on held-out responses at which the share grows by 0.1, nats per token."""
     lm_corpus: str | list[str] | None = None
     """Plain text for an added language-model loss; text, jsonl with `text`, or a hub id."""
+    lm_corpus_tokens: int = Field(default=20_000_000, ge=1)
+    """Tokens read of lm_corpus, from its start, at most; they stay in host memory, 8 bytes each."""
 
 
 class RolloutSection(Section):
@@ -442,6 +444,8 @@ def _settings_without_effect(config: RunConfig):
     if data.validation_split is not None and data.validation is None:
         yield "data.validation_split has no effect without data.validation. Remove it, or set data.validation."
     if data.lm_corpus is None:
+        if data.lm_corpus_tokens != type(data).model_fields["lm_corpus_tokens"].default:
+            yield "data.lm_corpus_tokens has no effect without data.lm_corpus."
         for name in written(loss, "lm_coefficient", "lm_block_tokens"):
             if getattr(loss, name) != type(loss).model_fields[name].default:
                 yield f"loss.{name} has no effect without data.lm_corpus."

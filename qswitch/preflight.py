@@ -269,7 +269,12 @@ def _corpus(config: RunConfig, pair: TokenizerPair) -> Tensor:
     from qswitch.data.loader import BlockLoader, load_corpus_tokens
 
     assert config.data.lm_corpus is not None
-    tokens = load_corpus_tokens(config.data.lm_corpus, pair.tokenizer, split=config.data.split)
+    tokens = load_corpus_tokens(
+        config.data.lm_corpus,
+        pair.tokenizer,
+        split=config.data.split,
+        max_tokens=config.data.lm_corpus_tokens,
+    )
     BlockLoader(tokens, config.loss.lm_block_tokens, config.seed)  # refuses a corpus shorter than a block
     return tokens
 

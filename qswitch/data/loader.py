@@ -299,10 +299,13 @@ def held_out_rank(text: str, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=16).digest()
 
 
-def load_corpus_tokens(reference: str | list[str], tokenizer: Any, *, split: str = "train") -> torch.Tensor:
-    """Plain text as one stream of token ids [N], int64, an end token after every document.
+def load_corpus_tokens(
+    reference: str | list[str], tokenizer: Any, *, split: str = "train", max_tokens: int | None = None
+) -> torch.Tensor:
+    """Plain text as one stream of token ids [N], int64, an end token after every document; N at most `max_tokens`.
 
-    `reference` names text files (a document each), records with a `text` column, folders or hub ids.
+    `reference` names text files (a document each), records with a `text` column, folders or hub ids. Nothing is read
+    beyond `max_tokens`; hub data sets are read as they arrive.
 
     Raises:
         DataError: a file that cannot be read, or a record without text.
@@ -312,13 +315,16 @@ def load_corpus_tokens(reference: str | list[str], tokenizer: Any, *, split: str
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     pieces: list[torch.Tensor] = []
     texts: list[str] = []
+    num_tokens = 0
 
     def tokenize() -> None:
+        nonlocal num_tokens
         for ids in tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]:
             pieces.append(torch.tensor([*ids, *end], dtype=torch.long))
+            num_tokens += pieces[-1].numel()
         texts.clear()
 
-    for row in iter_rows(reference, split=split, text_files=True):
+    for row in iter_rows(reference, split=split, text_files=True, stream_hub=True):
         text = row.fields.get("text")
         if not isinstance(text, str):
             raise DataError(
@@ -328,8 +334,10 @@ def load_corpus_tokens(reference: str | list[str], tokenizer: Any, *, split: str
             texts.append(text)
         if len(texts) == 256:
             tokenize()
+            if max_tokens is not None and num_tokens >= max_tokens:
+                break
     if texts:
         tokenize()
     if not pieces:
         raise DataError(f"data.lm_corpus {reference} holds no text. Name a file that does.")
-    return torch.cat(pieces)
+    return torch.cat(pieces)[:max_tokens]

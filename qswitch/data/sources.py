@@ -48,13 +48,16 @@ class Row:
     where: str
 
 
-def iter_rows(reference: str | list[str], *, split: str = "train", text_files: bool = False) -> Iterator[Row]:
+def iter_rows(
+    reference: str | list[str], *, split: str = "train", text_files: bool = False, stream_hub: bool = False
+) -> Iterator[Row]:
     """Rows of every file, folder or hub data set in `reference`, in order.
 
     A folder stands for its data files in name order; where their names tell splits apart (train, validation, test),
     for those of `split`. It may also be one that `datasets` saved. A hub id is `owner/name`, or
     `owner/name:configuration`. Files may be compressed (.gz, .bz2, .xz, .zst). With `text_files`, .txt and .md files
-    count too, each as one row `{"text": whole file}`.
+    count too, each as one row `{"text": whole file}`. With `stream_hub`, a hub data set is read as it arrives, for a
+    caller that stops early; else it is downloaded whole, and kept.
 
     Raises:
         DataError: nothing there, nothing in it, or a line that cannot be read; names file, line, reason and remedy.
@@ -63,18 +66,18 @@ def iter_rows(reference: str | list[str], *, split: str = "train", text_files: b
     if not references:
         raise DataError("No data file is named. Set data.train to a file, a folder or a hub id.")
     for one in references:
-        rows = _rows_of(one, split, text_files)
+        rows = _rows_of(one, split, text_files, stream_hub)
         first = next(rows, None)
         if first is None:
             raise DataError(f"{one} holds no records. Put at least one into it, or name another file.")
         yield from itertools.chain([first], rows)
 
 
-def _rows_of(reference: str, split: str, text_files: bool) -> Iterator[Row]:
+def _rows_of(reference: str, split: str, text_files: bool, stream_hub: bool) -> Iterator[Row]:
     suffixes = RECORD_SUFFIXES + (TEXT_SUFFIXES if text_files else ())
     path = reference_path(reference, suffixes)
     if path is None:
-        yield from _rows_of_hub(reference, split)
+        yield from _rows_of_hub(reference, split, stream_hub)
     elif _is_saved_dataset(path):
         yield from _rows_of_saved(path, split)
     else:
@@ -354,12 +357,19 @@ def _parquet_file(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: not readable as parquet: {_first_line(error)}. Write the file anew.") from None
 
 
-def _rows_of_hub(reference: str, split: str) -> Iterator[Row]:
+def _rows_of_hub(reference: str, split: str, stream: bool) -> Iterator[Row]:
     import datasets
 
     name, _, configuration = reference.partition(":")
+    options: dict[str, Any] = {"split": split} | ({"streaming": True} if stream else {})
     try:
-        rows = datasets.load_dataset(name, configuration or None, split=split)
+        try:
+            rows = datasets.load_dataset(name, configuration or None, **options)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            # An old data set that Python code reads. The hub keeps a conversion of its own beside it.
+            rows = datasets.load_dataset(name, configuration or None, **options, revision="refs/convert/parquet")
     except Exception as error:  # network, missing data set, split, configuration or token: many kinds, one remedy
         raise DataError(
             f"{reference} is no file here, and the hub gave no data set (split {split}): {_first_line(error)}. "

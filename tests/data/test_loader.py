@@ -125,6 +125,15 @@ class CharTokenizer:
         return {"input_ids": [[ord(c) for c in text] for text in texts]}
 
 
+def test_a_corpus_is_read_no_further_than_needed(tmp_path, monkeypatch):
+    lines = ['{"text": "abcd"}\n'] * 300
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(lines) + "this line is no JSON\n", encoding="utf-8")
+    assert load_corpus_tokens(str(path), CharTokenizer(), max_tokens=7).tolist() == [97, 98, 99, 100, 0, 97, 98]
+    with pytest.raises(DataError, match="line 301: not valid JSON"):
+        load_corpus_tokens(str(path), CharTokenizer(), max_tokens=5 * 300 + 1)
+
+
 def test_corpus_tokens_end_every_document(tmp_path):
     (tmp_path / "a.txt").write_text("ab", encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"text": "c"}\n{"text": " "}\n{"text": "d"}\n', encoding="utf-8")

@@ -99,3 +99,17 @@ def test_a_hub_id_is_asked_for_its_subset_and_split(monkeypatch):
     assert load_records(data, data.train)[0].text == "user: train of subset"
     assert load_records(data, data.validation, split=data.validation_split)[0].text == "user: dev of None"
     assert asked == [("owner/name", "subset", "train"), ("owner/name", None, "dev")]
+
+
+def test_a_hub_data_set_with_a_script_is_read_from_the_hub_s_own_conversion(monkeypatch):
+    asked = []
+
+    def load_dataset(name, configuration, *, split, streaming, revision=None):
+        asked.append(revision)
+        if revision is None:
+            raise RuntimeError(f"Dataset scripts are no longer supported, but found {name}.py")
+        return [{"prompt": f"{split} of {configuration}"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [row.fields for row in iter_rows("owner/old", stream_hub=True)] == [{"prompt": "train of None"}]
+    assert asked == [None, "refs/convert/parquet"]
