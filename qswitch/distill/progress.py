@@ -24,6 +24,8 @@ class Progress:
         self._start_step = 0
         self._started = time.monotonic()
         self._last_line = -float("inf")
+        self._live_width = 0
+        """Characters of the live line of loading that is on the screen."""
         self._bar: RichProgress | None = None
         self._task: Any = None
 
@@ -51,6 +53,9 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line that stays."""
+        if self._live_width:
+            self._console.print(" " * self._live_width, end="\r")
+            self._live_width = 0
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def loading(self, what: str, done: int, total: int | None) -> None:
@@ -62,9 +67,12 @@ class Progress:
             self._last_line = now  # what takes less than ten seconds needs no line
             return
         self._last_line = now
-        share = f"{done / total:.0%}" if total else f"{done:,}"
-        end = "\r" if self._console.is_terminal else "\n"
-        self._console.print(f"{what}: {share:<12}", end=end, highlight=False, markup=False, soft_wrap=True)
+        text = f"{what}: {done / total:.0%}" if total else f"{what}: {done:,}"
+        if not self._console.is_terminal:
+            self.say(text)
+            return
+        self._console.print(text.ljust(self._live_width), end="\r", highlight=False, markup=False, soft_wrap=True)
+        self._live_width = len(text)
 
     def resumed(self, step: int) -> None:
         """The run goes on from a checkpoint."""
