@@ -46,7 +46,7 @@ class Memory:
         return {name: int(lines[key][1]) * 1024 for name, key in (("resident", "Rss"), ("anonymous", "Anonymous"))}
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.05):
+        while not self._stop.wait(0.2):
             for name, size in self._read().items():
                 self.peak[name] = max(self.peak[name], size)
 

@@ -6,6 +6,7 @@ Detects the format of every row from its columns (`data.columns` decides first).
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import json
 from collections.abc import Callable, Mapping
@@ -136,19 +137,29 @@ def _unknown_column(ours: str, column: str, columns: Mapping[str, Any], where: s
     return f"{where}: data.columns.{ours} names the column {column}, but the columns are {', '.join(columns)}. {hint}"
 
 
+@functools.lru_cache(maxsize=256)  # rows of one file have few sets of columns
+def _columns_of(names: tuple[str, ...], mapped: tuple[tuple[str, str], ...]) -> dict[str, str | None]:
+    columns = {"response" if field == "output" else field: column for field, column in mapped}
+    taken = set(columns.values())
+    found: dict[str, str | None] = {}
+    for field, usual in _FIELD_NAMES.items():
+        if field in columns:
+            found[field] = columns[field] if columns[field] in names else None
+        else:
+            found[field] = next((n for n in usual if n in names and n not in taken), None)
+    return found
+
+
 class _Fields:
     """The fields of one row under our names; knows the row's place for error messages."""
 
     def __init__(self, row: Row, columns: Mapping[str, str]) -> None:
         self.row = row
-        self.columns = {"response" if field == "output" else field: column for field, column in columns.items()}
+        self._columns = _columns_of(tuple(row.fields), tuple(columns.items()))
 
     def column(self, field: str) -> str | None:
         """The row's column that holds `field`: the mapped one, else the first of the usual names."""
-        if field in self.columns:
-            return self.columns[field] if self.columns[field] in self.row.fields else None
-        taken = set(self.columns.values())
-        return next((n for n in _FIELD_NAMES[field] if n in self.row.fields and n not in taken), None)
+        return self._columns[field]
 
     def raw(self, field: str) -> Any:
         column = self.column(field)

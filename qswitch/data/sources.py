@@ -238,13 +238,16 @@ def _read_text(path: Path) -> str:
         raise _first_line_not_utf8(path) from None
 
 
+def _refuse_constant(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_float=str, parse_constant=_refuse_constant)
+
+
 def _parse_json(text: str) -> Any:
     """Numbers with a fraction stay as they are written: they end up as text."""
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is not JSON")
-
-    return json.loads(text, parse_float=str, parse_constant=refuse)
+    return _DECODER.decode(text)
 
 
 def _as_row(value: Any, where: str) -> Row:
