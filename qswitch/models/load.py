@@ -75,6 +75,7 @@ def with_adapter(hf: Any, folder: Path, *, merge: bool, dtype: torch.dtype) -> A
 
     try:
         with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of names that transformers is about to rename
             warnings.filterwarnings("error", message=".*missing adapter keys")  # peft only warns of a bad fit
             wrapped = peft.PeftModel.from_pretrained(hf, str(folder), is_trainable=False, autocast_adapter_dtype=False)
     except (OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:
