@@ -99,7 +99,7 @@ def pair_case(teacher_path: str, student_path: str, num_prompts: int, topk: int)
 
 
 @torch.no_grad()
-def synthetic_case(topk: int, positions: int = 128, vocab: int = 128256, width: int = 2048) -> dict[str, Any]:
+def synthetic_case(topk: int, positions: int = 48, vocab: int = 128256, width: int = 2048) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ranks = torch.arange(1, vocab + 1, dtype=torch.float32)
     bias = -1.0 * ranks.log()[torch.randperm(vocab, generator=generator)]

@@ -11,7 +11,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from qswitch.config import RunConfig
 from qswitch.data.prompts import PromptEncoder, template_source
 from qswitch.distill.checkpoint import checkpoint_name
 from qswitch.distill.progress import Progress
+from qswitch.distill.prompts import RunPrompts
 from qswitch.distill.recovery import Recovery, Sizes, limit_device_memory, release_memory, return_freed_memory
 from qswitch.distill.trainer import GIB, Trainer, peak_bytes
 from qswitch.models.load import load_teacher
@@ -32,7 +33,7 @@ from qswitch.models.student import load_adapter, load_student, save_adapter
 from qswitch.plan.adapters import find_adapter
 from qswitch.plan.machine import detect_budget_bytes
 from qswitch.plan.memory import CUDA_CONTEXT_BYTES
-from qswitch.plan.scheduler import plan_run, require_fit
+from qswitch.plan.scheduler import Plan, plan_run, require_fit
 from qswitch.preflight import Prepared, prepare
 from qswitch.rollout.kv_cache import verify_kv
 from qswitch.run_dir import RunDir
@@ -98,11 +99,12 @@ def distill(
     memory_bytes = budget_bytes if budget_bytes is not None else detect_budget_bytes(config.train.device)[0]
     plan = plan_run(config, budget_bytes=memory_bytes)
     require_fit(plan)
-    run_dir.write_json("plan.json", plan.to_dict())
 
     prepared = prepared or prepare(config, notify=progress.loading)
     pair, encoder, data = prepared.pair, prepared.encoder, prepared.prompts
     run_dir.write_json("data.json", data.report.to_dict())
+    plan = plan_for_data(config, plan, data)
+    run_dir.write_json("plan.json", plan.to_dict())
     progress.say(f"{data.report.training_prompts} training prompts, {len(data.held_out)} held out")
     runtime = make_runtime(config.train)
     if runtime.device.type == "cuda" and budget_bytes is not None:
@@ -129,11 +131,16 @@ def distill(
             verify_kv(model, blocks=config.rollout.block_tokens != 0)
 
     release_memory(runtime.device)  # what loading left behind would add to the peak of training
+
+    def planned_bytes_of(sizes: Sizes) -> int:
+        changed = sizes.write_into(config)
+        return plan_for_data(changed, plan_run(changed), data).total_bytes
+
     recovery = Recovery(
         Sizes.of(config),
         runtime.device,
         planned_bytes=plan.total_bytes,
-        planned_bytes_of=lambda sizes: plan_run(sizes.write_into(config)).total_bytes,
+        planned_bytes_of=planned_bytes_of,
         say=progress.say,
         budget_bytes=memory_bytes,
     )
@@ -156,6 +163,19 @@ def distill(
     if trainer.step < config.train.max_steps:
         raise Interrupted
     return _finish(config, run_dir, trainer, pair, encoder, recovery.planned_bytes or plan.total_bytes)
+
+
+def plan_for_data(config: RunConfig, plan: Plan, data: RunPrompts) -> Plan:
+    """The plan for prompts as long as the longest there is, not as the longest allowed, where all are in memory."""
+    if not isinstance(data.train, list):
+        return plan  # streamed: the longest is not known before it comes
+    longest = max((len(p.prompt_ids) for p in [*data.train, *data.held_out]), default=1)
+    if longest >= config.data.max_prompt_tokens:
+        return plan
+    shorter = config.model_copy(update={"data": config.data.model_copy(update={"max_prompt_tokens": longest})})
+    tight = plan_run(shorter)
+    note = f"For the data's longest prompt, {longest} tokens; for data.max_prompt_tokens {plan.total_gib:.2f} GiB."
+    return replace(tight, budget_bytes=plan.budget_bytes, config=config, notes=(*plan.notes, note))
 
 
 def _finish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from qswitch.config import build_config
 from qswitch.distill.run import Interrupted, distill
 from qswitch.distill.trainer import Trainer
 from qswitch.errors import ConfigError
+from qswitch.plan.machine import GIB
+from qswitch.plan.scheduler import plan_run
 from qswitch.run_dir import RunDir
 from tests.distill.test_trainer import adapter_bytes, folders, settings  # noqa: F401
 
@@ -31,6 +34,17 @@ def test_swap_and_resident_end_with_the_same_bytes(folders, tmp_path, precision,
         for kind in ("resident", "swap")
     ]
     assert results[0] == results[1] and results[0][1]
+
+
+def test_the_run_is_planned_for_the_prompts_there_are(folders, tmp_path):  # noqa: F811
+    config = settings(folders, rollout__block_tokens=2, train__max_steps=1)
+    run_dir = RunDir.create(tmp_path / "run", config)
+    summary = distill(config, run_dir)
+    plan = json.loads((run_dir.path / "plan.json").read_text())
+    allowed = plan_run(config)
+    assert any("the data's longest prompt" in note for note in plan["notes"])
+    assert 0 < plan["phases"]["train"] < allowed.phases["train"] / GIB
+    assert summary.planned_gib == pytest.approx(plan["total_gib"], abs=1e-3)
 
 
 def test_a_longer_round_is_written_by_the_student_of_its_beginning(folders, tmp_path):  # noqa: F811
