@@ -217,10 +217,10 @@ def _train(settings: Any, resume: Path | None, output_dir: Path | None, name: st
         require_fit(plan)
         settings = apply_plan(settings, plan)
 
-    from qswitch.distill.progress import Progress
+    from qswitch.distill.progress import Progress, total_steps
     from qswitch.distill.run import distill as run_distillation
 
-    prepared = prepare(settings, notify=Progress(total_steps=settings.train.max_steps).loading)
+    prepared = prepare(settings, notify=Progress(total_steps=total_steps(settings.train)).loading)
     run_dir = RunDir.open(path) if resume is not None else RunDir.create(path, settings)
     print(f"run directory: {run_dir.path}", file=sys.stderr)
     try:
@@ -421,6 +421,33 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+@app.command(epilog="Example: qswitch compare study.yaml --output-dir compare/study")
+def compare(
+    path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see docs/evaluation.md.")],
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Default: compare/<name of the file>. Goes on where it was.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every cell and list them; start nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train several methods from one start at one budget, and put them into one table."""
+    from qswitch.evaluate.comparison import read_comparison
+
+    if dry_run:
+        cells = read_comparison(path).cells
+        print(json.dumps([c.label for c in cells]) if as_json else "\n".join(c.label for c in cells))
+        return
+    from qswitch.evaluate.compare import compare as run_comparison
+
+    folder = output_dir or Path("compare") / path.stem
+    results = run_comparison(path, folder, say=_say)
+    if as_json:
+        print(json.dumps(results, ensure_ascii=False, indent=1))
+        return
+    print((folder / "results.md").read_text(encoding="utf-8"), end="")
+    print(f"\nruns, responses and scores: {folder}")
+
+
 @app.command(epilog="Example: qswitch fidelity runs/my-run --prompts 32")
 def fidelity(
     run_path: Annotated[
@@ -434,6 +461,9 @@ def fidelity(
     ] = None,
     num_prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts, the run's.")] = 32,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Response limit; default: the run's.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu; a bf16 teacher that does not fit the GPU needs cpu.")
+    ] = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="Where fidelity.json goes; default: the run, or fidelity/<preset>.")
     ] = None,
@@ -457,7 +487,7 @@ def fidelity(
 
     result = measure(
         settings, run_dir=run_dir, work_dir=folder, precisions=precisions or PRECISIONS, num_prompts=num_prompts,
-        max_new_tokens=max_new_tokens, say=_say,
+        max_new_tokens=max_new_tokens, device=device, say=_say,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "fidelity.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")

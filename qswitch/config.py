@@ -280,6 +280,11 @@ class TrainSection(Section):
 
     max_steps: int = Field(default=200, ge=1)
     """Optimizer steps."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """End with the step that reaches this many response tokens, generated or (ground-truth batches) read from the data;
+    the learning rate follows the budget that is spent most."""
+    max_seconds: float | None = Field(default=None, gt=0)
+    """The same for seconds of training, validation apart; a resumed run is then not bit for bit the same."""
     per_device_train_batch_size: int = Field(default=4, ge=1)
     """Sequences in one forward and backward pass."""
     gradient_accumulation_steps: int = Field(default=4, ge=1)

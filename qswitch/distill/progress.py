@@ -12,16 +12,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from qswitch.config import TrainSection
+
 PLAIN_LINE_EVERY_S = 10.0
 
 
 class Progress:
     """Shows steps, loss, teacher share and time left on stderr."""
 
-    def __init__(self, total_steps: int, console: Console | None = None) -> None:
+    def __init__(self, total_steps: int | None, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
         self._total = total_steps
         self._start_step = 0
+        self._start_spent: float | None = None
         self._started = time.monotonic()
         self._last_line = -float("inf")
         self._live_width = 0
@@ -35,7 +38,7 @@ class Progress:
             self._bar = RichProgress(
                 TextColumn("distill"),
                 BarColumn(bar_width=24),
-                MofNCompleteColumn(),
+                *([MofNCompleteColumn()] if self._total is not None else [TextColumn("{task.fields[step]} steps")]),
                 TextColumn("{task.fields[note]}"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
@@ -43,7 +46,8 @@ class Progress:
                 console=self._console,
             )
             self._bar.start()
-            self._task = self._bar.add_task("distill", total=self._total, completed=self._start_step, note="")
+            total, done = (1.0, 0) if self._total is None else (float(self._total), self._start_step)
+            self._task = self._bar.add_task("distill", total=total, completed=done, note="", step=self._start_step)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,7 +85,7 @@ class Progress:
 
     def validated(self, step: int, what: str, nats: float) -> None:
         """A validation figure; `what` says of what."""
-        self.say(f"step {step}/{self._total}  {what}: {nats:.3f} nats/token")
+        self.say(f"{self._at(step)}  {what}: {nats:.3f} nats/token")
 
     def stepped(self, metrics: dict[str, Any]) -> None:
         """A finished step, with its line of metrics.jsonl."""
@@ -93,15 +97,25 @@ class Progress:
             parts.append(f"{metrics['rollout_tokens_per_s']:.0f} rollout tokens/s")
         note = "  ".join(parts)
         step = metrics["step"]
+        spent = metrics["spent"]
+        if self._start_spent is None:  # the share before the first step of this process
+            self._start_spent = spent * self._start_step / step
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, note=note)
+            self._bar.update(self._task, completed=step if self._total is not None else spent, note=note, step=step)
             return
         now = time.monotonic()
-        if now - self._last_line >= PLAIN_LINE_EVERY_S or step == self._total:
+        if now - self._last_line >= PLAIN_LINE_EVERY_S or spent >= 1:
             self._last_line = now
-            done = step - self._start_step
-            left_s = (now - self._started) / max(done, 1) * (self._total - step)
-            self.say(f"step {step}/{self._total}  {note}  about {_duration(left_s)} left")
+            left_s = (now - self._started) / max(spent - self._start_spent, 1e-9) * max(0.0, 1 - spent)
+            self.say(f"{self._at(step)}  {note}  about {_duration(left_s)} left")
+
+    def _at(self, step: int) -> str:
+        return f"step {step}/{self._total}" if self._total is not None else f"step {step}"
+
+
+def total_steps(train: TrainSection) -> int | None:
+    """How many steps a run takes; None where its budget is tokens or seconds."""
+    return train.max_steps if train.max_tokens is None and train.max_seconds is None else None
 
 
 def _duration(seconds: float) -> str:

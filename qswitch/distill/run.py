@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from qswitch.config import RunConfig
 from qswitch.data.prompts import PromptEncoder, template_source
 from qswitch.distill.checkpoint import checkpoint_name
-from qswitch.distill.progress import Progress
+from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.prompts import RunPrompts
 from qswitch.distill.recovery import Recovery, Sizes, limit_device_memory, release_memory, return_freed_memory
 from qswitch.distill.trainer import GIB, Trainer, peak_bytes
@@ -95,7 +95,7 @@ def distill(
         DataError, ModelError, TrainingError: as their messages say.
         Interrupted: stopped by SIGINT or SIGTERM, resumable.
     """
-    progress = Progress(total_steps=config.train.max_steps)
+    progress = Progress(total_steps=total_steps(config.train))
     memory_bytes = budget_bytes if budget_bytes is not None else detect_budget_bytes(config.train.device)[0]
     plan = plan_run(config, budget_bytes=memory_bytes)
     require_fit(plan)
@@ -160,7 +160,7 @@ def distill(
         trainer.resume()
     with _stop_on_signal(trainer, progress):
         trainer.run()
-    if trainer.step < config.train.max_steps:
+    if not trainer.finished:
         raise Interrupted
     return _finish(config, run_dir, trainer, pair, encoder, recovery.planned_bytes or plan.total_bytes)
 

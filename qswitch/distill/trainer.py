@@ -26,6 +26,7 @@ from qswitch.config import RunConfig
 from qswitch.data.loader import BlockLoader, PromptLoader
 from qswitch.data.prompts import Prompt
 from qswitch.distill.batch_source import AdaptiveShare, Source
+from qswitch.distill.budget import learning_rate_factor, spent_share
 from qswitch.distill.checkpoint import (
     checkpoint_name,
     load_checkpoint,
@@ -42,7 +43,7 @@ from qswitch.distill.objective import (
     collate_with_labels,
     ground_truth_sequence,
 )
-from qswitch.distill.progress import Progress
+from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.prompts import Prompts
 from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes, release_memory
 from qswitch.distill.replay import ReplayBuffer, ReplayEntry, split_step, staleness_nats
@@ -80,6 +81,8 @@ class Counters:
     seconds: float = 0.0
     rollout_tokens: int = 0
     trained_tokens: int = 0
+    response_tokens: int = 0
+    """Generated, or read from the data where a batch was ground truth."""
     steps_without_loss: int = 0
     best_nats: float = math.inf
     """Lowest of the validations: KL from the teacher, or the response loss where no teacher is loaded."""
@@ -127,7 +130,7 @@ class Trainer:
         train, cache = config.train, config.cache
         self.config, self.run_dir, self.pair = config, run_dir, pair
         self.teacher, self.student = teacher, student
-        self.progress = progress or Progress(total_steps=train.max_steps)
+        self.progress = progress or Progress(total_steps=total_steps(train))
         self.policy = make_policy(config.rollout)
         self.imitates = config.loss.objective == "divergence"
         """Whether the loss reads the teacher's outputs, rather than the written tokens alone."""
@@ -141,12 +144,9 @@ class Trainer:
         optimizer = _make_optimizer(config, trainable)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
         self.trainable = trainable
-        self.lr_scheduler = get_scheduler(
-            train.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=train.warmup_steps,
-            num_training_steps=train.max_steps,
-        )
+        self.step = 0
+        self.counters = Counters()
+        self.lr_scheduler = self._make_lr_scheduler(optimizer)
 
         self.loader = PromptLoader(prompts, config.seed)
         self.corpus = BlockLoader(corpus, config.loss.lm_block_tokens, config.seed) if corpus is not None else None
@@ -186,14 +186,12 @@ class Trainer:
         self.swapped = SwappedModel(teacher) if teacher is not None and config.teacher.residency == "swap" else None
         if self.swapped is not None:
             self.swapped.leave()
-        self.step = 0
-        self.counters = Counters()
         self._tracking = bool(train.report_to)
 
     # ---------------------------------------------------------------- the loop
 
     def run(self) -> Counters:
-        """Train from the current step to train.max_steps, or until `stop_requested`; a stop leaves a checkpoint.
+        """Train until the budget is spent, or until `stop_requested`; a stop leaves a checkpoint.
 
         Raises:
             MemoryFloorError: no size is left to shrink; a checkpoint of the last finished step is on disk.
@@ -204,7 +202,7 @@ class Trainer:
             self.adapt_share()
             self.progress.validated(0, self.validation.what, self.counters.before_nats)
         with self.progress:
-            while self.step < train.max_steps:
+            while not self.finished:
                 started = time.perf_counter()
                 try:
                     report = self.train_step()
@@ -214,8 +212,8 @@ class Trainer:
                 self.step += 1
                 self.counters.seconds += time.perf_counter() - started
                 self.log(report)
-                last = self.step == train.max_steps or self.stop_requested
-                if self.step % train.eval_steps == 0 or self.step == train.max_steps:
+                last = self.finished or self.stop_requested
+                if self.step % train.eval_steps == 0 or self.finished:
                     self.counters.last_nats = self.validate()
                     self.progress.validated(self.step, self.validation.what, self.counters.last_nats)
                     self.run_dir.append_metrics(
@@ -232,6 +230,17 @@ class Trainer:
         if self._tracking:
             self.accelerator.end_training()
         return self.counters
+
+    @property
+    def spent(self) -> float:
+        """Share of the budget that is spent, of steps, tokens or seconds."""
+        counters = self.counters
+        return spent_share(self.config.train, step=self.step, tokens=counters.response_tokens, seconds=counters.seconds)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is spent."""
+        return self.spent >= 1
 
     def train_step(self) -> StepReport:
         """One optimizer step: prompts, responses, teacher outputs, loss, update."""
@@ -471,6 +480,22 @@ class Trainer:
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
             self.lr_scheduler.step()
 
+    def _make_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        train = self.config.train
+        if train.max_tokens is None and train.max_seconds is None:
+            name = train.lr_scheduler_type
+            return get_scheduler(
+                # Plain "constant" of transformers knows no warm-up.
+                "constant_with_warmup" if name == "constant" and train.warmup_steps else name,
+                optimizer,
+                num_warmup_steps=train.warmup_steps,
+                num_training_steps=train.max_steps,
+            )
+        # Called before this step's tokens are counted: the rate lags the budget by one step.
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(train, step=step, share=self.spent)
+        )
+
     def _backward(self, loss: Tensor) -> float:
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -522,7 +547,7 @@ class Trainer:
         if self.share is None:
             return "ground_truth" if coin < mix else "rollout"
         full = len(self.replay) >= self.config.rollout.replay_capacity
-        return self.share.source(coin, step / self.config.train.max_steps, can_replay=full)
+        return self.share.source(coin, min(1.0, self.spent), can_replay=full)
 
     def _fresh_and_replayed(self, source: Source, total: int) -> tuple[int, int]:
         """How many sequences of a step are written now, and how many had been before."""
@@ -640,6 +665,10 @@ class Trainer:
         report.jsd_bits = sum(divergences) / len(divergences) if divergences else None
         self.counters.rollout_tokens += stats.tokens
         self.counters.trained_tokens += report.loss_tokens
+        # A round's rollouts are counted with its first step, which may itself be ground truth.
+        self.counters.response_tokens += stats.tokens
+        if report.batch == "ground_truth":
+            self.counters.response_tokens += report.loss_tokens
         learning = report.seconds.get("loss", 0.0) + report.seconds.get("optimizer", 0.0)
         metrics: dict[str, Any] = {
             "step": self.step,
@@ -663,6 +692,7 @@ class Trainer:
             "rollout_tokens_per_s": stats.tokens / stats.seconds if stats.seconds else None,
             "train_tokens_per_s": report.loss_tokens / learning if learning and report.loss_tokens else None,
             "seconds": {k: round(v, 4) for k, v in report.seconds.items()},
+            "spent": round(self.spent, 6),
             "peak_gib": peak_bytes(self.device) / GIB,
             "planned_gib": None if self.recovery.planned_bytes is None else self.recovery.planned_bytes / GIB,
             "out_of_memory": self.recovery.take_events(),

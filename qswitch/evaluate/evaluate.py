@@ -27,6 +27,7 @@ from qswitch.evaluate.subjects import LoadedSubject, Subject
 from qswitch.evaluate.table import render
 from qswitch.evaluate.teacher_distance import TeacherView, distances, view_of_teacher
 from qswitch.evaluate.testset import TestSet, encode_test_set, load_test_set
+from qswitch.evaluate.versions import versions
 from qswitch.models.language_model import output_rows
 from qswitch.models.vocab import check_tokenizers
 from qswitch.rollout.decode import RolloutRequest, rollout
@@ -190,7 +191,7 @@ def _teacher_views(
     )
     if all(done.values()) and measured:
         return {}
-    say(f"loading the teacher {teacher.name}")
+    say(f"loading the teacher {teacher.identity}")
     loaded = teacher.load(settings.device)
     for subject in settings.subjects:
         _check_vocabulary(teacher, loaded, subject)
@@ -331,8 +332,6 @@ def _results(
     encoded: Mapping[str, EncodedSet],
     template: str,
 ) -> dict[str, Any]:
-    from qswitch.evaluate.versions import versions
-
     results: dict[str, Any] = {
         "protocol": asdict(settings.protocol) | {"template": template, "seeds": list(settings.protocol.seeds)},
         "departures": list(settings.departures),

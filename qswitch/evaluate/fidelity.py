@@ -36,6 +36,7 @@ from qswitch.models.references import resolve_reference
 from qswitch.models.runtime import Runtime, make_runtime
 from qswitch.models.shrink import shrink_to_folder
 from qswitch.models.student import load_adapter, load_student
+from qswitch.plan.adapters import find_adapter
 from qswitch.rollout.decode import Rollout, RolloutRequest, rollout, score_responses
 from qswitch.rollout.policy import Policy, SwitchPolicy, TeacherPolicy, make_policy
 from qswitch.run_dir import RunDir
@@ -102,6 +103,7 @@ def fidelity(
     precisions: Sequence[str] = PRECISIONS,
     num_prompts: int = 32,
     max_new_tokens: int | None = None,
+    device: str | None = None,
     say: Callable[[str], None] = logger.info,
 ) -> dict[str, Any]:
     """Compare precisions of the teacher on the held-out prompts of a run; the result is fit for JSON.
@@ -110,12 +112,13 @@ def fidelity(
 
     Raises:
         ConfigError: unknown precision.
-        ModelError: the bf16 teacher or the student cannot be loaded. A precision that cannot is reported and left out.
+        ModelError: the bf16 teacher or the student cannot be loaded, or does not fit the GPU. A precision that cannot
+            is reported and left out.
     """
     unknown = [p for p in precisions if p not in PRECISIONS]
     if unknown:
         raise ConfigError(f"--precision {unknown[0]}: choose among {', '.join(PRECISIONS)}.")
-    runtime = make_runtime(config.train)
+    runtime = make_runtime(config.train if device is None else config.train.model_copy(update={"device": device}))
     pair = load_pair_tokenizer(config)
     _, _, held_out = load_prompts(config, pair)
     prompts = held_out[:num_prompts]
@@ -123,8 +126,14 @@ def fidelity(
     requests = [RolloutRequest(p.example_id, 0, p.prompt_ids, limit) for p in prompts]
 
     say(f"loading the teacher ({REFERENCE}) and the student")
-    teacher = _teacher(config, runtime, pair, REFERENCE)
-    student = _student(config, runtime, pair, run_dir, work_dir)
+    try:
+        teacher = _teacher(config, runtime, pair, REFERENCE)
+        student = _student(config, runtime, pair, run_dir, work_dir)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ModelError(
+            f"The teacher in {REFERENCE}, the yardstick, does not fit this GPU beside the student. Use --device cpu, "
+            "which is slow."
+        ) from error
     policy = _switch_policy(config, limit)
     say(f"writing {len(prompts)} responses of the teacher and {len(prompts)} SWITCH rollouts")
     common = {"seed": SEED, "eos_ids": pair.eos_ids, "pad_id": pair.pad_id, "temperature": 1.0,
@@ -197,6 +206,8 @@ def origin_note(config: RunConfig) -> str | None:
 
 
 def _teacher(config: RunConfig, runtime: Runtime, pair: TokenizerPair, precision: str) -> LanguageModel:
+    # Says at every layer of every pass that int8 multiplies in fp16; docs/evaluation.md says it once.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     section = config.teacher.model_copy(update={"precision": precision})
     return load_teacher(section, runtime, vocab_size=pair.vocab_size)
 
@@ -216,6 +227,8 @@ def _student(
     student = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=base)
     if run_dir is not None:
         load_adapter(student, trained_weights(run_dir))
+    elif config.student.init_adapter is not None:
+        load_adapter(student, find_adapter(config.student.init_adapter, "student.init_adapter"))
     return student.eval()
 
 

@@ -20,6 +20,8 @@ def run_tasks(
 ) -> dict[str, dict[str, float]]:
     """Task -> metric -> value, as the harness reports them (its own prompts, without chat template).
 
+    A task is a name that the harness knows, or the path of a task's YAML file.
+
     Raises:
         ConfigError: the harness is missing.
         DataError: it knows no such task, or cannot get its data.
@@ -38,6 +40,10 @@ def run_tasks(
     except (KeyError, ValueError, OSError, ConnectionError) as error:
         raise DataError(f"lm-eval cannot run {', '.join(tasks)}: {type(error).__name__}: {error}") from error
     return {
-        task: {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
+        task: {
+            name: float(value)
+            for name, value in values.items()
+            if isinstance(value, (int, float)) and name != "sample_len"
+        }
         for task, values in found["results"].items()
     }

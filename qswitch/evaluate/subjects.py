@@ -20,6 +20,7 @@ from qswitch.models.pair import load_pair_tokenizer, template_tokenizer
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime, make_runtime
 from qswitch.models.student import ADAPTER_CONFIG, load_adapter, load_student, read_adapter_config
+from qswitch.plan.adapters import find_adapter
 from qswitch.run_dir import RunDir
 
 Part = Literal["student", "base", "teacher"]
@@ -61,7 +62,9 @@ class Subject:
             return self.reference
         teacher = self.run_dir.config.teacher
         model = teacher.model if isinstance(teacher.model, str) else " or ".join(teacher.model)
-        return f"{model}{'@' + teacher.revision if teacher.revision else ''} ({teacher.precision})"
+        revision = f"@{teacher.revision}" if teacher.revision else ""
+        adapter = f" + {teacher.adapter}" if teacher.adapter else ""
+        return f"{model}{revision}{adapter} ({teacher.precision})"
 
     @property
     def template(self) -> str:
@@ -113,8 +116,11 @@ class Subject:
             model = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size)
         else:
             model = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=run_dir.student_base_path)
+            start = config.student.init_adapter
             if self.part == "student":
                 load_adapter(model, trained_weights(run_dir))
+            elif start is not None:
+                load_adapter(model, find_adapter(start, "student.init_adapter"))
         model.requires_grad_(False).eval()
         return LoadedSubject(model=model, tokenizer=pair.tokenizer, eos_ids=pair.eos_ids, pad_id=pair.pad_id)
 
@@ -168,7 +174,11 @@ def find_subject(
         run_dir, kind = RunDir.open(path), "run"
         folder = {"student": trained_weights, "base": _base_folder, "teacher": lambda _: None}[part](run_dir)
         teacher = run_dir.config.teacher
-        weights = _folder_fingerprint(folder) if folder is not None else f"{teacher.model}|{teacher.precision}"
+        weights = (
+            _folder_fingerprint(folder)
+            if folder is not None
+            else f"{teacher.model}|{teacher.adapter}|{teacher.precision}"
+        )
     elif (path / ADAPTER_CONFIG).is_file():
         kind = "adapter"
         weights = _folder_fingerprint(path)

@@ -1,0 +1,226 @@
+"""The table of a comparison: from the stored responses and distances of its models to figures with intervals.
+
+A cell's figure is the mean over its training seeds of each record, with an interval over records; the spread over seeds
+stands beside it. Cold and pure but for reading the evaluation's files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qswitch.evaluate.comparison import Cell, Comparison, TestSection
+from qswitch.evaluate.intervals import Estimate, paired_difference, standard_deviation
+from qswitch.evaluate.scores import SetScores, combine_scores, compare_scores, score_set
+from qswitch.evaluate.store import Lines
+from qswitch.evaluate.table import COLUMNS, LOWER_IS_BETTER, estimate, markdown_table
+from qswitch.evaluate.versions import versions
+
+
+def comparison_results(
+    eval_dir: Path,
+    comparison: Comparison,
+    finished: Sequence[tuple[Cell, Mapping[str, Any]]],
+    controls: Sequence[str],
+    failed: Mapping[str, str],
+) -> dict[str, Any]:
+    """results.json of a comparison, of the cells that are there."""
+    section = comparison.section
+    by_cell: dict[str, list[tuple[Cell, Mapping[str, Any]]]] = {}
+    for cell, saved in finished:
+        by_cell.setdefault(cell.name, []).append((cell, saved))
+    results: dict[str, Any] = {
+        "budget": section.budget.model_dump(),
+        "baseline": comparison.baseline,
+        "cells": {name: _cost(members, section.cells.get(name)) for name, members in by_cell.items()},
+        "failed": dict(failed),
+        "sets": {},
+        "versions": versions(),
+    }
+    for path in sorted((eval_dir / "sets").glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        labels = {name: [cell.label for cell, _ in members] for name, members in by_cell.items()}
+        labels |= {name: [name] for name in controls}
+        scores: dict[str, SetScores] = {}
+        by_seed: dict[str, list[SetScores]] = {}
+        deviations: dict[str, dict[str, float | None]] = {}
+        for name, members in labels.items():
+            found = [s for label in members if (s := _scores(eval_dir, path.stem, label, content)) is not None]
+            if not found:
+                continue
+            scores[name], by_seed[name] = combine_scores(found), found
+            deviations[name] = {
+                metric: standard_deviation([one.metrics[metric].overall for one in found])
+                for metric in found[0].metrics
+            }
+        if not scores:
+            continue
+        baseline = scores.get(comparison.baseline)
+        results["sets"][path.stem] = {
+            "records": len(content["ids"]),
+            "models": {name: one.to_dict() | {"seed_deviation": deviations[name]} for name, one in scores.items()},
+            "differences": {
+                name: compare_scores(one, baseline)
+                for name, one in scores.items()
+                if baseline is not None and name != comparison.baseline
+            },
+            "test": declared_test(section.test, comparison.baseline, by_seed) if section.test is not None else [],
+        }
+    return results
+
+
+def declared_test(test: TestSection, baseline: str, by_seed: Mapping[str, Sequence[SetScores]]) -> list[dict[str, Any]]:
+    """The verdicts of a declared test, one per metric and cell, of the cells that are there.
+
+    The difference other - baseline is paired by record, each model the mean over its training seeds; the interval is at
+    level 1 - 5 % / number of cells tested against. With d signed so that above zero means the baseline is better:
+
+    better      the interval is above zero, d at least the margin, and d above zero for every pair of seeds
+    worse       the mirror image
+    equivalent  the interval lies within the margin on both sides
+    undecided   anything else
+    """
+    level = 1 - 0.05 / len(test.against)
+    verdicts = []
+    ours = by_seed.get(baseline)
+    for metric, margin in test.margins.items():
+        sign = 1 if metric in LOWER_IS_BETTER else -1
+        for name in test.against:
+            theirs = by_seed.get(name)
+            if not ours or not theirs or metric not in ours[0].metrics or metric not in theirs[0].metrics:
+                continue
+            mine, other = combine_scores(ours).metrics[metric], combine_scores(theirs).metrics[metric]
+            ids = sorted(mine.values.keys() & other.values.keys())
+            weights = None if other.weights is None else [other.weights[i] for i in ids]
+            difference = paired_difference(
+                [other.values[i] for i in ids], [mine.values[i] for i in ids], weights, confidence=level
+            )
+            seeds = [b.metrics[metric].overall - a.metrics[metric].overall for a, b in zip(ours, theirs, strict=False)]
+            verdicts.append(
+                {
+                    "metric": metric,
+                    "margin": margin,
+                    "against": name,
+                    "level": level,
+                    "difference": asdict(difference),
+                    "by_seed": seeds,
+                    "baseline_is": _verdict(difference, margin, [sign * d for d in seeds], sign),
+                }
+            )
+    return verdicts
+
+
+def _verdict(difference: Estimate, margin: float, signed_seeds: Sequence[float], sign: int) -> str:
+    if difference.low is None or difference.high is None:
+        return "undecided"
+    low, high = sorted((sign * difference.low, sign * difference.high))
+    mean = sign * difference.mean
+    if low > 0 and mean >= margin and all(d > 0 for d in signed_seeds):
+        return "better"
+    if high < 0 and -mean >= margin and all(d < 0 for d in signed_seeds):
+        return "worse"
+    return "equivalent" if -margin < low and high < margin else "undecided"
+
+
+def _cost(members: Sequence[tuple[Cell, Mapping[str, Any]]], section: Any) -> dict[str, Any]:
+    summaries = [saved["summary"] for _, saved in members]
+
+    def mean(key: str) -> float | None:
+        values = [s[key] for s in summaries if s.get(key) is not None]
+        return sum(values) / len(values) if values else None
+
+    shares = [saved["teacher_share"] for _, saved in members if saved["teacher_share"] is not None]
+    return {
+        "about": section.about if section is not None else "control: fine-tuning on the data alone",
+        "seeds": [cell.seed for cell, _ in members],
+        "teacher_share": sum(shares) / len(shares) if shares else None,
+    } | {
+        key: mean(key)
+        for key in ("steps", "rollout_tokens", "trained_tokens", "seconds", "peak_gib", "steps_without_loss")
+    }
+
+
+def _scores(eval_dir: Path, set_name: str, label: str, content: Mapping[str, Any]) -> SetScores | None:
+    responses = Lines(eval_dir / "models" / label / f"{set_name}.jsonl", ("id", "seed")).rows.values()
+    distances = Lines(eval_dir / "models" / label / f"{set_name}.teacher.jsonl", ("id",)).rows.values()
+    teacher = Lines(eval_dir / "teacher" / f"{set_name}.jsonl", ("id",)).rows
+    asked = set(content["ids"])
+    kept = [r for r in responses if r["id"] in asked]
+    if not kept:
+        return None
+    return score_set(
+        kept,
+        [r for r in distances if r["id"] in asked],
+        reference_tokens={int(i): n for i, n in content["reference_tokens"].items()},
+        teacher_texts={key[0]: row["response"] for key, row in teacher.items()},
+    )
+
+
+def render_comparison(results: Mapping[str, Any]) -> str:
+    """results.json of a comparison as markdown."""
+    budget = results["budget"]
+    parts = [
+        f"Budget of every cell: {budget['amount']:g} {budget['unit']}. Brackets: 95 % bootstrap intervals over "
+        "records, of means over the training seeds.\n"
+    ]
+    for name, one in results["sets"].items():
+        models = one["models"]
+        present = [m for m in COLUMNS if any(m in v["metrics"] for v in models.values())]
+        header = ["", *(COLUMNS[m] for m in present), "KL, deviation over seeds", "tokens", "distinct-2"]
+        rows = [
+            [
+                model,
+                *(estimate(v["metrics"].get(m, {}).get("all")) for m in present),
+                _figure(v["seed_deviation"].get("kl_nats"), ".3f"),
+                f"{v['response_tokens']:.0f}",
+                f"{v['distinct_2']:.3f}",
+            ]
+            for model, v in models.items()
+        ]
+        parts.append(f"## {name} ({one['records']} records)\n\n" + markdown_table(header, rows))
+        buckets = list(dict.fromkeys(b for v in one["differences"].values() for m in v.values() for b in m))
+        rows = [
+            [model, bucket, *(estimate(v.get(m, {}).get(bucket)) for m in present)]
+            for model, v in one["differences"].items()
+            for bucket in buckets
+        ]
+        if rows:
+            parts.append(
+                f"Paired differences from {results['baseline']} (below zero: lower than {results['baseline']}):\n\n"
+                + markdown_table(["", "reference tokens", *(COLUMNS[m] for m in present)], rows)
+            )
+    header = [
+        "cell",
+        "seeds",
+        "steps",
+        "generated tokens",
+        "trained tokens",
+        "teacher writes",
+        "seconds",
+        "peak, GiB",
+        "",
+    ]
+    rows = [
+        [
+            name,
+            str(len(one["seeds"])),
+            _figure(one["steps"], ".0f"),
+            _figure(one["rollout_tokens"], ",.0f"),
+            _figure(one["trained_tokens"], ",.0f"),
+            _figure(one["teacher_share"], ".0%"),
+            _figure(one["seconds"], ".0f"),
+            _figure(one["peak_gib"], ".2f"),
+            one["about"],
+        ]
+        for name, one in results["cells"].items()
+    ]
+    parts.append("## Cost, mean over seeds\n\n" + markdown_table(header, rows))
+    parts += [f"{label} is missing: {reason}\n" for label, reason in results["failed"].items()]
+    return "\n".join(parts)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

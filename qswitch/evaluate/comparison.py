@@ -1,0 +1,233 @@
+"""What `qswitch compare` is told: one start, one budget, several cells. Cold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from qswitch.config import RunConfig, Section, apply_overrides, build_config
+from qswitch.errors import ConfigError
+from qswitch.presets import load_preset
+from qswitch.yaml_file import read_yaml
+
+SFT = "sft"
+"""Name of the control cell that every comparison has."""
+CONTROLS = {"teacher": "teacher", "untrained": "base"}
+"""Name in the table -> part of a run."""
+METRICS = ("rouge_l", "rouge_l_teacher", "kl_nats", "top1_agreement")
+MAX_STEPS = 1_000_000
+"""train.max_steps where the budget is tokens or seconds."""
+
+
+class BudgetSection(Section):
+    """What every cell may spend."""
+
+    unit: Literal["tokens", "steps", "seconds"] = "steps"
+    """tokens: response tokens that were generated, or read from the data where a method generates none.
+    steps: optimizer steps. seconds: of training, validation apart."""
+    amount: float = Field(gt=0)
+    """How many; the step that reaches it is the last."""
+
+
+class CellSection(Section):
+    """One way of training."""
+
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings on top of the shared ones, nested or dotted (rollout.decay_rate: 0.2)."""
+    seeds: list[int] | None = None
+    """Instead of the comparison's seeds."""
+    about: str = ""
+    """One line for the table."""
+
+
+class EvaluateSection(Section):
+    """How the cells are scored; names and meanings are those of `qswitch eval`."""
+
+    data: list[str]
+    """Test sets."""
+    protocol: str = "greedy"
+    """Named protocol."""
+    seeds: list[int] | None = None
+    """Sampling seeds, instead of the protocol's."""
+    temperature: float | None = None
+    """Instead of the protocol's."""
+    template: str | None = None
+    """Instead of the protocol's; `own` is that of the run."""
+    max_new_tokens: int | None = None
+    """Instead of the protocol's."""
+    max_prompt_tokens: int | None = None
+    """Instead of the protocol's."""
+    limit: int | None = None
+    """First records of each set."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our field -> column of the file."""
+    batch_size: int = Field(default=16, ge=1)
+    """Rows decoded together."""
+
+
+class TestSection(Section):
+    """A test that is declared before the first result."""
+
+    __test__ = False  # the name is no test class of pytest
+
+    against: list[str] = Field(min_length=1)
+    """Cells that the baseline is tested against; the error level of 5 % is shared among them (Bonferroni)."""
+    margins: dict[str, float] = Field(min_length=1)
+    """Metric -> smallest difference that matters: kl_nats, top1_agreement, rouge_l, rouge_l_teacher."""
+
+
+class CompareSection(Section):
+    """The file of `qswitch compare`."""
+
+    run: str
+    """The configuration that all cells share: a preset, or a YAML file beside this one."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings on top of it for every cell, nested or dotted."""
+    budget: BudgetSection
+    """The same for every cell."""
+    seeds: list[int] = Field(default_factory=lambda: [1], min_length=1)
+    """One run per cell and seed."""
+    cells: dict[str, CellSection] = Field(min_length=1)
+    """Name -> what this cell changes."""
+    baseline: str | None = None
+    """The cell that the others are compared with, paired; default: the first."""
+    evaluate: EvaluateSection
+    """How they are scored."""
+    test: TestSection | None = None
+    """A declared test of the baseline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run of a comparison."""
+
+    name: str
+    seed: int
+    config: RunConfig
+    settings: dict[str, Any]
+    """Dotted setting -> value of everything that decides the result: configuration, budget, evaluation."""
+
+    @property
+    def label(self) -> str:
+        """Name of its run, its folder and its JSON file."""
+        return f"{self.name}-seed{self.seed}"
+
+    def changed(self, saved: Mapping[str, Any]) -> list[str]:
+        """Settings in which a cell that was started before, by this version or another, differs from this one.
+
+        A setting that only one of the versions knows counts where this cell does not leave it at its default.
+        """
+        here = json.loads(json.dumps(self.settings))
+        written = dict(_dotted(self.config.model_dump(mode="json", exclude_defaults=True)))
+        changed = {key for key, value in saved.items() if key in here and here[key] != value}
+        return sorted(changed | {key for key in written if key not in saved})
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A checked comparison."""
+
+    section: CompareSection
+    cells: list[Cell]
+    baseline: str
+
+
+def read_comparison(path: Path) -> Comparison:
+    """The comparison in a YAML file, every cell's configuration checked, the SFT control added where it is missing.
+
+    Raises:
+        ConfigError: every problem found, each with the cell it belongs to.
+    """
+    values = read_yaml(path)
+    try:
+        section = CompareSection.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError([_explain(e) for e in error.errors()], str(path)) from None
+    source = path.parent / section.run if section.run.endswith((".yaml", ".yml")) else section.run
+    run = apply_overrides(load_preset(source), _overrides(section.settings))
+    cells: list[Cell] = []
+    problems: list[str] = []
+    named = dict(section.cells)
+    if not any(_is_sft(cell, run) for cell in named.values()):
+        if SFT in named:
+            problems.append(f"the cell {SFT} is not the SFT control: set its settings.method to sft, or rename it")
+        named[SFT] = CellSection(settings={"method": "sft"}, about="control: fine-tuning on the data alone")
+    for name, cell in named.items():
+        if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+            problems.append(f"cells.{name}: use letters, digits, dots and dashes")
+        for seed in cell.seeds or section.seeds:
+            try:
+                config = _cell_config(run, cell, seed, section.budget)
+            except ConfigError as error:
+                problems += [f"cells.{name}: {p}" for p in error.problems]
+                break
+            cells.append(Cell(name, seed, config, _settings(config, section)))
+    baseline = section.baseline or next(iter(section.cells))
+    if baseline not in named:
+        problems.append(f"baseline: there is no cell {baseline}. Cells: {', '.join(named)}")
+    if section.test is not None:
+        known = [*named, *CONTROLS]
+        problems += [f"test.against: there is no cell {n}" for n in section.test.against if n not in known]
+        problems += [
+            f"test.margins.{m}: choose among {', '.join(METRICS)}" for m in section.test.margins if m not in METRICS
+        ]
+    if problems:
+        raise ConfigError(problems, str(path))
+    return Comparison(section, cells, baseline)
+
+
+def _cell_config(run: Mapping[str, Any], cell: CellSection, seed: int, budget: BudgetSection) -> RunConfig:
+    overrides = [*_overrides(cell.settings), f"seed={seed}"]
+    if budget.unit == "steps":
+        overrides.append(f"train.max_steps={int(budget.amount)}")
+    else:
+        key = "train.max_tokens" if budget.unit == "tokens" else "train.max_seconds"
+        amount = int(budget.amount) if budget.unit == "tokens" else budget.amount
+        overrides += [f"train.max_steps={MAX_STEPS}", f"{key}={amount}"]
+    return build_config(apply_overrides(run, overrides))
+
+
+def _overrides(settings: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in _dotted(settings)]
+
+
+def _dotted(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and key not in ("shape", "columns", "rank_pattern", "alpha_pattern"):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_sft(cell: CellSection, run: Mapping[str, Any]) -> bool:
+    return dict(_dotted(cell.settings)).get("method", run.get("method")) == "sft"
+
+
+def _settings(config: RunConfig, section: CompareSection) -> dict[str, Any]:
+    found = flat_settings(config)
+    for name, values in (
+        ("budget", section.budget.model_dump()),
+        ("evaluate", section.evaluate.model_dump(exclude={"batch_size"})),
+    ):
+        found |= {f"{name}.{key}": value for key, value in values.items()}
+    return found
+
+
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """Dotted setting -> value of a whole configuration, fit for JSON."""
+    return dict(_dotted(config.model_dump(mode="json")))
+
+
+def _explain(error: Any) -> str:
+    dotted = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = ", ".join(CompareSection.model_fields) if len(error["loc"]) == 1 else "see docs/evaluation.md"
+        return f"{dotted} is not a setting of a comparison. Known: {known}."
+    if error["type"] == "missing":
+        return f"{dotted} is missing."
+    return f"{dotted}: {error['msg']}."

@@ -1,0 +1,222 @@
+"""`qswitch compare`: cells from one start, one budget, no finished cell twice, verdicts of a declared test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qswitch import cli
+from qswitch.errors import ConfigError, RunDirError
+from qswitch.evaluate.compare import CellFailed, compare
+from qswitch.evaluate.compare_table import declared_test
+from qswitch.evaluate.comparison import TestSection, read_comparison
+from qswitch.evaluate.scores import Metric, SetScores
+from tests.evaluate.runs import WORDS, write_test_set
+from tests.tiny import save_tiny_pair
+
+
+def write_comparison(folder: Path, **changes: Any) -> Path:
+    """study.yaml with a base configuration, data and a tiny pair beside it."""
+    if not (folder / "pair").exists():
+        save_tiny_pair(folder / "pair")
+        lines = [{"prompt": f"tell {w} {i}", "response": f"{w} is it"} for i, w in enumerate(WORDS)]
+        (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_test_set(folder / "questions.jsonl")
+    base = {
+        "teacher": {"model": str(folder / "pair/teacher"), "precision": "fp32"},
+        "student": {"model": str(folder / "pair/student"), "precision": "fp32", "lora": {"r": 4, "alpha": 8}},
+        "data": {"train": str(folder / "train.jsonl"), "num_validation": 3},
+        "rollout": {"max_new_tokens": 8, "batch_size": 4},
+        "train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "learning_rate": 5e-3,
+                  "eval_steps": 100, "save_steps": 1, "device": "cpu", "compute_dtype": "fp32"},
+    }  # fmt: skip
+    (folder / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
+    values: dict[str, Any] = {
+        "run": "base.yaml",
+        "budget": {"unit": "steps", "amount": 2},
+        "seeds": [1],
+        "cells": {"switch": {}, "gkd": {"settings": {"method": "gkd"}}},
+        "evaluate": {"data": [str(folder / "questions.jsonl")], "max_new_tokens": 8, "limit": 5},
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(values | changes, sort_keys=False), encoding="utf-8")
+    return path
+
+
+class Launcher:
+    """Runs commands in this process and remembers them; stops as Ctrl-C would before the n-th."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.commands: list[list[str]] = []
+        self.stop_at = stop_at
+
+    def __call__(self, arguments: Sequence[str]) -> int:
+        if len(self.commands) == self.stop_at:
+            raise KeyboardInterrupt
+        self.commands.append(list(arguments))
+        return cli.run(list(arguments))
+
+    def kinds(self) -> list[str]:
+        return [f"{c[0]} {Path(c[1].partition('=')[2] or c[1]).name}" for c in self.commands]
+
+
+def test_an_interrupted_comparison_goes_on_and_repeats_no_finished_cell(tmp_path: Path, capsys, monkeypatch):
+    path, out = write_comparison(tmp_path), tmp_path / "out"
+    first = Launcher(stop_at=3)  # switch trained and scored, gkd trained
+    with pytest.raises(KeyboardInterrupt):
+        compare(path, out, launch=first, say=lambda _: None)
+    assert [c[0] for c in first.commands] == ["distill", "eval", "distill"]
+    finished = out / "cells/switch-seed1.json"
+    before = finished.read_bytes(), finished.stat().st_mtime_ns
+    assert not (out / "cells/gkd-seed1.json").exists()
+    assert "switch" in (out / "results.md").read_text(encoding="utf-8"), "the table so far"
+
+    # The run of gkd is stopped in mid-run: it resumes from its checkpoint instead of starting anew.
+    run_path = out / "runs/gkd-seed1"
+    (run_path / "summary.json").unlink()
+    (run_path / "checkpoints/step-000002/state.json").unlink()
+    second = Launcher()
+    results = compare(path, out, launch=second, say=lambda _: None)
+    commands = [(c[0], c[1].rpartition("/")[2]) for c in second.commands]
+    assert second.commands[0] == ["distill", "--resume", str(run_path)]
+    assert commands[1:] == [
+        ("eval", "gkd-seed1"), ("distill", "--config"), ("eval", "sft-seed1"),
+        ("eval", "switch-seed1:teacher"), ("eval", "switch-seed1:base"),
+    ]  # fmt: skip
+    assert (finished.read_bytes(), finished.stat().st_mtime_ns) == before
+    one = results["sets"]["questions"]
+    assert list(one["models"]) == ["switch", "gkd", "sft", "teacher", "untrained"]
+    assert set(one["differences"]) == {"gkd", "sft", "teacher", "untrained"}
+    assert abs(one["models"]["teacher"]["metrics"]["kl_nats"]["all"]["mean"]) < 1e-6
+    paired = one["differences"]["gkd"]["kl_nats"]["all"]["mean"]
+    means = {name: one["models"][name]["metrics"]["kl_nats"]["all"]["mean"] for name in ("switch", "gkd")}
+    assert paired == pytest.approx(means["gkd"] - means["switch"])
+    assert results["cells"]["gkd"]["steps"] == 2 and results["cells"]["sft"]["rollout_tokens"] == 0
+    assert 0 <= results["cells"]["switch"]["teacher_share"] <= 1
+    metrics = [json.loads(line) for line in (run_path / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics if "loss" in m] == [1, 2]
+
+    # Finished: only the controls are looked at again, and they are all there.
+    third = Launcher()
+    monkeypatch.setattr("qswitch.evaluate.subjects.Subject.load", None)
+    again = compare(path, out, launch=third, say=lambda _: None)
+    assert [c[0] for c in third.commands] == ["eval", "eval"] and again["sets"] == results["sets"]
+
+    # Another budget is another comparison; a new cell is not.
+    with pytest.raises(RunDirError, match=r"switch-seed1 with other settings \(budget.amount, train.max_steps\)"):
+        compare(write_comparison(tmp_path, budget={"unit": "steps", "amount": 3}), out, say=lambda _: None)
+
+
+def test_a_cell_of_another_version_counts_unless_a_value_differs(tmp_path: Path):
+    (cell, *_) = read_comparison(write_comparison(tmp_path)).cells
+    saved = json.loads(json.dumps(cell.settings))
+    assert cell.changed(saved) == []
+    assert cell.changed(saved | {"train.learning_rate": 1.0}) == ["train.learning_rate"], "a default or a file changed"
+    older = {key: value for key, value in saved.items() if key != "train.max_grad_norm"}
+    assert cell.changed(older) == [], "a setting that was new since then, at its default"
+    older = {key: value for key, value in saved.items() if key != "train.learning_rate"}
+    assert cell.changed(older) == ["train.learning_rate"], "one that this cell sets"
+    assert cell.changed(saved | {"train.gone": 3}) == [], "a setting that is no more"
+
+
+@pytest.mark.parametrize(("unit", "amount"), [("tokens", 60), ("seconds", 0.001)])
+def test_budgets_of_tokens_and_seconds_end_a_run(tmp_path: Path, unit: str, amount: float):
+    cells = {"sft": {"settings": {"method": "sft"}}, "switch": {}}
+    path = write_comparison(tmp_path, budget={"unit": unit, "amount": amount}, cells=cells)
+    results = compare(path, tmp_path / "out", launch=Launcher(), say=lambda _: None)
+    cells = results["cells"]
+    if unit == "seconds":
+        assert cells["sft"]["steps"] == cells["switch"]["steps"] == 1, "the step that reaches the budget is the last"
+        return
+    for name, key in (("sft", "trained_tokens"), ("switch", "rollout_tokens")):
+        metrics = (tmp_path / f"out/runs/{name}-seed1/metrics.jsonl").read_text().splitlines()
+        spent = [
+            m["loss_tokens"] if name == "sft" else m["rollout_tokens"] for m in map(json.loads, metrics) if "loss" in m
+        ]
+        assert sum(spent) == cells[name][key] >= amount > sum(spent[:-1]), "no step more and none fewer"
+        rates = [m["learning_rate"] for m in map(json.loads, metrics) if "loss" in m]
+        assert rates == sorted(rates, reverse=True) and rates[-1] < 0.2 * 5e-3, "the schedule follows the budget"
+
+
+def test_a_failing_cell_stops_with_what_to_do_and_keeps_the_others(tmp_path: Path, capsys):
+    path = write_comparison(
+        tmp_path, cells={"switch": {}, "broken": {"settings": {"student.model": "nowhere/here/not"}}}
+    )
+    with pytest.raises(CellFailed, match=r"training of broken-seed1 ended with code 2.*qswitch distill --config"):
+        compare(path, tmp_path / "out", launch=Launcher(), say=lambda _: None)
+    assert (tmp_path / "out/cells/switch-seed1.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": {"unit": "hours", "amount": 2}}, "budget.unit"),
+        ({"cellls": {}}, "cellls is not a setting"),
+        ({"cells": {"a": {"settings": {"rollout.decay_rat": 1}}}}, "Did you mean rollout.decay_rate"),
+        ({"cells": {"a b!": {}}}, "use letters"),
+        ({"baseline": "c"}, "there is no cell c"),
+        ({"cells": {"sft": {}}}, "not the SFT control"),
+        ({"test": {"against": ["x"], "margins": {"kl_nats": 0.1}}}, "there is no cell x"),
+        ({"test": {"against": ["gkd"], "margins": {"kl": 0.1}}}, "choose among"),
+        ({"run": "missing.yaml"}, "does not exist"),
+    ],
+)
+def test_mistakes_are_found_before_anything_starts(tmp_path: Path, changes, message):
+    path = write_comparison(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=message):
+        read_comparison(path)
+    assert cli.run(["compare", str(path), "--output-dir", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def scores(values: list[float]) -> SetScores:
+    metric = Metric(dict(enumerate(values)), None)
+    return SetScores({"kl_nats": metric, "rouge_l": metric}, {}, None, 1, 1.0, 1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("shift", "verdict"), [(0.5, "better"), (-0.5, "worse"), (0.0, "equivalent"), (0.195, "undecided")]
+)
+def test_verdicts_follow_the_interval_the_margin_and_every_seed(shift: float, verdict: str):
+    noise = [0.02 * (i % 7 - 3) for i in range(70)]
+    base = [2.0 + 0.5 * (i % 5) for i in range(70)]
+    ours = [scores(base), scores(base)]
+    theirs = [scores([b + shift + n for b, n in zip(base, noise, strict=True)])] * 2
+    test = TestSection(against=["gkd", "kd"], margins={"kl_nats": 0.2, "rouge_l": 0.2})
+    (kl, rouge) = declared_test(test, "switch", {"switch": ours, "gkd": theirs})
+    assert (kl["metric"], kl["against"], kl["level"]) == ("kl_nats", "gkd", 0.975)
+    assert kl["baseline_is"] == verdict and kl["difference"]["mean"] == pytest.approx(shift, abs=1e-9)
+    # More ROUGE-L is better, more KL is worse.
+    mirrored = {"better": "worse", "worse": "better"}
+    assert rouge["baseline_is"] == mirrored.get(verdict, verdict)
+
+
+def test_one_seed_against_the_rest_leaves_it_undecided():
+    base = [2.0] * 20
+    ours, theirs = [scores(base)] * 2, [scores([4.0] * 20), scores([1.9] * 20)]
+    test = TestSection(against=["gkd"], margins={"kl_nats": 0.2})
+    (verdict,) = declared_test(test, "switch", {"switch": ours, "gkd": theirs})
+    assert verdict["difference"]["low"] > 0 and verdict["baseline_is"] == "undecided"
+
+
+def test_a_cell_is_a_process_of_its_own(tmp_path: Path, monkeypatch):
+    """The default launcher starts `qswitch` itself and hands its exit code back."""
+    from qswitch.evaluate.compare import launch_process
+
+    assert launch_process(["presets", "list"]) == 0
+    assert launch_process(["presets", "show", "nothing"]) == 2
+
+
+def test_the_process_that_waits_holds_no_gpu():
+    """A CUDA context takes hundreds of MiB; the comparing process never loads torch."""
+    import subprocess
+    import sys
+
+    code = "import qswitch.evaluate.compare, sys; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout.strip() == "False", result.stderr

@@ -1,0 +1,45 @@
+"""Tasks of EleutherAI's harness, an optional extra."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qswitch.cli import run
+from qswitch.errors import DataError
+from qswitch.evaluate.harness import run_tasks
+from qswitch.evaluate.subjects import find_subject
+from tests.evaluate.runs import make_run, write_test_set
+
+
+def test_without_the_harness_nothing_starts_and_the_remedy_is_named(tmp_path: Path, capsys, monkeypatch):
+    run_path = make_run(tmp_path).path
+    data = write_test_set(tmp_path / "questions.jsonl")
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else real(name, *a))
+    out = tmp_path / "out"
+    assert run(["eval", str(run_path), "--data", str(data), "--lm-eval", "arc_easy", "--output-dir", str(out)]) == 2
+    assert "pip install qswitch[lm-eval]" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_task_is_scored_on_the_trained_student(tmp_path: Path):
+    pytest.importorskip("lm_eval")
+    documents = [{"question": f"say {i}", "choices": ["a", "b"], "answer": i % 2} for i in range(4)]
+    (tmp_path / "documents.json").write_text(json.dumps(documents))
+    task = {
+        "task": "tiny_task", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "documents.json")}},
+        "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }  # fmt: skip
+    path = tmp_path / "tiny_task.yaml"
+    path.write_text(yaml.safe_dump(task))
+    subject = find_subject(str(make_run(tmp_path).path))
+    result = run_tasks(subject, [str(path)], limit=None, batch_size=2, device="cpu")
+    assert result["tiny_task"]["acc,none"] in (0.0, 0.25, 0.5, 0.75, 1.0)
+    with pytest.raises(DataError, match="no_such_task"):
+        run_tasks(subject, ["no_such_task"], limit=None, batch_size=2, device="cpu")

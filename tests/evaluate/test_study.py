@@ -1,0 +1,48 @@
+"""The study's files are valid comparisons of what docs/study.md declares."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from qswitch.evaluate.comparison import read_comparison
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDY = ROOT / "benchmarks/study"
+
+
+def test_the_core_is_what_the_page_declares():
+    core = read_comparison(STUDY / "core.yaml")
+    page = (ROOT / "docs/study.md").read_text(encoding="utf-8")
+    assert {c.name for c in core.cells} >= {"switch", "gkd", "kd", "seqkd", "sft", "distillm", "skd"}
+    assert {c.seed for c in core.cells} == {1, 2, 3} and core.baseline == "switch"
+    switch = next(c.config for c in core.cells if c.name == "switch")
+    assert (switch.loss.scope, switch.data.ground_truth_mix, switch.rollout.decay_rate) == ("all", 0.5, 0.1)
+    assert f"{core.section.budget.amount:,.0f} response tokens" in page and core.section.budget.unit == "tokens"
+    assert core.section.evaluate.limit == 192 and "first 192" in page
+    test = core.section.test
+    assert test is not None and test.against == ["gkd", "kd", "seqkd", "sft"]
+    assert f"{test.margins['kl_nats']} nats of KL and {test.margins['rouge_l_teacher']} points of ROUGE-L" in page
+    starts = {(str(c.config.student), str(c.config.teacher), c.config.train.learning_rate) for c in core.cells}
+    assert len(starts) == 1, "one start and one learning rate for every method"
+
+
+def test_every_ablation_changes_what_it_says():
+    ablations = read_comparison(STUDY / "ablations.yaml")
+    configs = {c.name: c.config for c in ablations.cells}
+    rates = {name: configs[name].rollout.decay_rate for name in ("decay-1-5", "switch", "decay-1-15", "decay-1-25")}
+    for name, steps in (("decay-1-5", 5), ("switch", 10), ("decay-1-15", 15), ("decay-1-25", 25)):
+        assert abs(rates[name] * steps - 1) < 1e-5
+    texts = {name: config.model_dump_json() for name, config in configs.items()}
+    assert len(set(texts.values())) == len(texts), "no two cells are the same"
+    assert configs["sft"].method == "sft", "the control is there"
+
+
+def test_recurring_records_are_left_out_however_they_are_written():
+    spec = importlib.util.spec_from_file_location("prepare", STUDY / "prepare.py")
+    assert spec is not None and spec.loader is not None
+    prepare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prepare)
+    train = [{"instruction": text} for text in ("Why  is the sky Blue?", "why is the sky green?", "What?")]
+    kept = prepare.without_recurring(train, [{"instruction": "why is the sky blue?\n"}])
+    assert [record["instruction"] for record in kept] == ["why is the sky green?", "What?"]
