@@ -29,7 +29,7 @@ import torch
 from rollout import environment
 
 from qswitch.config import build_config
-from qswitch.distill.run import load_prompts
+from qswitch.distill.prompts import load_prompts
 from qswitch.distill.trainer import Trainer
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer
