@@ -134,10 +134,13 @@ def passes(bench: Bench) -> dict[str, Any]:
     for decay in bench.args.decay:
         independent, stats = bench.write(1 / decay, max(bench.args.batch), FixedBlock(0), seed=1)
         rates = stats.kept_by_step / np.maximum(stats.offered_by_step, 1)
+        # Steps that no independent response reached take the rate of the last ones.
+        rates = np.concatenate([rates, np.full(bench.args.new_tokens, rates[-16:].mean())])
         agreements = [r.student_agrees or [] for r in independent]
         predicted_by_rows = sum(rounds_by_agreement(a, num_drafts) for a in agreements) / sum(map(len, agreements))
         for batch in bench.args.batch:
-            written, stats = bench.write(1 / decay, batch, FixedBlock(num_drafts), seed=0)
+            num = bench.args.solo_prompts if batch == 1 else None
+            written, stats = bench.write(1 / decay, batch, FixedBlock(num_drafts), seed=0, num=num)
             measured = stats.by_row_passes["teacher"] / stats.tokens
             predicted = expected_rounds(rates, [len(r.response_ids) for r in written], num_drafts)
             intervened = [
@@ -385,6 +388,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--num-prompts", type=int, default=32)
+    parser.add_argument(
+        "--solo-prompts", type=int, default=8, help="part passes: prompts at batch 1, which takes longest"
+    )
     parser.add_argument(
         "--prompts-per-row", type=int, default=2, help="part time: prompts of a batch of B are B times this"
     )
