@@ -388,9 +388,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--num-prompts", type=int, default=32)
-    parser.add_argument(
-        "--solo-prompts", type=int, default=8, help="part passes: prompts at batch 1, which takes longest"
-    )
+    parser.add_argument("--solo-prompts", type=int, default=8, help="part passes: prompts at batch 1")
     parser.add_argument(
         "--prompts-per-row", type=int, default=2, help="part time: prompts of a batch of B are B times this"
     )
