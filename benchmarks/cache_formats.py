@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.provenance import provenance
+from benchmarks.provenance import publish
 from qswitch.distill.cache_format import FORMATS, LogitTargets
 from qswitch.distill.divergence import divergence, topk_divergence
 from qswitch.distill.logit_cache import LogitCache
@@ -126,12 +126,7 @@ def main() -> None:
     if args.teacher and args.student:
         result["pair"] = pair_case(args.teacher, args.student, args.prompts, args.topk)
     result["vocab_128k"] = synthetic_case(args.topk)
-    result |= provenance("cpu")
-    text = json.dumps(result, indent=2)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    publish(result, args.output)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ seen. Weights and inputs are made outside and not counted; the teacher's logits 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.live_bytes import LiveBytes
-from benchmarks.provenance import provenance
+from benchmarks.provenance import publish
 from qswitch.distill.divergence import DIVERGENCES, divergence
 from qswitch.distill.logit_cache import Targets
 from qswitch.distill.loss import chunked_divergence
@@ -151,13 +150,8 @@ def main() -> None:
         "dtype": args.dtype,
         "bytes": measure_bytes(args),
         "time": measure_time(args),
-        **provenance(args.device),
     }
-    text = json.dumps(result, indent=2)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    publish(result, args.output, args.device)
 
 
 if __name__ == "__main__":

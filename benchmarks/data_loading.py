@@ -1,7 +1,7 @@
 """How long does loading and tokenising take, and how much memory: in memory, and streamed.
 
-    python benchmarks/data_loading.py data.jsonl --tokenizer MODEL_FOLDER
-    python benchmarks/data_loading.py --tokenizer MODEL_FOLDER --streamed-records 2000000
+    python -m benchmarks.data_loading data.jsonl --tokenizer MODEL_FOLDER
+    python -m benchmarks.data_loading --tokenizer MODEL_FOLDER --streamed-records 2000000
 
 Every case runs in a process of its own and is measured from the moment when everything is imported and the tokenizer
 is loaded: seconds, and resident memory at its peak beyond what was resident then. The streamed case writes a synthetic
@@ -14,16 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from benchmarks.provenance import publish
 
 MIB = 2**20
 DRAWN_PROMPTS = 10_000
@@ -135,21 +135,12 @@ def main() -> None:
                     "file_mib": round(path.stat().st_size / MIB, 1),
                     **in_a_process(path, arguments.tokenizer, streaming=True),
                 }
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     result = {
         "file": None if arguments.file is None else arguments.file.name,
         "cases": cases,
         "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("transformers", "tokenizers", "datasets", "numpy")},
-        "commit": commit.stdout.strip() or None,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+    publish(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.provenance import provenance
+from benchmarks.provenance import publish
 
 
 def compare(preset: str, overrides: list[str], vram: str | None) -> dict[str, Any]:
@@ -59,11 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     runs = [compare(preset, args.overrides, args.vram) for preset in args.preset]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    text = json.dumps({"benchmark": "memory", "runs": runs, **provenance(device)}, indent=2)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    publish({"benchmark": "memory", "runs": runs}, args.output, device)
 
 
 if __name__ == "__main__":

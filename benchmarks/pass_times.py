@@ -11,7 +11,6 @@ teacher's passes in fp32 and NF4, relative to its pass over one token. Runs on a
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from benchmarks.provenance import provenance
+from benchmarks.provenance import publish
 from qswitch.config import LoraSection
 from qswitch.models.student import attach_lora
 
@@ -129,12 +128,7 @@ def main() -> None:
     }
     if args.teacher:
         result["decode"] = {"teacher": args.label, **decode(args.teacher, args.repeats)}
-    result |= provenance("cpu")
-    text = json.dumps(result, indent=2)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    publish(result, args.output)
 
 
 if __name__ == "__main__":

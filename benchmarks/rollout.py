@@ -1,10 +1,10 @@
 """What does the block engine save against single steps, and are its rollouts the same?
 
-    python benchmarks/rollout.py passes   --teacher DIR --student DIR --prompts FILE.jsonl   # teacher passes per token
-    python benchmarks/rollout.py time     --teacher DIR --student DIR --prompts FILE.jsonl   # seconds per token, paired
-    python benchmarks/rollout.py simulate --pass-times FILE.json ...                         # by another table of times
-    python benchmarks/rollout.py rounding --teacher DIR --student DIR --prompts FILE.jsonl   # same tokens in floats?
-    python benchmarks/rollout.py assisted --teacher DIR --student DIR --prompts FILE.jsonl   # against transformers
+    python -m benchmarks.rollout passes   --teacher DIR --student DIR --prompts FILE.jsonl   # teacher passes per token
+    python -m benchmarks.rollout time     --teacher DIR --student DIR --prompts FILE.jsonl   # seconds per token, paired
+    python -m benchmarks.rollout simulate --pass-times FILE.json ...                         # by another table of times
+    python -m benchmarks.rollout rounding --teacher DIR --student DIR --prompts FILE.jsonl   # same tokens in floats?
+    python -m benchmarks.rollout assisted --teacher DIR --student DIR --prompts FILE.jsonl   # against transformers
 
 Any pair with one tokenizer will do; `--precision`, `--dtype`, `--batch`, `--decay`, `--new-tokens` choose the work.
 Each part prints its JSON, and writes it to `--output`. Times are medians of paired repetitions in one process: both
@@ -16,17 +16,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import statistics
-import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.provenance import publish
 from qswitch.config import build_config
 from qswitch.data.prompts import PromptEncoder, encode_all
 from qswitch.data.records import load_records
@@ -352,25 +350,15 @@ def assisted(bench: Bench) -> dict[str, Any]:
     return {"seconds_per_token": {k: statistics.median(v) for k, v in results.items()}, "all": results}
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What the figures were taken on."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    cpu = Path("/proc/cpuinfo")
-    model = next((x.split(":")[1].strip() for x in cpu.read_text().splitlines() if "model name" in x), "")
-    return {
-        "commit": commit,
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
-        "python": platform.python_version(),
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{model}, {platform.machine()}",
-        "threads": torch.get_num_threads(),
-    }
+def numbers(text: str) -> list[int]:
+    """1,4,8 -> [1, 4, 8]."""
+    return [int(part) for part in text.split(",")]
 
 
 PARTS = {"passes": passes, "simulate": simulate, "time": timed, "rounding": rounding, "assisted": assisted}
 
 
 def main() -> None:
-    numbers = lambda text: [int(x) for x in text.split(",")]  # noqa: E731
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--teacher", type=Path, required=True)
@@ -405,13 +393,8 @@ def main() -> None:
                      if k not in ("output", "teacher", "student", "prompts")},
         "pair": [args.teacher.name, args.student.name],
         **PARTS[args.part](bench),
-        **environment(bench.device),
     }  # fmt: skip
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n", encoding="utf-8")
+    publish(result, args.output, bench.device.type)
 
 
 if __name__ == "__main__":

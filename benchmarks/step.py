@@ -1,6 +1,6 @@
 """Seconds of an optimizer step of SWITCH against GKD, at equal trained tokens, for several values of rollout.reuse.
 
-    python benchmarks/step.py --teacher DIR --student DIR --prompts FILE.jsonl --output results/step.json
+    python -m benchmarks.step --teacher DIR --student DIR --prompts FILE.jsonl --output benchmarks/results/step.json
 
 Rows of the table, all through the same trainer, loss (over every response token) and optimizer:
 
@@ -18,7 +18,6 @@ counted.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -26,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rollout import environment
 
+from benchmarks.provenance import publish
+from benchmarks.rollout import numbers
 from qswitch.config import build_config
 from qswitch.distill.prompts import load_prompts
 from qswitch.distill.trainer import Trainer
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--precision", default="nf4")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    parser.add_argument("--reuse", type=lambda t: [int(x) for x in t.split(",")], default=[1, 2, 4])
+    parser.add_argument("--reuse", type=numbers, default=[1, 2, 4])
     parser.add_argument("--batch", type=int, default=8, help="rows decoded together")
     parser.add_argument("--sequences", type=int, default=16, help="of an optimizer step")
     parser.add_argument("--micro-batch", type=int, default=8)
@@ -156,13 +156,8 @@ def main() -> None:
         },
         "seconds_by_part": parts,
         "all": seconds,
-        **environment(torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")),
     }  # fmt: skip
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n", encoding="utf-8")
+    publish(result, args.output, next(iter(rows.values())).device.type)
 
 
 if __name__ == "__main__":

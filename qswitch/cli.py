@@ -51,6 +51,7 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value, for example train.max_steps=100. Repeatable.")
 ]
 Vram = Annotated[str | None, typer.Option("--vram", help="Memory budget, for example 12GiB; default: what is free.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the settings and print the plan; load nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
 
 
@@ -100,11 +101,12 @@ def _root(
 def _load(preset: str | None, config: Path | None, overrides: list[str] | None):
     from qswitch.presets import load_run_config
 
-    if (preset is None) == (config is None):
+    source = config if preset is None else preset
+    if source is None or (preset is not None and config is not None):
         raise ConfigError("Name either --preset NAME or --config FILE. `qswitch presets list` shows the presets.")
     if config is not None and config.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--config {config}: expected a .yaml file. For a preset write --preset {config}.")
-    return load_run_config(preset if preset is not None else config, overrides)  # type: ignore[arg-type]
+    return load_run_config(source, overrides)
 
 
 def _print_plan(config: Any, vram: str | None, gpu: str | None, as_json: bool) -> None:
@@ -132,9 +134,7 @@ def distill(
     resume: Annotated[
         Path | None, typer.Option("--resume", "--resume-from-checkpoint", help="Go on with this run directory.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the settings and print the plan; load nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     vram: Vram = None,
     as_json: AsJson = False,
 ) -> None:
@@ -176,9 +176,7 @@ def sft(
     output_dir: Annotated[
         Path | None, typer.Option(help="Run directory; default: runs/<preset>-sft-<model>-<date>-<time>.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the settings and print the plan; load nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     vram: Vram = None,
     as_json: AsJson = False,
 ) -> None:

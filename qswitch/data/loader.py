@@ -175,7 +175,7 @@ class PromptLoader:
         if isinstance(prompts, Mixture):
             self._sets, weights = list(prompts.sets), list(prompts.weights)
         else:
-            self._sets = [PromptsInMemory(prompts) if isinstance(prompts, (list, tuple)) else prompts]  # type: ignore[list-item]
+            self._sets = [PromptsInMemory(prompts) if isinstance(prompts, Sequence) else prompts]
             weights = [1.0]
         self._shares = [w / sum(weights) for w in weights]
         self._taken = [0] * len(self._sets)

@@ -142,7 +142,8 @@ def _apply(hidden: Tensor, head: nn.Module, loss_of: ChunkLoss, normalizer: floa
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
     trainable = [p for p in head_parameters(head) if p.requires_grad]
-    return _ChunkedLoss.apply(hidden, loss_of, normalizer, chunk_tokens, *trainable)  # type: ignore[no-any-return]
+    loss: Tensor = _ChunkedLoss.apply(hidden, loss_of, normalizer, chunk_tokens, *trainable)
+    return loss
 
 
 def head_parameters(head: nn.Module) -> list[nn.Parameter]:

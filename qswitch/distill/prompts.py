@@ -23,7 +23,7 @@ from qswitch.models.pair import TokenizerPair, template_tokenizer
 
 logger = logging.getLogger(__name__)
 
-Prompts = Sequence[Prompt] | StreamedPrompts | Mixture
+Prompts = Sequence[Prompt] | PromptSet | Mixture
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def gather_prompts(config: RunConfig, encoder: PromptEncoder, notify: Notify | N
     if data.weights is not None:
         return RunPrompts(Mixture(sets, data.weights), held_out, report)
     only = sets[0]
-    return RunPrompts(only.prompts if isinstance(only, PromptsInMemory) else only, held_out, report)  # type: ignore[arg-type]
+    return RunPrompts(only.prompts if isinstance(only, PromptsInMemory) else only, held_out, report)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ the mean cross-entropy of the data's own responses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -75,11 +75,9 @@ class Validation:
         self, objective: StudentObjective, device: torch.device, chunk_tokens: int, batch_size: int | None = None
     ) -> float:
         """Mean KL(teacher || student) per response token, nats; the student is scored in evaluation mode."""
-        order = sorted(range(len(self._sequences)), key=lambda i: (self._sequences[i].num_tokens, i))
-        total, size = 0.0, batch_size or self._batch_size
+        total = 0.0
         with inference(objective.student):
-            for start in range(0, len(order), size):
-                members = order[start : start + size]
+            for members in _by_length(self._sequences, batch_size or self._batch_size):
                 batch = collate([self._sequences[i] for i in members], self._pad_id, device)
                 targets = Targets.from_hidden(torch.cat([self._hidden[i] for i in members]), self._teacher_head)
                 values = chunked_divergence_values(
@@ -120,12 +118,10 @@ class ResponseLoss:
         self, objective: StudentObjective, device: torch.device, chunk_tokens: int, batch_size: int | None = None
     ) -> float:
         """Mean next-token cross-entropy per response token, nats; the student is scored in evaluation mode."""
-        order = sorted(range(len(self._sequences)), key=lambda i: (self._sequences[i].num_tokens, i))
-        total, size = 0.0, batch_size or self._batch_size
+        total = 0.0
         with inference(objective.student):
-            for start in range(0, len(order), size):
-                members = [self._sequences[i] for i in order[start : start + size]]
-                batch = collate_with_labels(members, self._pad_id, device)
+            for members in _by_length(self._sequences, batch_size or self._batch_size):
+                batch = collate_with_labels([self._sequences[i] for i in members], self._pad_id, device)
                 hidden = objective.hidden_at(batch)
                 labels = batch.input_ids[batch.rows, batch.columns + 1]
                 for chunk, expected in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True):
@@ -133,3 +129,10 @@ class ResponseLoss:
                     logits = logits if logits.dtype == torch.float64 else logits.float()
                     total += float(torch.nn.functional.cross_entropy(logits, expected, reduction="sum").double())
         return total / self.num_tokens
+
+
+def _by_length(sequences: Sequence[TrainingSequence], size: int) -> Iterator[list[int]]:
+    """Indices of the sequences, `size` at a time, similar lengths together: less padding."""
+    order = sorted(range(len(sequences)), key=lambda i: (sequences[i].num_tokens, i))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

@@ -14,6 +14,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,13 @@ def fidelity(
         ) from error
     policy = _switch_policy(config, limit)
     say(f"writing {len(prompts)} responses of the teacher and {len(prompts)} SWITCH rollouts")
-    common = {"seed": SEED, "eos_ids": pair.eos_ids, "pad_id": pair.pad_id, "temperature": 1.0,
-              "batch_size": config.rollout.batch_size, "keep": "all"}  # fmt: skip
-    own, _ = rollout(requests, teacher=teacher, student=None, policy=TeacherPolicy(), **common)  # type: ignore[arg-type]
-    mixed, _ = rollout(requests, teacher=teacher, student=student, policy=policy, **common)  # type: ignore[arg-type]
+    write = partial(
+        rollout, requests, teacher=teacher, seed=SEED, temperature=1.0, eos_ids=pair.eos_ids, pad_id=pair.pad_id,
+        batch_size=config.rollout.batch_size, keep="all",
+    )  # fmt: skip
+    own, _ = write(student=None, policy=TeacherPolicy())
+    mixed, _ = write(student=student, policy=policy)
+    del write  # it holds the teacher, whose memory the next one needs
     head = detached_head(teacher.head)
     footprint = sum(p.numel() for p in teacher.parameters()) * 2 / 2**30  # also where a CPU keeps them wider
     batch = config.train.per_device_train_batch_size
