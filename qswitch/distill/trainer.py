@@ -45,7 +45,7 @@ from qswitch.distill.objective import (
 )
 from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.prompts import Prompts
-from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes, release_memory
+from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes, freed_memory_kept, release_memory
 from qswitch.distill.replay import ReplayBuffer, ReplayEntry, split_step, staleness_nats
 from qswitch.distill.round import PreparedStep, unique_keys
 from qswitch.distill.validation import ResponseLoss, Validation
@@ -327,20 +327,21 @@ class Trainer:
         ]
         keep = self.config.loss.scope if self.policy.uses_teacher and self.imitates else "nothing"
         self.acceptance.forget()
-        return rollout(
-            requests,
-            teacher=self.teacher,
-            student=self.student,
-            policy=self.policy,
-            seed=self.config.seed,
-            temperature=settings.temperature,
-            eos_ids=self.pair.eos_ids,
-            pad_id=self.pair.pad_id,
-            batch_size=self.recovery.sizes.rollout_rows,
-            keep=keep,
-            blocks=self.blocks,
-            keep_student=settings.reuse > 1 or self.share is not None,
-        )
+        with freed_memory_kept(self.device):
+            return rollout(
+                requests,
+                teacher=self.teacher,
+                student=self.student,
+                policy=self.policy,
+                seed=self.config.seed,
+                temperature=settings.temperature,
+                eos_ids=self.pair.eos_ids,
+                pad_id=self.pair.pad_id,
+                batch_size=self.recovery.sizes.rollout_rows,
+                keep=keep,
+                blocks=self.blocks,
+                keep_student=settings.reuse > 1 or self.share is not None,
+            )
 
     def remember(self, rollouts: Sequence[Rollout], sequences: Sequence[TrainingSequence]) -> None:
         """Keep fresh sequences for the further uses that rollout.reuse gives them."""
@@ -380,7 +381,8 @@ class Trainer:
         if path.exists():
             times = PassTimes.from_dict(json.loads(path.read_text(encoding="utf-8")))
         else:
-            times = measure_pass_times(self.teacher, self.student, settings.batch_size)
+            with freed_memory_kept(self.device):  # as they will be in the rollouts
+                times = measure_pass_times(self.teacher, self.student, settings.batch_size)
             self.run_dir.write_json(path.name, times.to_dict())
         most = drafts_within_scratch(settings.batch_size, self.pair.vocab_size)
         return AutoBlock(times, self.acceptance, most)
