@@ -91,6 +91,13 @@ class Bench:
         )  # fmt: skip
 
 
+class AskAlways(FixedBlock):
+    """Single steps that ask the student in the tail too, where it decides nothing, to learn whether it would agree."""
+
+    def choose(self, rows: RowsAhead) -> int:
+        return 0
+
+
 def rounds_by_agreement(agrees: list[bool], num_drafts: int) -> int:
     """Rounds that one response takes when each draft stands or falls as it did in a sequential run."""
     rounds, t = 0, 0
@@ -130,7 +137,7 @@ def passes(bench: Bench) -> dict[str, Any]:
     cells = []
     num_drafts = bench.args.drafts
     for decay in bench.args.decay:
-        independent, stats = bench.write(1 / decay, max(bench.args.batch), FixedBlock(0), seed=1)
+        independent, stats = bench.write(1 / decay, max(bench.args.batch), AskAlways(0), seed=1)
         rates = stats.kept_by_step / np.maximum(stats.offered_by_step, 1)
         # Steps that no independent response reached take the rate of the last ones.
         rates = np.concatenate([rates, np.full(bench.args.new_tokens, rates[-16:].mean())])
@@ -212,8 +219,7 @@ def simulate(bench: Bench) -> dict[str, Any]:
     times = PassTimes.from_dict(json.loads(Path(bench.args.pass_times).read_text()))
     cells = []
     for decay in bench.args.decay:
-        # One draft: the student is asked at every step, also where it decides nothing.
-        written, _ = bench.write(1 / decay, max(bench.args.batch), FixedBlock(1))
+        written, _ = bench.write(1 / decay, max(bench.args.batch), AskAlways(0))
         agreements = [np.array(r.student_agrees, dtype=bool) for r in written]
         tail = SwitchPolicy(Threshold("exponential", 1.0, 1 / decay, 0.2, bench.args.new_tokens)).tail_start
         for batch in bench.args.batch:
@@ -376,7 +382,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--num-prompts", type=int, default=32)
-    parser.add_argument("--solo-prompts", type=int, default=8, help="part passes: prompts at batch 1")
+    parser.add_argument("--solo-prompts", type=int, help="part passes: prompts at batch 1, by default all")
     parser.add_argument(
         "--prompts-per-row", type=int, default=2, help="part time: prompts of a batch of B are B times this"
     )

@@ -320,7 +320,8 @@ def merge(
     print(
         f"merged model: {report.output_dir}\n"
         f"against the adapter on {report.num_prompts} prompts: largest logit difference "
-        f"{report.max_logit_difference:.2e} (fp32), KL {report.kl_nats:.2e} nats (as saved)"
+        f"{report.max_logit_difference:.2e} in fp32 (a pass rounds by {report.pass_rounding:.2e}), "
+        f"{report.merge_error:.2e} in exact arithmetic; KL {report.kl_nats:.2e} nats (as saved)"
     )
 
 

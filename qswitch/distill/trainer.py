@@ -212,20 +212,21 @@ class Trainer:
                 self.step += 1
                 self.counters.seconds += time.perf_counter() - started
                 self.log(report)
-                last = self.finished or self.stop_requested
+                improved = False
                 if self.step % train.eval_steps == 0 or self.finished:
                     self.counters.last_nats = self.validate()
                     self.progress.validated(self.step, self.validation.what, self.counters.last_nats)
                     self.run_dir.append_metrics(
                         {"step": self.step, self.validation.key: self.counters.last_nats, **self.adapt_share()}
                     )
-                    if self.counters.last_nats < self.counters.best_nats:
+                    improved = self.counters.last_nats < self.counters.best_nats
+                    if improved:
                         self.counters.best_nats, self.counters.best_step = self.counters.last_nats, self.step
-                        self.save()
-                        continue
-                if last or self.step % train.save_steps == 0:
+                # Read once, after the validation: a stop asked for meanwhile must find its checkpoint.
+                stop = self.stop_requested
+                if improved or stop or self.finished or self.step % train.save_steps == 0:
                     self.save()
-                if self.stop_requested:
+                if stop:
                     break
         if self._tracking:
             self.accelerator.end_training()

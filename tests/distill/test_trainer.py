@@ -173,6 +173,25 @@ def test_resumed_run_ends_with_the_same_bytes(folders, tmp_path, changes):
     assert steps == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("nats", [1e-3, 1e3], ids=["a new best", "no new best"])
+def test_a_stop_during_validation_leaves_its_step_and_takes_no_other(folders, tmp_path, nats):
+    config = settings(folders, train__eval_steps=2, train__save_steps=100)
+    run_dir = RunDir.create(tmp_path / "run", config)
+    original = Trainer.validate
+
+    def stop_in_validation(self: Trainer) -> float:
+        if self.step == 0:
+            return original(self)
+        self.stop_requested = True
+        return nats
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Trainer, "validate", stop_in_validation)
+        distill(config, run_dir)
+    assert run_dir.latest_checkpoint().name == "step-000002"
+    assert [m["step"] for m in run_dir.read_metrics() if "loss" in m] == [1, 2]
+
+
 def test_a_run_leaves_everything_and_loads_with_plain_peft(folders, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -50,6 +50,7 @@ def test_the_merged_model_equals_the_adapter_in_fp32(tmp_path, arch):
     run_dir, config = trained_run(tmp_path, arch, precision="fp32")
     report = merge_run(run_dir.path, tmp_path / "out", dtype="fp32", prompts=TEXTS)
     assert report.agrees and report.max_logit_difference <= 1e-4 and report.kl_nats <= 1e-6 and report.num_prompts == 3
+    assert 0 < report.pass_rounding < 1e-4
     student = load_student(config, FP32).eval()
     load_adapter(student, run_dir.adapter_path)
     student.eval()
