@@ -23,7 +23,14 @@ from qswitch.data.prompts import PromptEncoder, template_source
 from qswitch.distill.checkpoint import checkpoint_name
 from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.prompts import RunPrompts
-from qswitch.distill.recovery import Recovery, Sizes, limit_device_memory, release_memory, return_freed_memory
+from qswitch.distill.recovery import (
+    Recovery,
+    Sizes,
+    bound_kernel_cache,
+    limit_device_memory,
+    release_memory,
+    return_freed_memory,
+)
 from qswitch.distill.trainer import GIB, Trainer, peak_bytes
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import TokenizerPair
@@ -111,6 +118,7 @@ def distill(
         limit_device_memory(runtime.device, budget_bytes, CUDA_CONTEXT_BYTES)
     elif runtime.device.type == "cpu":
         return_freed_memory()
+        bound_kernel_cache()
     if config.student.shrink_to_layers is not None and not run_dir.student_base_path.exists():
         report = shrink_to_folder(
             config.student.model,
