@@ -81,13 +81,20 @@ class Bench:
         return [RolloutRequest(i, visit, ids, self.args.new_tokens) for i, ids in enumerate(prompts)]
 
     def write(
-        self, decay_rate: float, batch_size: int, blocks: Any, *, num: int | None = None, seed: int = 0
+        self,
+        decay_rate: float,
+        batch_size: int,
+        blocks: Any,
+        *,
+        num: int | None = None,
+        seed: int = 0,
+        to_the_limit: bool = False,
     ) -> tuple[list[Rollout], RolloutStats]:
         policy = SwitchPolicy(Threshold("exponential", 1.0, decay_rate, 0.2, self.args.new_tokens))
         return rollout(
             self.requests(num), teacher=self.teacher, student=self.student, policy=policy, seed=seed, temperature=1.0,
-            eos_ids=self.pair.eos_ids, pad_id=self.pair.pad_id, batch_size=batch_size, keep="interventions",
-            blocks=blocks,
+            eos_ids=() if to_the_limit else self.pair.eos_ids, pad_id=self.pair.pad_id, batch_size=batch_size,
+            keep="interventions", blocks=blocks,
         )  # fmt: skip
 
 
@@ -175,7 +182,11 @@ def mean_jsd(written: list[Rollout]) -> float:
 
 
 def timed(bench: Bench) -> dict[str, Any]:
-    """Seconds per token of the automatic block length over those of single steps, paired medians."""
+    """Seconds per token of the automatic block length over those of single steps, paired medians.
+
+    No token ends a response here, so that both sides write equally many tokens with equally many rows at all times:
+    rounding lets responses part, and a few that end elsewhere would say more than the block length does.
+    """
     cells = []
     for batch in bench.args.batch:
         if bench.args.pass_times:
@@ -185,13 +196,15 @@ def timed(bench: Bench) -> dict[str, Any]:
         for decay in bench.args.decay:
             auto = AutoBlock(times, Acceptance(), drafts_within_scratch(batch, bench.pair.vocab_size))
             num = min(len(bench.prompts), bench.args.prompts_per_row * batch)
-            bench.write(1 / decay, batch, auto, num=num)  # warms the machine and the acceptance counts
+            bench.write(
+                1 / decay, batch, auto, num=num, to_the_limit=True
+            )  # warms the machine and the acceptance counts
             ratios, sequential, drafts = [], [], {}
             for repeat in range(bench.args.repeats):
                 seconds = {}
                 for name in ("auto", "sequential") if repeat % 2 else ("sequential", "auto"):
                     blocks = auto if name == "auto" else FixedBlock(0)
-                    _, stats = bench.write(1 / decay, batch, blocks, num=num, seed=repeat)
+                    _, stats = bench.write(1 / decay, batch, blocks, num=num, seed=repeat, to_the_limit=True)
                     seconds[name] = stats.seconds / stats.tokens
                     if name == "auto":
                         drafts = stats.rounds_by_drafts
