@@ -62,6 +62,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; exceptions that are our bugs propagate with their traceback."""
+    _silence_optional_kernels()
     try:
         result = app(arguments, standalone_mode=False)
     except QSwitchError as error:
@@ -81,6 +82,14 @@ def run(arguments: list[str]) -> int:
             return 130
         raise
     return result if isinstance(result, int) else 0
+
+
+def _silence_optional_kernels() -> None:
+    """No advice to install an optional package: bitsandbytes gives it, while imported, on CPUs with AVX-512 BF16."""
+    import logging
+
+    optional = "kernels-community"
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: optional not in str(record.msg))
 
 
 def _version(wanted: bool) -> None:
