@@ -139,19 +139,28 @@ def expected_rounds(rates: np.ndarray, lengths: list[int], num_drafts: int) -> f
     return total / sum(lengths)
 
 
+def agreement_by_step(agreements: list[list[bool]], num_steps: int) -> np.ndarray:
+    """Share of responses in which both writers would write the same, by step [num_steps].
+
+    Steps that no response reached take the mean of the last sixteen that one did.
+    """
+    longest = max(map(len, agreements))
+    rates = np.array([np.mean([a[t] for a in agreements if len(a) > t]) for t in range(longest)])
+    return np.concatenate([rates, np.full(num_steps - longest, rates[-16:].mean())])
+
+
 def passes(bench: Bench) -> dict[str, Any]:
     """Row passes of the teacher per token, prefill apart, against the prediction from an independent sequential run."""
     cells = []
     num_drafts = bench.args.drafts
     for decay in bench.args.decay:
-        independent, stats = bench.write(1 / decay, max(bench.args.batch), AskAlways(0), seed=1)
-        rates = stats.kept_by_step / np.maximum(stats.offered_by_step, 1)
-        # Steps that no independent response reached take the rate of the last ones.
-        rates = np.concatenate([rates, np.full(bench.args.new_tokens, rates[-16:].mean())])
-        agreements = [r.student_agrees or [] for r in independent]
-        predicted_by_rows = sum(rounds_by_agreement(a, num_drafts) for a in agreements) / sum(map(len, agreements))
+        independent, _ = bench.write(1 / decay, max(bench.args.batch), AskAlways(0), seed=1)
         for batch in bench.args.batch:
             num = bench.args.solo_prompts if batch == 1 else None
+            # Of the same prompts: prompts differ more than the noise of one does.
+            agreements = [r.student_agrees or [] for r in independent[:num]]
+            predicted_by_rows = sum(rounds_by_agreement(a, num_drafts) for a in agreements) / sum(map(len, agreements))
+            rates = agreement_by_step(agreements, bench.args.new_tokens)
             written, stats = bench.write(1 / decay, batch, FixedBlock(num_drafts), seed=0, num=num)
             measured = stats.by_row_passes["teacher"] / stats.tokens
             predicted = expected_rounds(rates, [len(r.response_ids) for r in written], num_drafts)
