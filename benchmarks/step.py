@@ -8,7 +8,9 @@ Rows of the table, all through the same trainer, loss (over every response token
 - `gkd R`: the student writes on this engine, one parallel teacher pass scores, each rollout trained R times;
 - `gkd generate`: the student writes through transformers' `generate`, as in other trainers, one parallel teacher
   pass scores, every rollout trained once;
-- `switch sequential`: one teacher pass a token and no reuse, what the paper pays.
+- `switch sequential`: one teacher pass a token and no reuse, what the paper pays;
+- `gkd trl`: the GKD trainer of TRL (trl.experimental.gkd, fully on-policy), where trl is installed, on the same two
+  models and prompts with its own generalised JSD over whole sequences.
 
 A step's seconds are divided by its trained tokens, because responses differ in length. Rows take turns, step by
 step, so that a noisy machine disturbs all of them. The first steps of each row, while its replay buffer fills, are not
@@ -18,6 +20,7 @@ counted.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import tempfile
 import time
@@ -25,14 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
 from benchmarks.provenance import publish
 from benchmarks.rollout import numbers
 from qswitch.config import build_config
+from qswitch.data.prompts import pad_left
 from qswitch.distill.prompts import load_prompts
-from qswitch.distill.trainer import Trainer
+from qswitch.distill.trainer import StepReport, Trainer
 from qswitch.models.load import load_teacher
-from qswitch.models.pair import load_pair_tokenizer
+from qswitch.models.pair import load_pair_tokenizer, template_tokenizer
 from qswitch.models.runtime import make_runtime
 from qswitch.models.student import load_student
 from qswitch.rollout.decode import Rollout, RolloutStats, inference
@@ -66,6 +71,57 @@ class GenerateTrainer(Trainer):
                     stats.tokens += end
         stats.seconds = time.perf_counter() - started
         return results, stats
+
+
+class TrlRow:
+    """TRL's trainer, driven step by step so that it can take turns with the others."""
+
+    def __init__(self, donor: Trainer, args: argparse.Namespace, folder: Path) -> None:
+        from trl.experimental.gkd import GKDConfig, GKDTrainer  # optional, in no extra
+
+        self.config, self.step = donor.config, 0
+        self.pair, self.accumulation = donor.pair, args.sequences // args.micro_batch
+        settings = GKDConfig(
+            output_dir=str(folder / "trl"), lmbda=1.0, temperature=1.0, max_new_tokens=args.new_tokens,
+            per_device_train_batch_size=args.micro_batch, max_steps=1000, report_to=[], bf16=False, fp16=False,
+            gradient_checkpointing=False, use_cpu=donor.device.type == "cpu", dataloader_pin_memory=False,
+        )  # fmt: skip
+        prompts = [p.prompt_ids for p in load_prompts(donor.config, donor.pair)[1]]
+        tokenizer = template_tokenizer(donor.pair, "teacher")
+        tokenizer.pad_token_id = donor.pair.pad_id
+        self.trainer = GKDTrainer(
+            model=donor.student.hf, teacher_model=donor.teacher.hf, args=settings, processing_class=tokenizer,
+            data_collator=self._collate, train_dataset=Dataset.from_dict({"prompt_ids": prompts}),
+        )  # fmt: skip
+        self.trainer.generation_config.eos_token_id = list(donor.pair.eos_ids)
+        self.trainer.create_optimizer()
+        self.trainer.current_gradient_accumulation_steps = self.accumulation  # which its own loop sets
+        self.batches = iter(self.trainer.get_train_dataloader())
+        self.tokens = 0
+        original = self.trainer.compute_loss
+
+        def counted(model: Any, inputs: Any, **kwargs: Any) -> Any:
+            self.tokens += int((inputs["labels"][:, 1:] != -100).sum())
+            return original(model, inputs, **kwargs)
+
+        self.trainer.compute_loss = counted
+
+    def _collate(self, records: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        ids, mask = pad_left([r["prompt_ids"] for r in records], self.pair.pad_id)
+        # Replaced by what the student writes; the trainer wants them all the same.
+        return {"prompts": ids, "prompt_attention_mask": mask, "input_ids": ids, "attention_mask": mask, "labels": ids}
+
+    def train_step(self) -> StepReport:
+        """One optimizer step of TRL."""
+        self.tokens = 0
+        for _ in range(self.accumulation):
+            self.trainer.model.train()
+            self.trainer.training_step(self.trainer.model, next(self.batches), None)
+        self.trainer.optimizer.step()
+        self.trainer.optimizer.zero_grad()
+        report = StepReport()
+        report.loss_tokens = self.tokens
+        return report
 
 
 def make_row(args: argparse.Namespace, folder: Path, name: str) -> Trainer:
@@ -128,7 +184,10 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     parts: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        rows = {name: make_row(args, Path(folder), name) for name in names}
+        rows: dict[str, Any] = {name: make_row(args, Path(folder), name) for name in names}
+        if importlib.util.find_spec("trl") is not None:
+            rows["gkd trl"] = TrlRow(make_row(args, Path(folder), "gkd donor"), args, Path(folder))
+            seconds["gkd trl"] = []
         settled = max(args.reuse) + 1
         for turn in range(settled + args.steps):
             for name, trainer in rows.items():
@@ -157,7 +216,7 @@ def main() -> None:
         "seconds_by_part": parts,
         "all": seconds,
     }  # fmt: skip
-    publish(result, args.output, next(iter(rows.values())).device.type)
+    publish(result, args.output, rows["gkd generate"].device.type)
 
 
 if __name__ == "__main__":
