@@ -56,7 +56,9 @@ class Section(BaseModel):
     """A block of settings; unknown keys are refused, assignment after loading is too."""
 
     # Built when RunConfig first validates, not class by class: half of the start-up time of a dry run.
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, defer_build=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class AboutSection(Section):
@@ -519,6 +521,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
     import copy
 
     result = copy.deepcopy(dict(values))
+    models = {role: _model_of(result, role) for role in ("teacher", "student")}
     problems = []
     for key, _, text in (override.partition("=") for override in overrides):
         if key.strip() == "method":
@@ -539,7 +542,18 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
         _assign(result, ALIASES.get(key, key), value)
     if problems:
         raise ConfigError(problems)
+    # The shape of a model that was replaced would describe, and plan, another one.
+    written = {ALIASES.get(k.strip(), k.strip()) for k in (o.partition("=")[0] for o in overrides)}
+    for role, before in models.items():
+        given = any(key == f"{role}.shape" or key.startswith(f"{role}.shape.") for key in written)
+        if _model_of(result, role) != before and not given and isinstance(result.get(role), dict):
+            result[role].pop("shape", None)
     return result
+
+
+def _model_of(values: Mapping[str, Any], role: str) -> Any:
+    section = values.get(role)
+    return section.get("model") if isinstance(section, dict) else None
 
 
 def dump_config(config: RunConfig) -> str:

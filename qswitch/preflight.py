@@ -10,7 +10,7 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -286,7 +286,8 @@ def _unreadable_models(config: RunConfig) -> list[str]:
     from qswitch.models.messages import explained, quiet
     from qswitch.models.quantise import stored_quantization
     from qswitch.models.references import resolve_reference
-    from qswitch.models.weight_files import check_weight_files
+    from qswitch.models.weight_files import check_weight_files, check_whole
+    from qswitch.plan.adapters import find_adapter
 
     problems: list[str] = []
     loaded = [role for role, _ in sections_to_load(config)]
@@ -307,12 +308,33 @@ def _unreadable_models(config: RunConfig) -> list[str]:
             if role in loaded:
                 stored_quantization(found, resolved, section.precision)
                 check_weight_files(resolved)
+            _refuse_another_shape(section.shape, found, resolved.name)
         except ModelError as error:
             hint = ""
             if config.about.gated and config.about.twin and not os.environ.get("HF_TOKEN"):
                 hint = f" HF_TOKEN is not set; the preset {config.about.twin} needs none."
-            problems.append(f"{role}.model: {error}{hint}")
+            reason = str(error).rstrip(".")
+            problems.append(f"{role}.model: {reason}.{hint}")
+    for setting, reference in (("teacher.adapter", config.teacher.adapter),
+                               ("student.init_adapter", config.student.init_adapter)):  # fmt: skip
+        if reference is not None:
+            try:
+                check_whole(find_adapter(reference, setting) / "adapter_model.safetensors")
+            except ConfigError:
+                pass  # reported before any file was read
+            except ModelError as error:
+                problems.append(f"{setting}: {error}")
     return problems
+
+
+def _refuse_another_shape(shape: Mapping[str, Any] | None, config: Any, name: str) -> None:
+    """A shape block that was left behind when the model was changed would have planned another model."""
+    own = config.get_text_config()
+    for key in ("hidden_size", "n_embd", "num_hidden_layers", "n_layer"):
+        found = getattr(own, key, None)
+        if shape is not None and key in shape and found is not None and shape[key] != found:
+            raise ModelError(f"its shape block says {key} {shape[key]}, but config.json of {name} says {found}. "
+                             "Remove the block; the model's own file is read then.")  # fmt: skip
 
 
 def _read_a_record(config: RunConfig) -> None:

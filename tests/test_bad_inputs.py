@@ -327,7 +327,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "more than the context": (("max_new_tokens=500",), ("rollout.max_new_tokens", "context of 512", "Lower one")),
     "a GPU that is not there": (("train.device=cuda",), ("train.device=cuda", "GPU", "train.device=cpu")),
     # Models named in the settings
-    "model that is not there": (("teacher.model=no where",), ("teacher.model", "no where", "Give teacher.shape")),
+    "model that is not there": (("teacher.model=no where",), ("teacher.model", "no where", "there is no such folder")),
     "folder without a model": (("student.model=empty",), ("student.model", "empty", "config.json")),
     "more layers than there are": (
         ("student.shrink_to_layers=9",),
@@ -577,3 +577,53 @@ def test_gguf_that_is_none(sound, here, capsys):
 
 def test_the_corpus_is_as_large_as_promised():
     assert sum(map(len, (DATA, SETTINGS, CONFIGS, COMMANDS, MODELS))) >= 80
+
+
+# ------------------------------------------------------------------------------------------------------ damaged files
+
+
+@pytest.fixture
+def adapter(sound, here, capsys) -> Path:
+    """A trained adapter, as a run leaves it."""
+    assert run(distill(sound)) == 0
+    folder = here.parent / "adapter"
+    shutil.copytree(here / "run" / "adapter", folder)
+    shutil.rmtree(here / "run")
+    capsys.readouterr()
+    return folder
+
+
+def test_a_damaged_adapter_is_reported_before_the_run(sound, adapter, here, capsys):
+    (adapter / "adapter_model.safetensors").write_bytes(b"broken" * 100)
+    for setting in ("student.init_adapter", "teacher.adapter"):
+        refused(
+            distill(sound, f"{setting}={adapter}"), (setting, "is no safetensors file", "Download it again"), capsys
+        )
+
+
+def test_damaged_checkpoints_name_the_folder_to_delete(sound, here, capsys):
+    assert run(distill(sound, "train.max_steps=1", "train.save_steps=1")) == 0
+    checkpoint = max((here / "run" / "checkpoints").iterdir())
+    for name, reason in (("adapter/adapter_model.safetensors", "cannot be read"), ("optimizer.pt", "cannot be read")):
+        (checkpoint / name).write_bytes(b"broken" * 100)
+        capsys.readouterr()
+        (here / "run" / "summary.json").unlink(missing_ok=True)
+        assert run(["distill", "--resume", "run"]) == 2
+        message = capsys.readouterr().err
+        assert reason in message and str(checkpoint.name) in message and "elete" in message
+        assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [('{"eos_token_id": "x"}', "eos_token_id is 'x'"), ("{", "not valid JSON")]
+)
+def test_a_bad_generation_config_is_named(sound, here, tmp_path, capsys, text, reason):
+    folder = tmp_path / "teacher"
+    shutil.copytree(sound / "teacher", folder)
+    (folder / "generation_config.json").write_text(text)
+    refused(distill(sound, f"teacher.model={folder}"), ("generation_config.json", reason), capsys)
+
+
+@pytest.mark.parametrize("setting", ["train.learning_rate=.inf", "data.weights=[.nan]", "rollout.decay_rate=.inf"])
+def test_numbers_are_finite(sound, here, capsys, setting):
+    refused(distill(sound, setting), (setting.partition("=")[0], "finite"), capsys)

@@ -193,3 +193,19 @@ def test_a_missing_file_or_a_folder_says_so(tmp_path: Path):
     (tmp_path / "folder.yaml").mkdir()
     with pytest.raises(ConfigError, match="is a folder"):
         load_run_config(tmp_path / "folder.yaml")
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_another_model_does_not_keep_the_shape_of_the_presets(role, tmp_path):
+    preset = load_run_config("llama-7b-to-1b")
+    assert getattr(preset, role).shape is not None
+    other = load_run_config("llama-7b-to-1b", [f"{role}.model=org/other"])
+    assert getattr(other, role).shape is None
+    described = load_run_config("llama-7b-to-1b", [f"{role}.model=org/other", f"{role}.shape={{model_type: llama}}"])
+    assert getattr(described, role).shape == {"model_type": "llama"}
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"extends: llama-7b-to-1b\n{role}: {{model: org/other}}\n")
+    extended = load_run_config(str(mine))
+    assert getattr(extended, role).shape is None
+    untouched = "student" if role == "teacher" else "teacher"
+    assert getattr(extended, untouched).shape == getattr(preset, untouched).shape

@@ -283,7 +283,8 @@ def split_validation(items: Sequence[Item], num: int, seed: int) -> tuple[list[I
     if len(distinct) <= num:
         raise DataError(
             f"data.num_validation={num} leaves nothing to train on: the data has {len(distinct)} distinct prompts. "
-            f"Set data.num_validation={max(1, len(distinct) // 8)}, or name a held-out file in data.validation."
+            + (f"Set data.num_validation={max(1, len(distinct) // 8)}, or name" if len(distinct) > 1 else "Name")
+            + " a held-out file in data.validation."
         )
 
     held_out = set(sorted(distinct, key=lambda text: held_out_rank(text, seed))[:num])

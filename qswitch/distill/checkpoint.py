@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qswitch.errors import RunDirError
+from qswitch.errors import ModelError, RunDirError
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.student import load_adapter, save_adapter
 
@@ -75,11 +75,14 @@ def load_checkpoint(
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         # weights_only: a checkpoint is data, and must not be able to run code.
         saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a damaged pickle raises whatever its bytes lead to, IndexError for one
         raise RunDirError(
             f"{folder} cannot be read ({error}). Delete that folder to resume from the checkpoint before it."
         ) from error
-    load_adapter(student, folder / "adapter")
+    try:
+        load_adapter(student, folder / "adapter")
+    except ModelError as error:
+        raise RunDirError(f"{error} Or delete {folder} to resume from the checkpoint before it.") from error
     optimizer.load_state_dict(saved["optimizer"])
     lr_scheduler.load_state_dict(saved["lr_scheduler"])
     torch.set_rng_state(saved["torch_rng"])
@@ -99,7 +102,7 @@ def load_replay(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a damaged pickle raises whatever its bytes lead to, IndexError for one
         raise RunDirError(
             f"{path} cannot be read ({error}). Delete {folder} to resume from the one before it."
         ) from error

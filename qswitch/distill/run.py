@@ -132,7 +132,8 @@ def distill(
     progress.say(f"loading {loaded} on {runtime.device}")
     teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size) if config.needs_teacher else None
     student = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=run_dir.student_base_path)
-    if config.student.init_adapter is not None and not resume:
+    # Also when a run is resumed that was stopped before its first checkpoint.
+    if config.student.init_adapter is not None and not (resume and run_dir.latest_checkpoint() is not None):
         load_adapter(student, find_adapter(config.student.init_adapter, "student.init_adapter"))
     for model in (teacher, student):
         if model is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
@@ -73,6 +74,14 @@ def _generation_eos(section: TeacherSection | StudentSection) -> set[int]:
     resolved = resolve_reference(section.model, section.revision)
     try:
         eos = GenerationConfig.from_pretrained(resolved.path, revision=resolved.revision).eos_token_id
-    except OSError:  # models without a generation_config.json are common, and the tokenizer's token stands
+    except OSError as error:  # models without a generation_config.json are common, and the tokenizer's token stands
+        path = Path(resolved.path) / "generation_config.json"
+        if path.is_file():
+            raise ModelError(f"{path} is not valid JSON ({error}). Mend it, or delete it.") from None
         return set()
-    return set(eos) if isinstance(eos, list) else ({eos} if eos is not None else set())
+    found = eos if isinstance(eos, list) else [eos]
+    if not all(i is None or (isinstance(i, int) and not isinstance(i, bool)) for i in found):
+        raise ModelError(
+            f"generation_config.json of {resolved.name}: eos_token_id is {eos!r}, not a token id or a list."
+        )
+    return {i for i in found if i is not None}

@@ -210,12 +210,10 @@ def load_adapter(model: LanguageModel, folder: Path) -> None:
     Raises:
         ModelError: files are missing, or belong to a model or adapter of another shape.
     """
-    from safetensors.torch import load_file
-
     if not is_adapter(model):
         state: dict[str, Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            state |= load_file(path)
+            state |= _read_weights(path)
         if not state:
             raise ModelError(f"{folder} has no {FULL_WEIGHTS}.")
         own = dict(model.causal_model.named_parameters())
@@ -224,12 +222,22 @@ def load_adapter(model: LanguageModel, folder: Path) -> None:
         path = folder / ADAPTER_WEIGHTS
         if not path.is_file():
             raise ModelError(f"{folder} has no {ADAPTER_WEIGHTS}.")
-        state = load_file(path)
+        state = _read_weights(path)
         own = _adapter_parameters(model.hf)
         _same_names(set(own), set(state), str(path))
     with torch.no_grad():
         for name, parameter in own.items():
             _copy(name, parameter, state[name])
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read ({error}). Copy it again, or train it anew.") from error
 
 
 def is_adapter(model: LanguageModel) -> bool:

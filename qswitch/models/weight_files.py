@@ -41,15 +41,22 @@ def check_weight_files(resolved: ResolvedModel) -> None:
                              f"{missing[0]}. Download them.")  # fmt: skip
         files = [folder / part for part in sorted(parts)]
     for file in files:
-        _check_whole(file)
+        check_whole(file)
 
 
-def _check_whole(file: Path) -> None:
+def check_whole(file: Path) -> None:
+    """Nothing, or an error for a safetensors file that is missing, cut off or something else.
+
+    Raises:
+        ModelError: with the reason and the remedy.
+    """
+    if not file.is_file():
+        raise ModelError(f"{file} is missing. Copy or download it.")
     size = file.stat().st_size
     try:
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(_LENGTH_BYTES), "little")
-            if length > size:
+            if not 0 < length <= size:
                 raise ValueError("its header does not end")
             header = json.loads(handle.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]

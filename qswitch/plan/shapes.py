@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -363,16 +364,18 @@ def shape_from_config(values: Mapping[str, Any]) -> ModelShape:
 
 
 def shape_for(section: TeacherSection | StudentSection) -> ModelShape:
-    """The shape of a model section: its `shape` block, else config.json of a local folder or of the hub cache.
+    """The shape of a model section: config.json of a local folder or of the hub cache, else its `shape` block.
 
-    Nothing is downloaded. A student with shrink_to_layers is returned after the cut.
+    The file is the model, a block only describes it, so the file comes first; the block stands in for families that the
+    planner does not know. With neither, config.json (a few KB, nothing else) is asked of the hub. A student with
+    shrink_to_layers is returned after the cut.
 
     Raises:
         ConfigError: no configuration is at hand, or it describes an unknown family; or shrink_to_layers does not cut.
     """
     role = "student" if isinstance(section, StudentSection) else "teacher"
     try:
-        shape = shape_from_config(section.shape if section.shape is not None else _find_config(section, role))
+        shape = _shape(section, role)
     except ConfigError as error:
         raise ConfigError([p.replace("shape.", f"{role}.shape.", 1) if p.startswith("shape.") else p
                            for p in error.problems]) from None  # fmt: skip
@@ -386,16 +389,91 @@ def shape_for(section: TeacherSection | StudentSection) -> ModelShape:
     return shape
 
 
-def _find_config(section: TeacherSection | StudentSection, role: str) -> Mapping[str, Any]:
+def _shape(section: TeacherSection | StudentSection, role: str) -> ModelShape:
+    at_hand = _config_at_hand(section)
+    if section.shape is None:
+        return shape_from_config(at_hand if at_hand is not None else _published_config(section, role))
+    if at_hand is not None:
+        try:
+            return shape_from_config(at_hand)
+        except ConfigError:
+            pass  # a family that only the block describes
+    return shape_from_config(section.shape)
+
+
+def _config_at_hand(section: TeacherSection | StudentSection) -> Mapping[str, Any] | None:
+    """config.json of the first reference that a local folder or the hub cache has."""
     references = [section.model] if isinstance(section.model, str) else section.model
     for reference in references:
         for path in _config_paths(reference, section.revision):
             if path.is_file():
                 return _read_config(path)
+    return None
+
+
+def _published_config(section: TeacherSection | StudentSection, role: str) -> Mapping[str, Any]:
+    """config.json of a hub model, read and not kept; the download of the model puts it into the cache.
+
+    Not through huggingface_hub, which retries for 23 s before it says that there is no network.
+    """
+    references = [section.model] if isinstance(section.model, str) else section.model
+    reasons = []
+    for reference in references:
+        if not is_hub_id(reference):
+            kind = "no installed package's file" if reference.startswith("package:") else _no_model_because(reference)
+            reasons.append(f"{reference}: {kind}")
+        elif os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+            reasons.append(f"{reference}: not in the hub cache, and HF_HUB_OFFLINE forbids to ask the hub")
+        else:
+            try:
+                return _ask_hub(reference, section.revision)
+            except (OSError, ValueError) as error:  # HTTPError and URLError are OSErrors
+                reasons.append(f"{reference}: {_hub_answer(error)}")
     raise ConfigError(
-        f"The shape of {role}.model {' or '.join(references)} is not known: no local folder and no copy in the hub "
-        f"cache has its config.json. Give {role}.shape (values of config.json), or download the model first."
+        f"The shape of {role}.model is not known: {'; '.join(reasons)}. Mend {role}.model, or give {role}.shape "
+        "(values of config.json) to plan without it."
     )
+
+
+def is_hub_id(reference: str) -> bool:
+    """Whether a reference is an id of the hub (`owner/name` or `name`) rather than a path or a packaged file."""
+    is_path = reference.count("/") > 1 or reference.startswith((".", "/", "~")) or Path(reference).exists()
+    return not is_path and not reference.startswith("package:")
+
+
+def _no_model_because(reference: str) -> str:
+    path = Path(reference).expanduser()
+    if not path.exists():
+        return "there is no such folder"
+    if path.is_file():
+        return "a file; name the folder that holds config.json and the weights"
+    if (path / "adapter_config.json").is_file():
+        return "an adapter, no model; name its base here"
+    if (path / "plan.json").is_file():
+        return "a run directory, no model; `qswitch merge` makes a model of it"
+    return "the folder has no config.json"
+
+
+def _ask_hub(reference: str, revision: str | None) -> Mapping[str, Any]:
+    from huggingface_hub import constants, get_token, hf_hub_url
+
+    request = urllib.request.Request(hf_hub_url(reference, "config.json", revision=revision))
+    if token := get_token():
+        request.add_header("Authorization", f"Bearer {token}")
+    with urllib.request.urlopen(request, timeout=constants.HF_HUB_ETAG_TIMEOUT) as answer:
+        values = json.loads(answer.read())
+    if not isinstance(values, dict):
+        raise ValueError("its config.json is no JSON object")
+    return values
+
+
+def _hub_answer(error: Exception) -> str:
+    code = getattr(error, "code", None)
+    if code in (401, 403):
+        return "the hub knows no such model, or it is gated: accept its licence there and set HF_TOKEN"
+    if code == 404:
+        return "the hub has no config.json under this id; check its spelling and the revision"
+    return f"the hub did not answer ({getattr(error, 'reason', error)}); download the model first"
 
 
 def _config_paths(reference: str, revision: str | None) -> list[Path]:

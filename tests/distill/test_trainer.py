@@ -192,6 +192,15 @@ def test_a_stop_during_validation_leaves_its_step_and_takes_no_other(folders, tm
     assert [m["step"] for m in run_dir.read_metrics() if "loss" in m] == [1, 2]
 
 
+def test_a_run_resumed_before_its_first_checkpoint_starts_from_its_adapter(folders, tmp_path):
+    first = settings(folders, train__max_steps=2, train__eval_steps=2)
+    started = RunDir.create(tmp_path / "first", first)
+    after = distill(first, started).kl_after_nats
+    config = settings(folders, train__max_steps=1, train__eval_steps=1, student__init_adapter=str(started.path))
+    run_dir = RunDir.create(tmp_path / "second", config)  # and stopped before anything was saved
+    assert distill(config, run_dir, resume=True).kl_before_nats == pytest.approx(after, rel=1e-9)
+
+
 def test_a_run_leaves_everything_and_loads_with_plain_peft(folders, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,5 +1,7 @@
+import http.server
 import json
 import math
+import threading
 
 import pytest
 
@@ -110,11 +112,78 @@ def test_shrunk_student_has_fewer_layers():
         shape_for(StudentSection(model="x/y", shape=CONFIGS["llama"], shrink_to_layers=9))
 
 
-@pytest.mark.parametrize("section", [TeacherSection(model="package:m/f.gguf"), TeacherSection(model="no/such")])
-def test_unknown_shape_names_the_remedy(section, monkeypatch, tmp_path):
+def test_the_models_own_file_comes_before_a_block(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"]))
+    stale = {**CONFIGS["llama"], "hidden_size": 2 * CONFIGS["llama"]["hidden_size"]}
+    section = TeacherSection(model=str(tmp_path), shape=stale)
+    assert shape_for(section) == shape_from_config(CONFIGS["llama"])
+    # A family that the planner does not know is described by the block.
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIGS["llama"], "model_type": "newcomer"}))
+    assert shape_for(section) == shape_from_config(stale)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("package:m/f.gguf", "no installed package's file"),
+        ("./nowhere", "there is no such folder"),
+        ("./empty", "the folder has no config.json"),
+        ("./adapter", "an adapter, no model"),
+        ("./weights.safetensors", "a file; name the folder"),
+        ("no/such", "HF_HUB_OFFLINE forbids"),
+    ],
+)
+def test_unknown_shape_says_why(model, reason, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"Give teacher\.shape"):
-        shape_for(section)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("empty", "adapter"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "weights.safetensors").write_text("")
+    with pytest.raises(ConfigError, match=reason) as caught:
+        shape_for(TeacherSection(model=model))
+    assert "teacher.shape" in str(caught.value)
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """Serves one config.json, and asks for a token under another id."""
+
+    def do_GET(self) -> None:
+        if self.path == "/org/open/resolve/main/config.json":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(CONFIGS["llama"]).encode())
+        else:
+            self.send_error(401 if "gated" in self.path else 404)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_the_hub_is_asked_for_a_config_that_is_not_at_hand(tmp_path, monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    template = "{endpoint}/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        template.replace("{endpoint}", f"http://127.0.0.1:{server.server_port}"),
+    )
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    try:
+        assert shape_for(TeacherSection(model="org/open")) == shape_from_config(CONFIGS["llama"])
+        with pytest.raises(ConfigError, match="gated: accept its licence"):
+            shape_for(TeacherSection(model="org/gated"))
+        with pytest.raises(ConfigError, match="check its spelling"):
+            shape_for(TeacherSection(model="org/typo"))
+    finally:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(ConfigError, match="did not answer"):
+        shape_for(TeacherSection(model="org/open"))
+    assert not list(tmp_path.iterdir())  # nothing was kept
 
 
 def test_bad_shapes_are_explained():
