@@ -208,7 +208,7 @@ def _gather_streamed(
         sets = make_sets(frozenset(ranks), frozenset())
     else:
         held_out, sets = given.prompts, make_sets(frozenset(), given.texts)
-    return [*sets], held_out, _streamed_report(counts, held_out)
+    return [*sets], held_out, _streamed_report(counts, held_out, drawn=given is None)
 
 
 def _lowest_prompts(sets: list[StreamedPrompts], num: int) -> tuple[list[Prompt], list[str]]:
@@ -236,11 +236,12 @@ def _lowest_prompts(sets: list[StreamedPrompts], num: int) -> tuple[list[Prompt]
     return prompts, ranks
 
 
-def _streamed_report(counts: list[Counts], held_out: list[Prompt]) -> DataReport:
+def _streamed_report(counts: list[Counts], held_out: list[Prompt], *, drawn: bool) -> DataReport:
+    """`drawn`: the held-out prompts are records of this data. Those of a file of their own are met while training."""
     records = sum(c.records for c in counts)
     return DataReport(
         records=records,
-        training_prompts=records - len(held_out),
+        training_prompts=records - len(held_out) if drawn else records,
         held_out_prompts=len(held_out),
         duplicates=sum(c.duplicates for c in counts),
         empty_responses=sum(c.empty_responses for c in counts),

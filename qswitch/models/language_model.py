@@ -181,6 +181,8 @@ def verify_head(model: LanguageModel) -> None:
         after = model.logits(model.hidden(changed, mask, positions))
     finally:
         model.train(was_training)
+    if not torch.isfinite(expected).all():
+        raise ModelError(f"{name}: its weights give NaN or infinite logits. Download or convert the model again.")
     # LLM.int8 multiplies in fp16 and picks its outlier columns over all rows at once, so rows see each other a little.
     is_int8 = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
     tolerance = 2e-2 if is_int8 or model.compute_dtype in (torch.bfloat16, torch.float16) else 1e-4

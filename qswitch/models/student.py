@@ -98,6 +98,13 @@ def attach_lora(hf: Any, lora: LoraSection, *, seed: int, dtype: torch.dtype = t
                 f"student.lora names {name}, but this model's head is tied to its input embedding: an adapter on one "
                 "would silently change or lose the other when merged. Remove it, or use student.adapter=none."
             )
+    modules = [name for name, _ in hf.named_modules()]
+    for name in lora.modules_to_save:
+        if not any(full == name or full.endswith(f".{name}") for full in modules):
+            raise ModelError(
+                f"student.lora.modules_to_save names {name}, which {type(hf).__name__} does not have. Its linear "
+                f"modules are {', '.join(_module_kinds(hf))}; norms and embeddings may be named too."
+            )
     options: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "r": lora.r,

@@ -58,6 +58,13 @@ def test_streamed_prompts_are_those_in_memory(tmp_path):
     assert all(ids == tuple(by_text[text]) for text, ids, _ in contents(streamed) if text in by_text)
 
 
+def test_a_validation_file_takes_no_records_from_the_count(tmp_path):
+    path = write(tmp_path / "a.jsonl", rows(20))
+    validation = write(tmp_path / "v.jsonl", [*rows(4), {"prompt": "elsewhere", "response": "yes"}])
+    report = gathered(str(path), streaming=True, validation=str(validation)).report
+    assert (report.training_prompts, report.held_out_prompts) == (20, 3)
+
+
 def test_a_streamed_order_resumes_exactly(tmp_path):
     path = write(tmp_path / "a.jsonl", rows(30))
     loader = PromptLoader(gathered(str(path), streaming=True).train, 3)

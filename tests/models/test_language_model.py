@@ -69,6 +69,14 @@ def test_an_unknown_logit_transform_is_refused_by_architecture():
         verify_head(LanguageModel(hf))
 
 
+def test_weights_that_hold_nan_are_named_as_such():
+    hf = tiny_model("llama")
+    with torch.no_grad():
+        hf.get_output_embeddings().weight[3, 0] = float("nan")
+    with pytest.raises(ModelError, match="NaN"):
+        verify_head(LanguageModel(hf))
+
+
 def test_an_encoder_is_refused():
     from transformers import BertConfig, BertLMHeadModel
 

@@ -202,6 +202,8 @@ def test_an_adapter_on_a_tied_head_is_refused(tmp_path):
 def test_unknown_target_modules_name_the_known_ones(tmp_path):
     with pytest.raises(ModelError, match="q_proj"):
         load_student(config_for(save_tiny(tmp_path / "m"), lora={"target_modules": ["attention_thing"]}), FP32)
+    with pytest.raises(ModelError, match=r"modules_to_save names thing.*q_proj"):
+        load_student(config_for(save_tiny(tmp_path / "n"), lora={"modules_to_save": ["thing"]}), FP32)
 
 
 def test_an_existing_base_path_is_read_instead_of_the_model(tmp_path):
