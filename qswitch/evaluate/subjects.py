@@ -83,8 +83,10 @@ class Subject:
         return read_tokenizer(self._tokenizer_source(), self.trust_remote_code)
 
     def runtime(self, device: str | None) -> Runtime:
-        """Device and arithmetic: the run's, unless another device is named."""
+        """Device and arithmetic: the run's, unless another device is named; weights asked for in fp32 compute in it."""
         train = self.run_dir.config.train if self.run_dir is not None else TrainSection()
+        if self.run_dir is None and self.precision == "fp32":
+            train = train.model_copy(update={"compute_dtype": "fp32"})
         return make_runtime(train.model_copy(update={"device": device}) if device is not None else train)
 
     def load(self, device: str | None = None) -> LoadedSubject:
