@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -437,8 +438,7 @@ def _published_config(section: TeacherSection | StudentSection, role: str) -> Ma
 
 def is_hub_id(reference: str) -> bool:
     """Whether a reference is an id of the hub (`owner/name` or `name`) rather than a path or a packaged file."""
-    is_path = reference.count("/") > 1 or reference.startswith((".", "/", "~")) or Path(reference).exists()
-    return not is_path and not reference.startswith("package:")
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", reference) is not None and not Path(reference).exists()
 
 
 def _no_model_because(reference: str) -> str:

@@ -42,9 +42,11 @@ def configure(teacher_path: Path, student_path: Path, /, **sections: dict[str, A
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_each_part_is_that_of_the_loaded_models(arch, tmp_path):
+def test_each_part_is_that_of_the_loaded_models(arch, tmp_path, monkeypatch):
     """NF4 teacher with its scales, fp32 student, adapters, optimizer and what a swapped teacher frees: within 2 %."""
-    pytest.importorskip("bitsandbytes")
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    # The first pass, on CPUs with AVX-512 BF16, repacks weights and unpacks their scales: bytes are those before it.
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
     teacher_path, student_path = save_tiny_pair(tmp_path, arch, vocab_size=400)
     config = configure(teacher_path, student_path, teacher={"residency": "swap"})
     planned = break_down(config, *model_shapes(config), CPU)
