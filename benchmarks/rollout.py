@@ -205,9 +205,8 @@ def timed(bench: Bench) -> dict[str, Any]:
         for decay in bench.args.decay:
             auto = AutoBlock(times, Acceptance(), drafts_within_scratch(batch, bench.pair.vocab_size))
             num = min(len(bench.prompts), bench.args.prompts_per_row * batch)
-            bench.write(
-                1 / decay, batch, auto, num=num, to_the_limit=True
-            )  # warms the machine and the acceptance counts
+            # Warms the machine and the acceptance counts.
+            bench.write(1 / decay, batch, auto, num=num, to_the_limit=True)
             ratios, sequential, drafts = [], [], {}
             for repeat in range(bench.args.repeats):
                 seconds = {}

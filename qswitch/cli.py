@@ -88,8 +88,12 @@ def _silence_optional_kernels() -> None:
     """No advice to install an optional package: bitsandbytes gives it, while imported, on CPUs with AVX-512 BF16."""
     import logging
 
-    optional = "kernels-community"
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: optional not in str(record.msg))
+    # One function, so that a second command of the process adds nothing.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_advice)
+
+
+def _is_no_advice(record: Any) -> bool:
+    return "kernels-community" not in str(record.msg)
 
 
 def _version(wanted: bool) -> None:

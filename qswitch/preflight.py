@@ -78,7 +78,7 @@ def check_settings(config: RunConfig, output_dir: Path | None = None, *, elsewhe
 
 
 def _shapes_and_context(config: RunConfig, elsewhere: bool) -> Iterator[str]:
-    from qswitch.plan.scheduler import describe_machine
+    from qswitch.plan.machine import describe_machine
     from qswitch.plan.shapes import shape_for
 
     tokens = config.data.max_prompt_tokens + config.rollout.max_new_tokens
@@ -146,7 +146,7 @@ def _machine(config: RunConfig) -> Iterator[str]:
             if train.compute_dtype == "fp64":
                 yield f"{role}.precision={section.precision} cannot compute in fp64. Set {role}.precision=fp32."
     if train.optimizer == "paged_adamw_8bit" and train.device == "auto":
-        from qswitch.plan.scheduler import describe_machine
+        from qswitch.plan.machine import describe_machine
 
         if describe_machine(train).device == "cpu":
             yield "train.optimizer=paged_adamw_8bit needs a GPU, and nvidia-smi shows none. Set train.optimizer=adamw."

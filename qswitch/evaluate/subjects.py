@@ -10,7 +10,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from qswitch.config import TrainSection
 from qswitch.errors import ModelError, RunDirError
@@ -169,7 +169,7 @@ def find_subject(
     part: Part = "student"
     path = Path(reference).expanduser()
     if part_text in PARTS and (Path(path_text).expanduser() / "config.yaml").is_file():
-        path, part = Path(path_text).expanduser(), part_text  # type: ignore[assignment]
+        path, part = Path(path_text).expanduser(), cast(Part, part_text)
     run_dir = None
     kind: Literal["run", "adapter", "model"] = "model"
     if (path / "config.yaml").is_file():

@@ -258,10 +258,9 @@ def _adapter_parameters(wrapped: Any) -> dict[str, nn.Parameter]:
 
     by_storage = {p.data_ptr(): p for p in wrapped.parameters() if p.requires_grad and p.numel()}
     saved = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    found = {name: by_storage.get(tensor.data_ptr()) for name, tensor in saved.items()}
-    strangers = [name for name, parameter in found.items() if parameter is None]
+    strangers = [name for name, tensor in saved.items() if tensor.data_ptr() not in by_storage]
     assert not strangers, f"peft saves tensors that do not train: {strangers[:3]}"
-    return found  # type: ignore[return-value]
+    return {name: by_storage[tensor.data_ptr()] for name, tensor in saved.items()}
 
 
 def _same_names(own: set[str], saved: set[str], where: str) -> None:

@@ -17,7 +17,7 @@ from qswitch.errors import ConfigError, PlanError
 from qswitch.plan import memory, table
 from qswitch.plan.breakdown import Breakdown, break_down
 from qswitch.plan.cost import step_seconds
-from qswitch.plan.machine import GIB, Gpu, Machine, describe_machine, detect_budget_bytes, parse_size  # noqa: F401
+from qswitch.plan.machine import GIB, Gpu, Machine, describe_machine
 from qswitch.plan.shapes import ModelShape, shape_for
 
 MIN_CHUNK_TOKENS = 32

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -455,6 +454,8 @@ def _no_model_because(reference: str) -> str:
 
 
 def _ask_hub(reference: str, revision: str | None) -> Mapping[str, Any]:
+    import urllib.request  # here: a plan from files needs no network client
+
     from huggingface_hub import constants, get_token, hf_hub_url
 
     request = urllib.request.Request(hf_hub_url(reference, "config.json", revision=revision))
