@@ -216,14 +216,16 @@ def _train(settings: Any, resume: Path | None, output_dir: Path | None, name: st
     """Check, then run or resume; a run that a user's mistake stops before its first step leaves no folder behind."""
     from qswitch.plan.machine import detect_budget_bytes, parse_size
     from qswitch.plan.scheduler import apply_plan, plan_run, require_fit
-    from qswitch.preflight import check_settings, prepare
+    from qswitch.preflight import prepare, settings_problems
     from qswitch.run_dir import RunDir
 
     budget = None if vram is None else parse_size(vram)
     path = resume or output_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if resume is None:
         RunDir.refuse_existing(path)
-        check_settings(settings, path)
+        problems = settings_problems(settings, path)
+        if problems:
+            prepare(settings, known=problems)  # adds what models and data have to say, and raises
         plan = plan_run(settings, budget_bytes=budget or detect_budget_bytes(settings.train.device)[0])
         require_fit(plan)
         settings = apply_plan(settings, plan)

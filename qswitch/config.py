@@ -8,10 +8,11 @@ tests/test_config.py proves that every field is read somewhere.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from qswitch import methods
 from qswitch.errors import ConfigError
@@ -52,6 +53,25 @@ ALIASES = {
 }
 
 
+FROM_ELSEWHERE = {
+    "num_train_epochs": "qswitch counts optimizer steps: set train.max_steps, or train.max_tokens",
+    "num_epochs": "qswitch counts optimizer steps: set train.max_steps, or train.max_tokens",
+    "bf16": "set train.compute_dtype=bf16, or leave it at auto",
+    "fp16": "there is no fp16 arithmetic; set train.compute_dtype=bf16 or fp32, or leave it at auto",
+    "load_in_4bit": "the teacher's is teacher.precision=nf4 (the default), the student's student.precision=nf4",
+    "load_in_8bit": "set teacher.precision=int8",
+    "max_length": "set data.max_prompt_tokens and rollout.max_new_tokens",
+    "max_seq_length": "set data.max_prompt_tokens and rollout.max_new_tokens",
+    "evaluation_strategy": "set train.eval_steps",
+    "eval_strategy": "set train.eval_steps",
+    "save_strategy": "set train.save_steps",
+    "resume_from_checkpoint": "run qswitch distill --resume RUN",
+    "output_dir": "it is the option --output-dir",
+    "logging_steps": "every step is logged, in RUN/metrics.jsonl",
+}
+"""Settings of other trainers that have no namesake here -> what to do instead."""
+
+
 class Section(BaseModel):
     """A block of settings; unknown keys are refused, assignment after loading is too."""
 
@@ -59,6 +79,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, defer_build=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool):
+            kind = cls.model_fields[str(info.field_name)].annotation
+            if kind in (int, float) or (bool not in get_args(kind) and {int, float} & set(get_args(kind))):
+                raise ValueError(f"expected a number, found {str(value).lower()}")
+        return value
 
 
 class AboutSection(Section):
@@ -128,6 +157,18 @@ class LoraSection(Section):
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     """Module name pattern -> alpha that differs from alpha."""
 
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _refuse_broken_patterns(cls, patterns: dict[str, Any]) -> dict[str, Any]:
+        for pattern, value in patterns.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern} is no regular expression ({error}); write a module's name") from None
+            if value < 1 if isinstance(value, int) else value <= 0:
+                raise ValueError(f"{pattern} has the value {value}; it must be above 0")
+        return patterns
+
 
 class StudentSection(Section):
     """The small model; trained through adapters, or in full."""
@@ -182,7 +223,7 @@ class DataSection(Section):
     """Records with a longer prompt are dropped and counted."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first N training records; with data.weights, or streamed, of each entry or file."""
-    num_validation: int = Field(default=32, ge=1)
+    num_validation: int = Field(default=32, ge=1, le=100_000)
     """Number of held-out prompts that are scored."""
     ground_truth_mix: float = Field(default=0.0, ge=0, le=1)
     """Probability that a batch is ground truth instead of a rollout (0.5 in the paper)."""
@@ -631,6 +672,8 @@ def _explain(error: Any) -> str:
         names = list(section.model_fields) if section else []
         if len(path) == 1:
             names += list(ALIASES)
+        if path[-1] in FROM_ELSEWHERE:
+            return f"{dotted} is not a setting: {FROM_ELSEWHERE[path[-1]]}."
         near = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.5)
         everywhere = [k for k in known_keys() if k.rpartition(".")[2] == path[-1]]
         if near:

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 NF4_CPU_BLOCK = 64
 """bitsandbytes on CPU reads NF4 in blocks of this many inputs."""
+PROBED_RECORDS = 20_000
+"""Records read of each data set to find its problem where a run cannot start anyway; about a second."""
 TEMPLATE_PROBE = "What is 2 + 2? It's four."
 
 
@@ -68,13 +70,19 @@ def check_settings(config: RunConfig, output_dir: Path | None = None, *, elsewhe
     Raises:
         PreflightError: lists them.
     """
+    problems = settings_problems(config, output_dir, elsewhere=elsewhere)
+    if problems:
+        raise PreflightError(problems)
+
+
+def settings_problems(config: RunConfig, output_dir: Path | None = None, *, elsewhere: bool = False) -> list[str]:
+    """What `check_settings` would raise, as a list, for `prepare` to add to."""
     problems = [*_adapters(config), *_shapes_and_context(config, elsewhere), *_files(config)]
     if not elsewhere:
         problems += _machine(config)
-    if not problems and output_dir is not None:
+    if output_dir is not None:
         problems += _disk(config, output_dir)
-    if problems:
-        raise PreflightError(problems)
+    return problems
 
 
 def _shapes_and_context(config: RunConfig, elsewhere: bool) -> Iterator[str]:
@@ -115,18 +123,27 @@ def _shapes_and_context(config: RunConfig, elsewhere: bool) -> Iterator[str]:
 
 
 def _unknown_targets(student: StudentSection, shape: ModelShape) -> Iterator[str]:
-    """Listed LoRA targets that no module has; peft passes over one of several in silence."""
-    targets = student.lora.target_modules
-    if student.adapter != "lora" or isinstance(targets, str):
+    """Names in the LoRA settings that no module has; peft passes over one of several in silence.
+
+    Patterns that are no plain name are tried on the model itself, when adapters are put on it.
+    """
+    lora = student.lora
+    if student.adapter != "lora":
         return
     known = [m.name for m in (*shape.layer_linears, *shape.outer_linears)]
     others = ("lm_head", "embed_tokens", "wte", "wpe", "embed_out")
-    for name in targets:
-        if name.rpartition(".")[2] not in (*known, *others):
-            yield (
-                f"student.lora.target_modules names {name}, which {_name(student)} does not have. Its linear modules "
-                f"are {', '.join(dict.fromkeys(known))}."
-            )
+    named: dict[str, Sequence[str]] = {
+        "target_modules": [] if isinstance(lora.target_modules, str) else lora.target_modules,
+        "rank_pattern": [p for p in lora.rank_pattern if p.isidentifier()],
+        "alpha_pattern": [p for p in lora.alpha_pattern if p.isidentifier()],
+    }
+    for setting, names in named.items():
+        for name in names:
+            if name.rpartition(".")[2] not in (*known, *others):
+                yield (
+                    f"student.lora.{setting} names {name}, which {_name(student)} does not have. Its linear modules "
+                    f"are {', '.join(dict.fromkeys(known))}."
+                )
 
 
 def _machine(config: RunConfig) -> Iterator[str]:
@@ -197,15 +214,25 @@ def _disk(config: RunConfig, output_dir: Path) -> Iterator[str]:
     from qswitch.plan import memory
     from qswitch.plan.shapes import shape_for
 
+    parent = _existing_parent(output_dir)
+    if not parent.is_dir():
+        yield f"--output-dir {output_dir}: {parent} is a file. Choose another --output-dir."
+        return
+    if not os.access(parent, os.W_OK | os.X_OK):
+        yield f"--output-dir {output_dir}: {parent} cannot be written. Choose another, or change its permissions."
+        return
     student = config.student
-    shape = shape_for(student)
+    try:
+        shape = shape_for(student)
+    except ConfigError:
+        return  # reported with the models
     trained = memory.trainable_parameters(shape, student.adapter, student.lora)
     weights = trained * memory.FP32_BYTES
     checkpoint = weights + memory.optimizer_bytes(trained, config.train.optimizer, memory.FP32_BYTES)
     needed = checkpoint * (config.train.save_total_limit + 2) + weights
     if student.shrink_to_layers is not None:
         needed += shape.num_parameters * 2
-    free = shutil.disk_usage(_existing_parent(output_dir)).free
+    free = shutil.disk_usage(parent).free
     if needed > free:
         yield (
             f"The disk of {output_dir} has {free / GIB:.1f} GiB free, but the checkpoints take up to "
@@ -228,19 +255,24 @@ def _name(section: TeacherSection | StudentSection) -> str:
 # --------------------------------------------------------------------------------------- again, with tokenizer and data
 
 
-def prepare(config: RunConfig, notify: Callable[[str, int, int | None], None] | None = None) -> Prepared:
+def prepare(
+    config: RunConfig,
+    notify: Callable[[str, int, int | None], None] | None = None,
+    known: Sequence[str] = (),
+) -> Prepared:
     """Tokenizers and data of a run, read and checked; still no weights.
 
-    `notify` hears how far reading the data is.
+    `notify` hears how far reading the data is. `known` are problems found before, by `settings_problems`: with any,
+    the rest is read only as far as it takes to add to them.
 
     Raises:
-        PreflightError: every problem of models, tokenizers, template and data, in one list.
+        PreflightError: `known` and every problem of models, tokenizers, template and data, in one list.
     """
     from qswitch.distill.prompts import gather_prompts, make_encoder
     from qswitch.models.pair import load_pair_tokenizer
     from qswitch.models.runtime import make_runtime
 
-    problems: list[str] = []
+    problems = list(known)
 
     def attempt(action: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -250,19 +282,30 @@ def prepare(config: RunConfig, notify: Callable[[str, int, int | None], None] | 
             return None
 
     attempt(make_runtime, config.train)
-    problems += _unreadable_models(config)
-    pair = attempt(load_pair_tokenizer, config) if not problems else None
-    encoder = attempt(make_encoder, config, pair) if pair is not None else None
-    if pair is None or encoder is None:
-        attempt(_read_a_record, config)
+    unreadable = _unreadable_models(config, known)
+    problems += unreadable
+    pair = encoder = None
+    if not unreadable and not any(_names_model(p, role) for p in known for role in ("teacher", "student")):
+        pair = attempt(load_pair_tokenizer, config)
+        encoder = attempt(make_encoder, config, pair) if pair is not None else None
+    if pair is not None and encoder is not None:
+        problems += _end_tokens(config, pair)
+        problems += _template(config, pair, encoder)
+    if pair is None or encoder is None or problems:
+        problems += _unreadable_data(config)
         raise PreflightError(problems)
-    problems += _end_tokens(config, pair)
-    problems += _template(config, pair, encoder)
     prompts = attempt(gather_prompts, config, encoder, notify)
+    if prompts is None:  # of several sets that cannot be read, it named the first
+        problems = _unreadable_data(config) or problems
     corpus = attempt(_corpus, config, pair) if config.data.lm_corpus is not None else None
     if problems:
         raise PreflightError(problems)
     return Prepared(pair, encoder, prompts, corpus)
+
+
+def _names_model(problem: str, role: str) -> bool:
+    """Whether a problem of the settings says that the model itself is not there or not to be understood."""
+    return problem.startswith((f"The shape of {role}.model", f"{role}.shape", "Memory cannot be planned"))
 
 
 def _corpus(config: RunConfig, pair: TokenizerPair) -> Tensor:
@@ -279,8 +322,11 @@ def _corpus(config: RunConfig, pair: TokenizerPair) -> Tensor:
     return tokens
 
 
-def _unreadable_models(config: RunConfig) -> list[str]:
-    """Models that are not there, gated, or of no use, by role; reads config.json and the weight files' headers."""
+def _unreadable_models(config: RunConfig, known: Sequence[str]) -> list[str]:
+    """Models that are not there, gated, or of no use, by role; reads config.json and the weight files' headers.
+
+    Those of which a `known` problem says so already are passed over.
+    """
     from transformers import AutoConfig
 
     from qswitch.models.messages import explained, quiet
@@ -294,7 +340,7 @@ def _unreadable_models(config: RunConfig) -> list[str]:
     seen: set[str] = set()
     for role, section in (("teacher", config.teacher), ("student", config.student)):
         key = repr((section.model, section.revision, section.trust_remote_code, section.precision))
-        if key in seen:
+        if key in seen or any(_names_model(problem, role) for problem in known):
             continue
         seen.add(key)
         try:
@@ -337,14 +383,29 @@ def _refuse_another_shape(shape: Mapping[str, Any] | None, config: Any, name: st
                              "Remove the block; the model's own file is read then.")  # fmt: skip
 
 
-def _read_a_record(config: RunConfig) -> None:
-    """Reads the beginning of every data reference, so that its problem stands beside those of the models."""
-    from qswitch.data.records import load_records
+def _unreadable_data(config: RunConfig) -> list[str]:
+    """The first problem of every data set that lies on this disk, read up to `PROBED_RECORDS` records.
 
-    for references in (config.data.train, config.data.validation):
+    One that is not there has been reported before, and a hub that does not answer costs minutes.
+    """
+    from qswitch.data.records import check_columns, load_records
+
+    data = config.data
+    problems: list[str] = []
+    try:
+        check_columns(data)
+    except DataError as error:
+        return [str(error)]
+    named = ((data.train, data.split, data.limit), (data.validation, data.validation_split or data.split, None))
+    for references, split, limit in named:
         for reference in [references] if isinstance(references, str) else references or []:
-            if Path(reference).expanduser().exists():  # a hub that does not answer has been reported already
-                load_records(config.data, reference, limit=100)
+            if not Path(reference).expanduser().exists():
+                continue
+            try:
+                load_records(data, reference, limit=min(limit or PROBED_RECORDS, PROBED_RECORDS), split=split)
+            except DataError as error:
+                problems.append(str(error))
+    return problems
 
 
 def _end_tokens(config: RunConfig, pair: TokenizerPair) -> list[str]:

@@ -62,7 +62,8 @@ def load_run_config(source: str | Path, overrides: list[str] | None = None) -> R
     """
     from qswitch.config import apply_overrides, build_config  # pydantic costs 0.2 s; listing presets needs none
 
-    return build_config(apply_overrides(load_preset(source), overrides or []), source=str(source))
+    name = f"{source} with --set" if overrides else str(source)
+    return build_config(apply_overrides(load_preset(source), overrides or []), source=name)
 
 
 def _load(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -92,6 +92,16 @@ DATA: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "two objects on a line": ("d.jsonl", lines('{"prompt": "a"} {}'), ("line 2", "Extra data", "one object a line")),
     "a number": ("d.jsonl", lines("12"), ("d.jsonl line 2", "found int", 'such as {"prompt": "..."}')),
     "a list": ("d.jsonl", lines("[1]"), ("d.jsonl line 2", "found list", "expected an object")),
+    "a JSON array under the name of lines": (
+        "d.jsonl",
+        json.dumps([{"prompt": "a"}, {"prompt": "b"}]).encode(),
+        ("d.jsonl line 1", "one JSON array", "Rename it to end in .json"),
+    ),
+    "a JSON array over several lines": (
+        "d.jsonl",
+        b'[\n{"prompt": "a"}\n]\n',
+        ("d.jsonl line 1", "one JSON array", "Rename it to end in .json"),
+    ),
     "NaN": ("d.jsonl", lines('{"prompt": NaN}'), ("d.jsonl line 2", "NaN is not JSON", "Mend or delete")),
     "Latin-1": ("d.jsonl", b'{"prompt": "Gr\xfc\xdfe"}\n', ("d.jsonl line 1", "not UTF-8", "iconv")),
     "UTF-16": ("d.jsonl", GOOD.encode("utf-16"), ("d.jsonl line 1", "not UTF-8", "Save the file as UTF-8")),
@@ -293,11 +303,37 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "template that says nothing": (("data.template=silent.jinja",), ("silent.jinja", "leaves out", "must print")),
     "template that refuses": (("data.template=raising.jinja",), ("raising.jinja", "not a usable", "Mend the template")),
+    "file without a name": (("data.train=''",), ("data.train", "name of a file is empty", "Name a file")),
+    "more held out than anybody has": (
+        ("data.num_validation=1000000000",),
+        ("data.num_validation = 1000000000", "less than or equal to 100000"),
+    ),
     "limit of nothing": (("data.limit=0",), ("data.limit", "greater than or equal to 1", "= 0")),
     # Training and rollout settings
     "unknown section": (("trian.max_steps=3",), ("trian", "not a setting", "Did you mean train?")),
     "unknown key": (("train.max_step=3",), ("train.max_step", "not a setting", "Did you mean train.max_steps?")),
     "text for a number": (("train.max_steps=many",), ("train.max_steps", "'many'", "valid integer")),
+    "yes for a number": (("train.max_steps=true",), ("train.max_steps = True", "expected a number, found true")),
+    "epochs": (("num_train_epochs=3",), ("num_train_epochs is not a setting", "set train.max_steps")),
+    "another trainer's 4 bits": (("load_in_4bit=true",), ("load_in_4bit", "teacher.precision=nf4")),
+    "another trainer's dtype": (("train.bf16=true",), ("train.bf16 is not a setting", "train.compute_dtype=bf16")),
+    "rank of a module that is not there": (
+        ("student.lora.rank_pattern={foo: 3}",),
+        ("student.lora.rank_pattern names foo", "does not have", "Its linear modules are"),
+    ),
+    "alpha of a path that is not there": (
+        ("student.lora.alpha_pattern={'layers.9.self_attn.q_proj': 3}",),
+        ("student.lora.alpha_pattern names layers.9.", "no module that has an adapter", "write a name"),
+    ),
+    "rank of a module without an adapter": (
+        ("student.lora.target_modules=[q_proj]", "student.lora.rank_pattern={k_proj: 3}"),
+        ("student.lora.rank_pattern names k_proj", "no module that has an adapter", "They are q_proj"),
+    ),
+    "pattern that is none": (
+        ("student.lora.rank_pattern={'q_proj(': 3}",),
+        ("student.lora.rank_pattern", "is no regular expression", "write a module's name"),
+    ),
+    "rank of nothing": (("student.lora.rank_pattern={q_proj: 0}",), ("rank_pattern", "must be above 0")),
     "negative learning rate": (("learning_rate=-1",), ("train.learning_rate", "-1", "greater than 0")),
     "section as a number": (("train=3",), ("train", "3", "valid dictionary")),
     "unknown policy": (("rollout.policy=ouija",), ("rollout.policy", "'ouija'", "'switch'")),
@@ -526,9 +562,13 @@ MODELS: dict[str, tuple[str, Break, tuple[str, ...]]] = {
     "no tokenizer": (
         "student",
         removed("tokenizer.json", "tokenizer_config.json"),
-        ("tokenizer", "student", "cannot be loaded"),
+        ("tokenizer", "student", "cannot be loaded", "Put the tokenizer.json"),
     ),
-    "broken tokenizer": ("student", written("tokenizer.json", b"{}"), ("tokenizer", "student", "cannot be loaded")),
+    "broken tokenizer": (
+        "student",
+        written("tokenizer.json", b"{}"),
+        ("tokenizer", "student", "cannot be loaded", "Put the tokenizer.json"),
+    ),
     "another vocabulary": (
         "student",
         other_tokenizer(characters=CHARACTERS[::-1]),

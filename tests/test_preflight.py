@@ -11,7 +11,7 @@ import pytest
 
 from qswitch import preflight
 from qswitch.config import RunConfig, build_config
-from qswitch.preflight import PreflightError, check_settings, prepare
+from qswitch.preflight import PreflightError, check_settings, prepare, settings_problems
 from tests.tiny import CHARACTERS, save_tiny_pair, tiny_tokenizer
 
 
@@ -136,6 +136,50 @@ def test_models_and_data_that_are_not_there_are_listed_together(pair, tmp_path):
     found = problems(prepare, config)
     assert len(found) == 3
     assert "teacher.model" in found[0] and "student.model" in found[1] and "bad.jsonl line 1" in found[2]
+
+
+def test_settings_models_and_every_data_file_are_listed_together(pair, tmp_path):
+    """Whatever stage finds a problem, the others still have their say."""
+    bad = [tmp_path / f"bad{i}.jsonl" for i in range(2)]
+    for i, path in enumerate(bad):
+        path.write_text('{"prompt": "fine"}\n' * i + "{nonsense\n")
+    (tmp_path / "file").write_text("")
+    config = settings(
+        pair, student__model="no folder", data__train=[str(p) for p in bad], data__template="nowhere.jinja",
+        data__validation=str(bad[0]),
+    )  # fmt: skip
+    known = settings_problems(config, tmp_path / "file" / "run")
+    found = problems(prepare, config, None, known)
+    for text in (
+        "student.model", "data.template=nowhere.jinja", "--output-dir", "bad0.jsonl line 1", "bad1.jsonl line 2",
+    ):  # fmt: skip
+        assert any(text in problem for problem in found), text
+    assert len(found) == 6  # the file that is named twice has two
+
+
+def test_other_vocabularies_and_bad_data_are_listed_together(copy, tmp_path):
+    tiny_tokenizer(CHARACTERS[::-1]).save_pretrained(copy / "student")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "fine"}\n' * 150 + "{nonsense\n")
+    found = problems(prepare, settings(copy, data__train=str(bad)))
+    assert len(found) == 2
+    assert "different vocabularies" in found[0] and "bad.jsonl line 151" in found[1]
+
+
+def test_of_two_bad_files_both_are_named(pair, tmp_path):
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in files:
+        path.write_text("[1]\n")
+    found = problems(prepare, settings(pair, data__train=[str(f) for f in files]))
+    assert ["a.jsonl line 1" in found[0], "b.jsonl line 1" in found[1]] == [True, True] and len(found) == 2
+
+
+def test_records_beyond_the_limit_are_not_read(copy, tmp_path):
+    good = (copy / "data.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "d.jsonl").write_text("".join(good) + "{nonsense\n")
+    config = settings(copy, data__train=str(tmp_path / "d.jsonl"), data__limit=len(good), student__model="no folder")
+    (found,) = problems(prepare, config)
+    assert "student.model" in found
 
 
 def test_a_gated_preset_without_a_token_names_its_twin(pair, monkeypatch):

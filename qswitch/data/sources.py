@@ -28,6 +28,7 @@ RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _FIELD_LIMIT_CHARS = 2**27
+_DELIMITERS = (";", "\t", "|", ",")
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -91,6 +92,8 @@ def reference_path(reference: str, suffixes: tuple[str, ...] = RECORD_SUFFIXES) 
     Raises:
         DataError: neither is there, nor is it a hub id.
     """
+    if not reference.strip():
+        raise DataError("the name of a file is empty. Name a file, a folder or a hub id.")
     path = _package_path(reference) if reference.startswith("package:") else Path(reference).expanduser()
     if path.exists():
         return path
@@ -202,7 +205,7 @@ def _rows_of_file(path: Path, suffixes: tuple[str, ...]) -> Iterator[Row]:
         elif suffix == ".json":
             yield from _json_file(path)
         elif suffix in (".csv", ".tsv"):
-            yield from _csv_file(path, "\t" if suffix == ".tsv" else ",")
+            yield from _csv_file(path, _delimiter(path, "\t" if suffix == ".tsv" else ","))
         elif suffix == ".parquet":
             yield from _parquet_file(path)
         else:
@@ -282,13 +285,24 @@ def parse_json_line(line: bytes, path: Path, number: int) -> Row | None:
     try:
         value = _parse_json(text)
     except json.JSONDecodeError as error:
+        if number == 1 and text.lstrip().startswith("["):
+            raise _an_array(path) from None
         raise DataError(
             f"{where}: not valid JSON: {error.msg} at column {error.colno}. Write one object a line; "
             "mend or delete this line."
         ) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON: {error}. Mend or delete this line.") from None
+    if number == 1 and isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        raise _an_array(path)
     return _as_row(value, where)
+
+
+def _an_array(path: Path) -> DataError:
+    return DataError(
+        f"{path} line 1: the file holds one JSON array, not an object a line. Rename it to end in .json, or write one "
+        "object a line."
+    )
 
 
 def _json_file(path: Path) -> Iterator[Row]:
@@ -312,6 +326,15 @@ def _json_file(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: expected a list of objects, found {type(value).__name__}.")
     for number, item in enumerate(value, 1):
         yield _as_row(item, f"{path} record {number}")
+
+
+def _delimiter(path: Path, usual: str) -> str:
+    """What separates the cells: `usual`, or, where the header does not have it, the one of `; tab | ,` that it has."""
+    with open_bytes(path) as file:
+        header = file.readline().decode("utf-8-sig", errors="replace")
+    if usual in header:
+        return usual
+    return max(_DELIMITERS, key=header.count) if any(d in header for d in _DELIMITERS) else usual
 
 
 def _csv_file(path: Path, delimiter: str) -> Iterator[Row]:

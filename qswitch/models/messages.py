@@ -60,6 +60,11 @@ def explained(name: str, what: str) -> Iterator[None]:
             remedy = "it is no decoder-only language model that transformers knows."
         elif "unrecognized model" in lower or "does not recognize this architecture" in lower:
             remedy = "this transformers version does not know its architecture; check config.json, or upgrade."
+        elif what == "tokenizer":
+            remedy = (
+                f"{first_line(error)}. Put the tokenizer.json and tokenizer_config.json of the model it was made from "
+                "beside its weights, or name a model that has them."
+            )
         else:
             remedy = first_line(error)
         raise ModelError(f"The {what} {name} cannot be loaded: {remedy}") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,7 @@ def attach_lora(hf: Any, lora: LoraSection, *, seed: int, dtype: torch.dtype = t
     try:
         with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of names that transformers is about to rename
+            warnings.filterwarnings("ignore", ".*did not match any targeted module")  # refused below
             torch.manual_seed(seed)
             wrapped = peft.get_peft_model(hf, peft.LoraConfig(**options), autocast_adapter_dtype=False)
     except (ValueError, TypeError, KeyError, RuntimeError, ImportError, NotImplementedError) as error:
@@ -135,6 +137,7 @@ def attach_lora(hf: Any, lora: LoraSection, *, seed: int, dtype: torch.dtype = t
         raise ModelError(
             f"student.lora does not fit {type(hf).__name__}: {text[:300]} Its linear modules are {', '.join(kinds)}."
         ) from error
+    _refuse_idle_patterns(wrapped, lora)
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
             if not parameter.is_floating_point():
@@ -142,6 +145,20 @@ def attach_lora(hf: Any, lora: LoraSection, *, seed: int, dtype: torch.dtype = t
             parameter.data = parameter.data.to(dtype)
     disable_cpu_repacking(wrapped)
     return wrapped
+
+
+def _refuse_idle_patterns(wrapped: Any, lora: LoraSection) -> None:
+    """A rank or alpha for modules that have no adapter would change nothing, and peft says nothing of it."""
+    adapted = [name for name, m in wrapped.base_model.model.named_modules() if hasattr(m, "lora_A")]
+    for setting, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for pattern in patterns:
+            expression = re.compile(rf"(.*\.)?({pattern})$")  # as peft reads it
+            if not any(expression.match(name) for name in adapted):
+                kinds = ", ".join(sorted({name.rpartition(".")[2] for name in adapted}))
+                raise ModelError(
+                    f"student.lora.{setting} names {pattern}, which matches no module that has an adapter. They are "
+                    f"{kinds}; write a name, or a regular expression for the end of a path."
+                )
 
 
 def linear_suffixes(hf: Any, excluded: set[str]) -> set[str]:

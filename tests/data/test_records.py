@@ -112,6 +112,17 @@ def test_csv_keeps_leading_zeros_and_lines_inside_quotes(tmp_path):
     assert (last.response, last.source) == ("NA", f"{file} line 4")
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_table_may_separate_its_cells_otherwise_than_its_name_says(tmp_path, delimiter, ending):
+    """Excel writes semicolons where the comma is the decimal point."""
+    file = tmp_path / f"a.{ending}"
+    file.write_text(f'prompt{delimiter}response\n"one{delimiter} two"{delimiter}three, four\n'.replace(
+        "three, four", '"three, four"'), encoding="utf-8")  # fmt: skip
+    (record,) = load(file)
+    assert (record.messages, record.response) == (user(f"one{delimiter} two"), "three, four")
+
+
 def test_parquet_and_folder_and_list(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
