@@ -150,7 +150,7 @@ def read_comparison(path: Path) -> Comparison:
         raise ConfigError([_explain(e) for e in error.errors()], str(path)) from None
     source = path.parent / section.run if section.run.endswith((".yaml", ".yml")) else section.run
     run = apply_overrides(load_preset(source), _overrides(section.settings))
-    cells: list[Cell] = []
+    ranked: list[tuple[int, Cell]] = []
     problems: list[str] = []
     named = dict(section.cells)
     if not any(_is_sft(cell, run) for cell in named.values()):
@@ -160,13 +160,15 @@ def read_comparison(path: Path) -> Comparison:
     for name, cell in named.items():
         if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             problems.append(f"cells.{name}: use letters, digits, dots and dashes")
-        for seed in cell.seeds or section.seeds:
+        for rank, seed in enumerate(cell.seeds or section.seeds):
             try:
                 config = _cell_config(run, cell, seed, section.budget)
             except ConfigError as error:
                 problems += [f"cells.{name}: {p}" for p in error.problems]
                 break
-            cells.append(Cell(name, seed, config, _settings(config, section)))
+            ranked.append((rank, Cell(name, seed, config, _settings(config, section))))
+    # One seed of every cell before the next: the table of an unfinished comparison compares like with like.
+    cells = [cell for _, cell in sorted(ranked, key=lambda item: item[0])]
     baseline = section.baseline or next(iter(section.cells))
     if baseline not in named:
         problems.append(f"baseline: there is no cell {baseline}. Cells: {', '.join(named)}")

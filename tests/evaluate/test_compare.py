@@ -112,6 +112,18 @@ def test_an_interrupted_comparison_goes_on_and_repeats_no_finished_cell(tmp_path
         compare(write_comparison(tmp_path, budget={"unit": "steps", "amount": 3}), out, say=lambda _: None)
 
 
+def test_one_seed_of_every_cell_comes_before_the_next(tmp_path: Path):
+    cells = {"switch": {}, "gkd": {"settings": {"method": "gkd"}, "seeds": [7]}, "sft": {"settings": {"method": "sft"}}}
+    comparison = read_comparison(write_comparison(tmp_path, seeds=[1, 2], cells=cells))
+    assert [c.label for c in comparison.cells] == [
+        "switch-seed1",
+        "gkd-seed7",
+        "sft-seed1",
+        "switch-seed2",
+        "sft-seed2",
+    ]
+
+
 def test_a_cell_of_another_version_counts_unless_a_value_differs(tmp_path: Path):
     (cell, *_) = read_comparison(write_comparison(tmp_path)).cells
     saved = json.loads(json.dumps(cell.settings))
