@@ -5,6 +5,7 @@
     python -m benchmarks.rollout simulate --pass-times FILE.json ...                         # by another table of times
     python -m benchmarks.rollout rounding --teacher DIR --student DIR --prompts FILE.jsonl   # same tokens in floats?
     python -m benchmarks.rollout assisted --teacher DIR --student DIR --prompts FILE.jsonl   # against transformers
+    python -m benchmarks.rollout graphs   --teacher DIR --student DIR --prompts FILE.jsonl   # CUDA graphs, on a GPU
 
 Any pair with one tokenizer will do; `--precision`, `--dtype`, `--batch`, `--decay`, `--new-tokens` choose the work.
 Each part prints its JSON, and writes it to `--output`. Times are medians of paired repetitions in one process: both
@@ -44,7 +45,8 @@ from qswitch.rollout.block_length import (
 )
 from qswitch.rollout.decode import Rollout, RolloutRequest, RolloutStats, inference, rollout
 from qswitch.rollout.pass_times import measure_pass_times
-from qswitch.rollout.policy import TEACHER, SwitchPolicy, Threshold
+from qswitch.rollout.policy import TEACHER, StudentPolicy, SwitchPolicy, Threshold
+from qswitch.rollout.step_graph import StepGraphs, try_graphs
 
 
 class Bench:
@@ -311,15 +313,15 @@ def rounding(bench: Bench) -> dict[str, Any]:
     def shares(written: list[Rollout], edges: list[int]) -> list[dict[str, float]]:
         found = []
         for low, high in itertools.pairwise(edges):
-            writers = [w == TEACHER for r in written for w in r.writers[low:high]]
-            jsd = [j for r in written for j in (r.jsd_bits or [])[low:high] if j is not None]
-            if len(writers) > 1 and len(jsd) > 1:
+            writers = [[float(w == TEACHER) for w in r.writers[low:high]] for r in written]
+            jsd = [[j for j in (r.jsd_bits or [])[low:high] if j is not None] for r in written]
+            share, share_error = clustered_mean(writers)
+            bits, bits_error = clustered_mean(jsd)
+            if share is not None and bits is not None:
                 found.append(
                     {
-                        "steps": f"{low}-{high - 1}", "tokens": len(writers),
-                        "teacher_share": statistics.fmean(writers),
-                        "teacher_share_error": statistics.stdev(map(float, writers)) / len(writers) ** 0.5,
-                        "jsd_bits": statistics.fmean(jsd), "jsd_error": statistics.stdev(jsd) / len(jsd) ** 0.5,
+                        "steps": f"{low}-{high - 1}", "tokens": sum(map(len, writers)), "teacher_share": share,
+                        "teacher_share_error": share_error, "jsd_bits": bits, "jsd_error": bits_error,
                     }
                 )  # fmt: skip
         return found
@@ -342,6 +344,15 @@ def rounding(bench: Bench) -> dict[str, Any]:
         "first_differences_per_token": num_differing / read_until_difference,
         "by_position": by_position,
     }  # fmt: skip
+
+
+def clustered_mean(values: list[list[float]]) -> tuple[float | None, float]:
+    """Mean over the tokens of all responses, and its standard error; the tokens of a response hang together."""
+    num = sum(map(len, values))
+    if num < 2:
+        return None, 0.0
+    mean = sum(map(sum, values)) / num
+    return mean, sum((sum(v) - mean * len(v)) ** 2 for v in values) ** 0.5 / num
 
 
 def assisted(bench: Bench) -> dict[str, Any]:
@@ -377,12 +388,31 @@ def assisted(bench: Bench) -> dict[str, Any]:
     return {"seconds_per_token": {k: statistics.median(v) for k, v in results.items()}, "all": results}
 
 
+def graphs(bench: Bench) -> dict[str, Any]:
+    """Student passes of one token per row, as usual and replayed, and whole rollouts of the student with either."""
+    cells = []
+    for batch in bench.args.batch:
+        trial = try_graphs(bench.student, batch, repeats=8 * bench.args.repeats)
+        seconds: dict[str, list[float]] = {"usual": [], "replayed": []}
+        for _ in range(bench.args.repeats if trial.used else 0):
+            for side, made in (("usual", None), ("replayed", StepGraphs(bench.student, batch))):
+                _, stats = rollout(
+                    bench.requests(batch * bench.args.prompts_per_row), teacher=None, student=bench.student,
+                    policy=StudentPolicy(), seed=0, temperature=1.0, eos_ids=(), pad_id=bench.pair.pad_id,
+                    batch_size=batch, keep="nothing", student_graphs=made,
+                )  # fmt: skip
+                seconds[side].append(stats.seconds / stats.tokens)
+        cells.append({"batch": batch, "trial": trial.to_dict(), "seconds_per_token": seconds})
+    return {"cells": cells}
+
+
 def numbers(text: str) -> list[int]:
     """1,4,8 -> [1, 4, 8]."""
     return [int(part) for part in text.split(",")]
 
 
-PARTS = {"passes": passes, "simulate": simulate, "time": timed, "rounding": rounding, "assisted": assisted}
+PARTS = {"passes": passes, "simulate": simulate, "time": timed, "rounding": rounding, "assisted": assisted,
+         "graphs": graphs}  # fmt: skip
 
 
 def main() -> None:

@@ -269,6 +269,9 @@ class RolloutSection(Section):
     block_tokens: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = "auto"
     """Tokens the student drafts before the teacher scores them in one pass; changes speed, never the tokens. 0: the
     sequential engine. auto: chosen from measured pass times and the acceptance so far."""
+    student_graphs: Literal["auto", "off"] = "auto"
+    """auto: on a GPU, the student's one-token passes are recorded and replayed as CUDA graphs, where a trial at the
+    start finds them the same and faster. off: never."""
     temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature of both writers; 0 is greedy. The divergence is always measured at temperature 1."""
     max_new_tokens: int = Field(default=256, ge=1)

@@ -19,8 +19,8 @@ from qswitch.yaml_file import read_yaml
 
 
 class RunDir:
-    """RUN/: config.yaml, plan.json, pass_times.json, metrics.jsonl, rollouts.jsonl, summary.json, checkpoints/,
-    adapter/, student/."""
+    """RUN/: config.yaml, plan.json, pass_times.json, student_graphs.json, metrics.jsonl, rollouts.jsonl, summary.json,
+    checkpoints/, adapter/, student/."""
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
@@ -108,6 +108,11 @@ class RunDir:
     def pass_times_path(self) -> Path:
         """Seconds of a pass of each model, measured once, from which rollout.block_tokens=auto chooses."""
         return self.path / "pass_times.json"
+
+    @property
+    def student_graphs_path(self) -> Path:
+        """Whether the student's passes are replayed as CUDA graphs, and why; found out once."""
+        return self.path / "student_graphs.json"
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""

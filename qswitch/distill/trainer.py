@@ -65,6 +65,7 @@ from qswitch.rollout.decode import Rollout, RolloutRequest, RolloutStats, rollou
 from qswitch.rollout.pass_times import measure_pass_times
 from qswitch.rollout.policy import TEACHER, make_policy
 from qswitch.rollout.sampling import row_keys, uniform
+from qswitch.rollout.step_graph import StepGraphs, try_graphs
 from qswitch.rollout.transcript import rollout_record
 from qswitch.run_dir import RunDir
 
@@ -180,6 +181,7 @@ class Trainer:
                 validation_prompts, pad_id=pair.pad_id, batch_size=config.rollout.batch_size
             )
         self.acceptance = Acceptance()
+        self.uses_graphs = self._try_graphs()
         self.blocks = self._make_blocks()
         self.round: deque[PreparedStep] = deque()
         """Steps that the last round of rollouts has prepared and that have not been taken."""
@@ -342,6 +344,7 @@ class Trainer:
                 keep=keep,
                 blocks=self.blocks,
                 keep_student=settings.reuse > 1 or self.share is not None,
+                student_graphs=self._make_graphs(),
             )
 
     def remember(self, rollouts: Sequence[Rollout], sequences: Sequence[TrainingSequence]) -> None:
@@ -370,6 +373,22 @@ class Trainer:
         stored = self.cache.keys()
         self.cache.discard(stored[[tuple(key) not in needed for key in stored.tolist()]])
 
+    def _make_graphs(self) -> StepGraphs | None:
+        """What replays the student's passes in one call; None where that is off, not possible or of no use."""
+        return StepGraphs(self.student, self.recovery.sizes.rollout_rows) if self.uses_graphs else None
+
+    def _try_graphs(self) -> bool:
+        """Whether student passes are replayed: tried once and kept, so a resumed run does the same."""
+        wanted = self.config.rollout.student_graphs == "auto" and self.config.writes_rollouts
+        if not wanted or self.device.type != "cuda":
+            return False
+        path = self.run_dir.student_graphs_path
+        if not path.exists():
+            trial = try_graphs(self.student, self.recovery.sizes.rollout_rows)
+            self.run_dir.write_json(path.name, trial.to_dict())
+            self.progress.say(f"CUDA graphs for the student: {'on' if trial.used else 'off'}, {trial.reason}")
+        return bool(json.loads(path.read_text(encoding="utf-8"))["used"])
+
     def _make_blocks(self) -> BlockLength:
         """How many tokens the student drafts; the pass times are measured once and kept, so a resumed run chooses the
         same."""
@@ -383,7 +402,9 @@ class Trainer:
             times = PassTimes.from_dict(json.loads(path.read_text(encoding="utf-8")))
         else:
             with freed_memory_kept(self.device):  # as they will be in the rollouts
-                times = measure_pass_times(self.teacher, self.student, settings.batch_size)
+                times = measure_pass_times(
+                    self.teacher, self.student, settings.batch_size, make_graphs=self._make_graphs
+                )
             self.run_dir.write_json(path.name, times.to_dict())
         most = drafts_within_scratch(settings.batch_size, self.pair.vocab_size)
         return AutoBlock(times, self.acceptance, most)
@@ -688,6 +709,7 @@ class Trainer:
             "rollout_tokens": stats.tokens,
             "teacher_passes": stats.teacher_passes,
             "student_passes": stats.student_passes,
+            "student_replays": stats.student_replays,
             "teacher_row_passes_per_token": stats.by_row_passes["teacher"] / stats.tokens if stats.tokens else None,
             "kept_draft_share": stats.kept_draft_share,
             "kept_drafts_by_step": _shares(stats),

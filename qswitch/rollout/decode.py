@@ -21,6 +21,7 @@ from qswitch.rollout.block_length import BlockLength, FixedBlock
 from qswitch.rollout.engine import Engine, Sampling
 from qswitch.rollout.policy import Policy
 from qswitch.rollout.records import Keep, Rollout, RolloutRequest, RolloutStats
+from qswitch.rollout.step_graph import StepGraphs
 
 __all__ = ["Rollout", "RolloutRequest", "RolloutStats", "inference", "rollout", "score_responses"]
 
@@ -58,13 +59,15 @@ def rollout(
     blocks: BlockLength | None = None,
     no_repeat_ngram_size: int = 0,
     keep_student: bool = False,
+    student_graphs: StepGraphs | None = None,
 ) -> tuple[list[Rollout], RolloutStats]:
     """Write one response per request; the answer keeps the order of the requests.
 
     The tokens depend on (seed, example id, visit, prompt) and the weights alone: batch_size, order and the block length
     (`blocks`; None: no drafts, the sequential engine) change speed. A student given to a policy that needs none drafts
-    for the teacher. `keep_student` hands back the student's hidden states too. With `no_repeat_ngram_size` n above 0 no
-    n-gram of prompt and response is written twice (evaluation only, so for a single writer).
+    for the teacher. `keep_student` hands back the student's hidden states too. `student_graphs`, made for this call,
+    replays its passes. With `no_repeat_ngram_size` n above 0 no n-gram of prompt and response is written twice
+    (evaluation only, so for a single writer).
 
     Raises:
         ValueError: the policy asks a model that is not given, teacher outputs are to be kept without a teacher, or
@@ -91,11 +94,14 @@ def rollout(
             blocks=blocks or FixedBlock(0),
             keep=keep,
             keep_student=keep_student,
+            student_graphs=student_graphs,
             stats=stats,
         )
         with inference(teacher, student):
             for i, result in engine.run():
                 results[i] = result
+    if student_graphs is not None:
+        stats.student_replays = student_graphs.num_replays
     stats.seconds = time.perf_counter() - started
     return [r for r in results if r is not None], stats
 

@@ -29,6 +29,7 @@ from qswitch.rollout.kv_cache import MAX_HOLE_SHARE, KVState
 from qswitch.rollout.no_repeat import banned_tokens
 from qswitch.rollout.policy import STUDENT, TEACHER, Block, Policy
 from qswitch.rollout.records import Keep, Rollout, RolloutRequest, RolloutStats
+from qswitch.rollout.step_graph import StepGraphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Engine:
         blocks: BlockLength,
         keep: Keep,
         keep_student: bool = False,
+        student_graphs: StepGraphs | None = None,
         stats: RolloutStats,
     ) -> None:
         self._requests = requests
@@ -111,6 +113,7 @@ class Engine:
         self._places = self._steps = self._limits = self._keys = torch.zeros(0, dtype=torch.int64, device=device)
         self._prompt_lengths = torch.zeros(self._batch_size, dtype=torch.int64, device=device)  # by place
         self._states: dict[str, KVState] = {}
+        self._student_graphs = student_graphs
         self._landing: list[_Landing] = []
 
     def run(self) -> Iterator[tuple[int, Rollout]]:
@@ -368,7 +371,7 @@ class Engine:
         for name, model in (("teacher", self._teacher), ("student", self._student)):
             if model is None:
                 continue
-            states[name] = KVState(model, len(requests))
+            states[name] = KVState(model, len(requests), graphs=self._student_graphs if name == "student" else None)
             if counts.max() > 0:
                 states[name].append(ids, mask.bool(), counts)
                 self.stats.prefill_passes += 1

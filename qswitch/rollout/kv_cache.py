@@ -12,7 +12,7 @@ Letters: `R` rows, `n` tokens of a pass, `S` slots in use, `D` hidden width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from qswitch.errors import ModelError
 from qswitch.models.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from qswitch.rollout.step_graph import StepGraphs
 
 GROWTH_SLOTS = 64
 """Buffers grow by whole chunks of this many slots: a pass writes its own slots and seldom copies the others."""
@@ -45,6 +48,21 @@ class SlotLayer(DynamicLayer):
         self.keys, self._keys = _append(self.keys, self._keys, key_states)
         self.values, self._values = _append(self.values, self._values, value_states)
         return self.keys, self.values
+
+    def advance(self, num_slots: int) -> None:
+        """Take slots into use that were written into the buffers directly."""
+        end = self.keys.shape[2] + num_slots
+        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
+
+    def move_to(self, keys: Tensor, values: Tensor) -> None:
+        """Live on in the first rows of other buffers [>= R, heads, >= S, width]; nothing happens if it does already."""
+        if self._keys.data_ptr() == keys.data_ptr():
+            return
+        num_rows, _, filled, _ = self.keys.shape
+        keys[:num_rows, :, :filled] = self.keys
+        values[:num_rows, :, :filled] = self.values
+        self._keys, self._values = keys[:num_rows], values[:num_rows]
+        self.keys, self.values = self._keys[:, :, :filled], self._values[:, :, :filled]
 
     def repacked(self, sources: Sequence[tuple[SlotLayer | None, Tensor, Tensor]], width: int) -> SlotLayer:
         """A layer of the rows of several, each given as (layer, rows [r], slots [r, w]); slots end at `width`."""
@@ -85,14 +103,15 @@ def _append(used: Tensor, buffer: Tensor, states: Tensor) -> tuple[Tensor, Tenso
 
 
 class KVState:
-    """Keys and values of `model` for R rows.
+    """Keys and values of `model` for R rows; with `graphs`, passes of one token per row are replayed.
 
     Raises:
         ModelError: the model has a kind of attention whose past cannot be masked slot by slot.
     """
 
-    def __init__(self, model: LanguageModel, num_rows: int) -> None:
+    def __init__(self, model: LanguageModel, num_rows: int, *, graphs: StepGraphs | None = None) -> None:
         self._model = model
+        self._graphs = graphs
         self._windows = attention_windows(model)
         self._cache = Cache(layer_class_to_replicate=SlotLayer)
         # On the device: int64 (R, S) position held by each slot, or EMPTY; int64 (R,) tokens read.
@@ -113,6 +132,11 @@ class KVState:
         return self._slots.shape[1]
 
     @property
+    def replays(self) -> bool:
+        """Whether passes of one token per row are recorded and replayed."""
+        return self._graphs is not None
+
+    @property
     def hole_share(self) -> float:
         """Dead slots behind a row's first live one, as a share of all live slots; left padding is no hole."""
         return float((self.num_slots - self._first - self._live).sum() / max(self._live.sum(), 1))
@@ -131,10 +155,15 @@ class KVState:
         self._live += live_counts
         self._slots = torch.cat([self._slots, positions], dim=1)
         self._lengths = self._lengths + order[:, -1]
+        masks, position_ids = self._masks(positions), positions.clamp_min(0)
+        if self._graphs is not None and num_tokens == 1 and self._cache.layers:
+            hidden = self._graphs.step(self._cache.layers, tokens, position_ids, masks)
+            if hidden is not None:
+                return hidden
         return self._model.hidden(
             tokens,
-            attention_mask=self._mask(positions),
-            position_ids=positions.clamp_min(0),
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            position_ids=position_ids,
             past_key_values=self._cache,
         )
 
@@ -193,8 +222,8 @@ class KVState:
         )
         self._live, self._first = live, width - live
 
-    def _mask(self, positions: Tensor) -> Any:
-        """What the queries at `positions` [R, n] may see: [R, 1, n, S], one for each kind of layer."""
+    def _masks(self, positions: Tensor) -> dict[str, Tensor]:
+        """What the queries at `positions` [R, n] may see, by kind of attention layer: [R, 1, n, S]."""
         slots, queries = self._slots[:, None, :], positions[:, :, None]
         index = torch.arange(self.num_slots, device=positions.device)
         own = index[None, None, :] == index[-positions.shape[1] :][None, :, None]
@@ -204,7 +233,7 @@ class KVState:
         for kind, window in self._windows.items():
             allowed = past if window is None else past & ((slots > queries - window) | own)
             masks[kind] = self._for_attention(allowed[:, None])
-        return masks if len(masks) > 1 else next(iter(masks.values()))
+        return masks
 
     def _for_attention(self, allowed: Tensor) -> Tensor:
         """Boolean for scaled_dot_product_attention; added to the scores in eager attention."""

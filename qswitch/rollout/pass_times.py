@@ -19,6 +19,7 @@ from qswitch.rollout.block_length import MAX_BLOCK_TOKENS, PassTimes
 from qswitch.rollout.decode import inference
 from qswitch.rollout.engine import log_probs
 from qswitch.rollout.kv_cache import KVState
+from qswitch.rollout.step_graph import EAGER_PASSES, StepGraphs
 
 CONTEXT_TOKENS = 16
 """Tokens that each row has read before the timed pass; a longer past hardly changes a pass of a model that fits."""
@@ -26,19 +27,27 @@ _BLOCKS = (1, 2, 3, 5, 9, MAX_BLOCK_TOKENS + 1)
 
 
 def measure_pass_times(
-    teacher: LanguageModel, student: LanguageModel, batch_size: int, *, repeats: int = 3
+    teacher: LanguageModel,
+    student: LanguageModel,
+    batch_size: int,
+    *,
+    repeats: int = 3,
+    make_graphs: Callable[[], StepGraphs | None] = lambda: None,
 ) -> PassTimes:
     """Time passes of 1 and of `batch_size` rows: the least of `repeats`, since other work only ever adds time.
 
     Blocks are measured up to the first at which a pass costs as much as its tokens one by one; from there on longer
-    ones cannot pay, and the table's last slope stands for them.
+    ones cannot pay, and the table's last slope stands for them. Where `make_graphs` gives any, the student's passes are
+    replayed, as they will be in the rollouts.
     """
     rows = tuple(sorted({1, max(batch_size // 4, 1), batch_size}))
     by_rows, student_seconds = [], []
     blocks = list(_BLOCKS)
     with inference(teacher, student):
         for num_rows in reversed(rows):
-            probe = _Probe(student, num_rows)
+            probe = _Probe(student, num_rows, make_graphs())
+            for _ in range(EAGER_PASSES if probe.state.replays else 0):
+                probe.student_pass()
             student_seconds.append(_least(probe.student_pass, repeats, probe.device))
             probe = _Probe(teacher, num_rows)
             seconds: list[float] = []
@@ -64,9 +73,9 @@ def measure_pass_times(
 class _Probe:
     """One model that has read a few tokens in each of R rows."""
 
-    def __init__(self, model: LanguageModel, num_rows: int) -> None:
+    def __init__(self, model: LanguageModel, num_rows: int, graphs: StepGraphs | None = None) -> None:
         self.model, self.device, self.num_rows = model, model.device, num_rows
-        self.state = KVState(model, num_rows)
+        self.state = KVState(model, num_rows, graphs=graphs)
         self._read(CONTEXT_TOKENS)
 
     def _read(self, n: int) -> torch.Tensor:

@@ -56,6 +56,8 @@ class RolloutStats:
     tokens: int = 0
     teacher_passes: int = 0
     student_passes: int = 0
+    student_replays: int = 0
+    """Of those, how many were replayed as CUDA graphs."""
     prefill_passes: int = 0
     """Passes of either model over prompts, not counted above."""
     rounds: int = 0

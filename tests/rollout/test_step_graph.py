@@ -1,0 +1,148 @@
+"""Replayed student passes: the same tokens on every architecture, growing buffers, a model that cannot be recorded.
+
+There is no GPU here, so the recorder of these tests repeats the recorded call over its fixed places; what torch records
+on a GPU is that call. `test_a_cuda_graph_gives_the_states_of_a_usual_pass` runs where there is one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from qswitch.models.language_model import LanguageModel
+from qswitch.rollout import step_graph
+from qswitch.rollout.block_length import FixedBlock
+from qswitch.rollout.decode import rollout
+from qswitch.rollout.kv_cache import KVState
+from qswitch.rollout.step_graph import EAGER_PASSES, StepGraphs, try_graphs
+from tests.rollout.test_engines import ARCHITECTURES, EOS, PAD, POLICIES, draw_requests, make_pair, same, write
+from tests.tiny import tiny_model
+
+
+class Repeater:
+    """Records as a CUDA graph does: the answer of every repetition lies in the place of the first."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        place = run()
+        self.rows.append(len(place))
+
+        def replay() -> Tensor:
+            place.copy_(run())
+            return place
+
+        return replay
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_replayed_passes_write_the_same_tokens(arch, monkeypatch):
+    """Rows end and are refilled, drafts are taken back, and the buffers grow."""
+    monkeypatch.setattr(step_graph, "CAPACITY_SLOTS", 16)
+    pair = make_pair(arch)
+    rng = random.Random(f"graphs {arch}")
+    replays = 0
+    for name in ("switch", "student", "skd", "adaswitch", "mixture"):
+        requests = draw_requests(rng, 12)
+        expected, _ = write(pair, POLICIES[name], requests, batch_size=5, drafts=2)
+        recorder = Repeater()
+        written, stats = rollout(
+            requests, teacher=pair[0], student=pair[1], policy=POLICIES[name], seed=11, temperature=1.0, eos_ids=[EOS],
+            pad_id=PAD, batch_size=5, keep="nothing", blocks=FixedBlock(2),
+            student_graphs=StepGraphs(pair[1], 5, recorder),
+        )  # fmt: skip
+        assert all(same(a, b) for a, b in zip(expected, written, strict=True)), name
+        assert set(recorder.rows) <= {1, 2, 4, 5}, "rows are padded to a power of two, or to all"
+        assert 0 < stats.student_replays < stats.student_passes
+        replays += stats.student_replays
+    assert replays > 60
+
+
+def states(model: LanguageModel, num_rows: int, graphs: StepGraphs | None, steps: int) -> Tensor:
+    state = KVState(model, num_rows, graphs=graphs)
+    prompt = torch.arange(num_rows * 5).view(num_rows, 5) % model.vocab_size
+    ones = torch.ones_like(prompt, dtype=torch.bool)
+    counts = ones.sum(1).numpy()
+    with torch.no_grad():
+        state.append(prompt, ones, counts)
+        return torch.cat([state.append(prompt[:, :1], ones[:, :1], counts // 5) for _ in range(steps)], dim=1)
+
+
+def test_buffers_grow_and_are_recorded_anew(monkeypatch):
+    monkeypatch.setattr(step_graph, "CAPACITY_SLOTS", 8)
+    model = LanguageModel(tiny_model("llama", dtype=torch.float64).eval())
+    recorder = Repeater()
+    graphs = StepGraphs(model, 8, recorder)
+    torch.testing.assert_close(states(model, 3, graphs, 20), states(model, 3, None, 20), rtol=1e-12, atol=1e-12)
+    assert recorder.rows == [4, 4], (
+        "passes to slots 9 to 16 and 17 to 24; before and after there were too few to record"
+    )
+    assert graphs.num_replays == 2 * (8 - EAGER_PASSES)
+
+
+def test_eager_attention_has_masks_that_are_added(monkeypatch):
+    model = tiny_model("gemma2", dtype=torch.float64).eval()
+    model.set_attn_implementation("eager")
+    model = LanguageModel(model)
+    graphs = StepGraphs(model, 3, Repeater())  # its softmax is in fp32
+    torch.testing.assert_close(states(model, 3, graphs, 12), states(model, 3, None, 12), rtol=1e-5, atol=1e-5)
+    assert graphs.num_replays == 12 - EAGER_PASSES
+
+
+def test_a_model_that_cannot_be_recorded_goes_on_as_usual(caplog):
+    def refuse(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        run()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model = LanguageModel(tiny_model("llama", dtype=torch.float64).eval())
+    graphs = StepGraphs(model, 2, refuse)
+    torch.testing.assert_close(states(model, 2, graphs, 9), states(model, 2, None, 9), rtol=0, atol=0)
+    assert graphs.num_replays == 0 and "not permitted" in str(graphs.failure)
+    assert sum("not recorded as CUDA graphs" in r.message for r in caplog.records) == 1
+    trial = try_graphs(model, 2, record=refuse)
+    assert not trial.used and "not permitted" in trial.reason
+
+
+def test_memory_that_runs_out_is_the_callers_business():
+    def refuse(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        raise torch.OutOfMemoryError("no room")
+
+    model = LanguageModel(tiny_model("llama", dtype=torch.float64).eval())
+    with pytest.raises(torch.OutOfMemoryError):
+        states(model, 2, StepGraphs(model, 2, refuse), 9)
+    trial = try_graphs(model, 2, record=refuse)
+    assert not trial.used and "do not fit" in trial.reason
+
+
+def test_the_trial_uses_graphs_that_are_right_and_fast_and_no_others(monkeypatch):
+    model = LanguageModel(tiny_model("llama", dtype=torch.float64).eval())
+    model.train()
+    assert try_graphs(model, 2).reason == "no CUDA graphs on cpu"
+    monkeypatch.setattr(step_graph, "WORTHWHILE", 100.0)  # whatever this machine's timing says
+    trial = try_graphs(model, 3, record=Repeater())
+    assert trial.used and trial.difference is not None and trial.difference < 1e-12
+    assert trial.usual_seconds is not None and 0 < trial.usual_seconds < 1
+    assert model.training
+    monkeypatch.setattr(step_graph, "WORTHWHILE", 0.0)
+    assert try_graphs(model, 3, record=Repeater()).reason == "recorded passes are not faster here"
+
+    def stale(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        place = run()
+        return lambda: place
+
+    monkeypatch.setattr(step_graph, "WORTHWHILE", 100.0)
+    wrong = try_graphs(model, 3, record=stale)
+    assert not wrong.used and "differ by" in wrong.reason
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_cuda_graph_gives_the_states_of_a_usual_pass(arch):
+    model = LanguageModel(tiny_model(arch, dtype=torch.float32).cuda().eval())
+    trial = try_graphs(model, 5)
+    assert trial.difference is not None and trial.difference < 1e-4, trial.reason
