@@ -30,7 +30,7 @@ LAYERS = [
     ["plan", "presets", "run_dir"],
     ["config"],
     ["methods"],
-    ["yaml_file"],
+    ["yaml_file", "hub"],
     ["errors"],
 ]
 # Pure mathematics, for anyone.
@@ -41,6 +41,7 @@ COLD = [
     "config.py",
     "doctor.py",
     "errors.py",
+    "hub.py",
     "methods.py",
     "preflight.py",
     "preset_info.py",

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from qswitch.config import ModelReference
 from qswitch.errors import ModelError
+from qswitch.hub import HUB_ID
 from qswitch.models.messages import say_once
-
-HUB_ID = re.compile(r"^[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,7 @@ def _resolve_one(reference: str, revision: str | None) -> ResolvedModel:
         if not (path / "config.json").is_file():
             raise _UnavailableError("the folder has no config.json; it must be a Hugging Face model folder")
         return ResolvedModel(str(path), None, path.resolve().name)
-    if not HUB_ID.match(reference):
+    if not HUB_ID.fullmatch(reference):
         raise _UnavailableError("no such folder or file, and no hub id (owner/name) either")
     return _hub(reference, revision)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,6 +16,7 @@ from typing import Any
 
 from qswitch.config import StudentSection, TeacherSection
 from qswitch.errors import ConfigError
+from qswitch.hub import HUB_ID, hub_cache, is_hub_id
 
 
 @dataclass(frozen=True)
@@ -435,11 +435,6 @@ def _published_config(section: TeacherSection | StudentSection, role: str) -> Ma
     )
 
 
-def is_hub_id(reference: str) -> bool:
-    """Whether a reference is an id of the hub (`owner/name` or `name`) rather than a path or a packaged file."""
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", reference) is not None and not Path(reference).exists()
-
-
 def _no_model_because(reference: str) -> str:
     path = Path(reference).expanduser()
     if not path.exists():
@@ -482,9 +477,9 @@ def _config_paths(reference: str, revision: str | None) -> list[Path]:
     if reference.startswith("package:"):
         return []
     paths = [Path(reference).expanduser() / "config.json"]
-    if reference.count("/") > 1 or reference.startswith((".", "/", "~")):
+    if HUB_ID.fullmatch(reference) is None:
         return paths
-    repository = _hub_cache() / f"models--{reference.replace('/', '--')}"
+    repository = hub_cache() / f"models--{reference.replace('/', '--')}"
     named = repository / "refs" / (revision or "main")
     commits = [revision] if revision else []
     if named.is_file():
@@ -493,16 +488,6 @@ def _config_paths(reference: str, revision: str | None) -> list[Path]:
     if revision is None:
         paths += sorted(repository.glob("snapshots/*/config.json"))
     return paths
-
-
-def _hub_cache() -> Path:
-    """The folder that huggingface_hub uses, by the same environment variables."""
-    if os.environ.get("HF_HUB_CACHE"):
-        return Path(os.environ["HF_HUB_CACHE"])
-    home = (
-        os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
-    )
-    return Path(home).expanduser() / "hub"
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
