@@ -34,8 +34,9 @@ from benchmarks.provenance import publish
 from benchmarks.rollout import numbers
 from qswitch.config import build_config
 from qswitch.data.prompts import pad_left
+from qswitch.distill.metrics import StepReport
 from qswitch.distill.prompts import load_prompts
-from qswitch.distill.trainer import StepReport, Trainer
+from qswitch.distill.trainer import Trainer
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer, template_tokenizer
 from qswitch.models.runtime import make_runtime

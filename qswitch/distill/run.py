@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 from qswitch.config import RunConfig
 from qswitch.data.prompts import PromptEncoder, template_source
 from qswitch.distill.checkpoint import checkpoint_name
+from qswitch.distill.metrics import GIB, peak_bytes
 from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.prompts import RunPrompts
 from qswitch.distill.recovery import (
@@ -31,7 +32,7 @@ from qswitch.distill.recovery import (
     release_memory,
     return_freed_memory,
 )
-from qswitch.distill.trainer import GIB, Trainer, peak_bytes
+from qswitch.distill.trainer import Trainer
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import TokenizerPair
 from qswitch.models.runtime import make_runtime

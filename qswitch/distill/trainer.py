@@ -6,27 +6,23 @@ One optimizer step reads top to bottom in `Trainer.train_step`. Knows no command
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
-from transformers import get_scheduler
 
 from qswitch.config import RunConfig
 from qswitch.data.loader import BlockLoader, PromptLoader
 from qswitch.data.prompts import Prompt
 from qswitch.distill.batch_source import AdaptiveShare, Source
-from qswitch.distill.budget import learning_rate_factor, spent_share
+from qswitch.distill.budget import spent_share
 from qswitch.distill.checkpoint import (
     checkpoint_name,
     load_checkpoint,
@@ -35,7 +31,9 @@ from qswitch.distill.checkpoint import (
     save_checkpoint,
     seed_step,
 )
+from qswitch.distill.decoding import Decoding
 from qswitch.distill.logit_cache import LogitCache
+from qswitch.distill.metrics import GIB, Clock, StepReport, peak_bytes
 from qswitch.distill.objective import (
     StudentObjective,
     TrainingSequence,
@@ -43,6 +41,7 @@ from qswitch.distill.objective import (
     collate_with_labels,
     ground_truth_sequence,
 )
+from qswitch.distill.optimizer import make_accelerator, make_lr_scheduler, make_optimizer
 from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.prompts import Prompts
 from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes, freed_memory_kept, release_memory
@@ -53,23 +52,12 @@ from qswitch.errors import TrainingError
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.pair import TokenizerPair
 from qswitch.models.residency import SwappedModel
-from qswitch.rollout.block_length import (
-    Acceptance,
-    AutoBlock,
-    BlockLength,
-    FixedBlock,
-    PassTimes,
-    drafts_within_scratch,
-)
 from qswitch.rollout.decode import Rollout, RolloutRequest, RolloutStats, rollout, score_responses
-from qswitch.rollout.pass_times import measure_pass_times
 from qswitch.rollout.policy import TEACHER, make_policy
 from qswitch.rollout.sampling import row_keys, uniform
-from qswitch.rollout.step_graph import StepGraphs, try_graphs
 from qswitch.rollout.transcript import rollout_record
 from qswitch.run_dir import RunDir
 
-GIB = 2**30
 ROLLOUTS_LOGGED_PER_STEP = 2
 _GROUND_TRUTH_COIN = -1
 """Example id of the per-step coin of data.ground_truth_mix; records count from 0."""
@@ -90,25 +78,6 @@ class Counters:
     best_step: int = -1
     before_nats: float | None = None
     last_nats: float | None = None
-
-
-@dataclass(slots=True)
-class StepReport:
-    """What one optimizer step did; becomes a line of metrics.jsonl."""
-
-    loss: float | None = None
-    grad_norm: float | None = None
-    batch: Source = "rollout"
-    loss_tokens: int = 0
-    replayed: int = 0
-    """Sequences that had trained before."""
-    staleness_nats: float | None = None
-    """Mean KL(student that wrote || student that trains) over a sample of them."""
-    teacher_share: float | None = None
-    jsd_bits: float | None = None
-    rollout: RolloutStats = field(default_factory=RolloutStats)
-    rollouts: list[Rollout] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -137,17 +106,17 @@ class Trainer:
         """Whether the loss reads the teacher's outputs, rather than the written tokens alone."""
         self.stop_requested = False
 
-        self.accelerator = _make_accelerator(config, run_dir, student)
+        self.accelerator = make_accelerator(config, run_dir, student)
         self.device = student.device
         self.recovery = recovery or Recovery(Sizes.of(config), self.device)
         self.objective = StudentObjective(student, config.loss)
         trainable = [p for p in student.parameters() if p.requires_grad]
-        optimizer = _make_optimizer(config, trainable)
+        optimizer = make_optimizer(train, trainable)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
         self.trainable = trainable
         self.step = 0
         self.counters = Counters()
-        self.lr_scheduler = self._make_lr_scheduler(optimizer)
+        self.lr_scheduler = make_lr_scheduler(train, optimizer, lambda: self.spent)
 
         self.loader = PromptLoader(prompts, config.seed)
         self.corpus = BlockLoader(corpus, config.loss.lm_block_tokens, config.seed) if corpus is not None else None
@@ -180,9 +149,10 @@ class Trainer:
             self.response_loss = ResponseLoss(
                 validation_prompts, pad_id=pair.pad_id, batch_size=config.rollout.batch_size
             )
-        self.acceptance = Acceptance()
-        self.uses_graphs = self._try_graphs()
-        self.blocks = self._make_blocks()
+        self.decoding = Decoding(
+            config, run_dir, teacher=teacher if self.policy.uses_teacher else None, student=student,
+            num_rows=self.recovery.sizes.rollout_rows, progress=self.progress,
+        )  # fmt: skip
         self.round: deque[PreparedStep] = deque()
         """Steps that the last round of rollouts has prepared and that have not been taken."""
         self.swapped = SwappedModel(teacher) if teacher is not None and config.teacher.residency == "swap" else None
@@ -248,7 +218,7 @@ class Trainer:
     def train_step(self) -> StepReport:
         """One optimizer step: prompts, responses, teacher outputs, loss, update."""
         report = StepReport()
-        clock = _Clock(report.seconds)
+        clock = Clock(report.seconds)
 
         if not self.round:
             self.prepare_round(report, clock)
@@ -268,7 +238,7 @@ class Trainer:
         clock.lap("optimizer")
         return report
 
-    def prepare_round(self, report: StepReport, clock: _Clock) -> None:
+    def prepare_round(self, report: StepReport, clock: Clock) -> None:
         """All that the next rollout.round_steps steps need of the teacher, who is away in between if it is swapped."""
         train, attempt = self.config.train, self.recovery.attempt
         total = train.per_device_train_batch_size * train.gradient_accumulation_steps
@@ -329,7 +299,7 @@ class Trainer:
             for p, visit in items
         ]
         keep = self.config.loss.scope if self.policy.uses_teacher and self.imitates else "nothing"
-        self.acceptance.forget()
+        self.decoding.acceptance.forget()
         with freed_memory_kept(self.device):
             return rollout(
                 requests,
@@ -342,9 +312,9 @@ class Trainer:
                 pad_id=self.pair.pad_id,
                 batch_size=self.recovery.sizes.rollout_rows,
                 keep=keep,
-                blocks=self.blocks,
+                blocks=self.decoding.blocks,
                 keep_student=settings.reuse > 1 or self.share is not None,
-                student_graphs=self._make_graphs(),
+                student_graphs=self.decoding.graphs(self.recovery.sizes.rollout_rows),
             )
 
     def remember(self, rollouts: Sequence[Rollout], sequences: Sequence[TrainingSequence]) -> None:
@@ -372,42 +342,6 @@ class Trainer:
         needed = {tuple(key) for key in self._needed_keys().tolist()}
         stored = self.cache.keys()
         self.cache.discard(stored[[tuple(key) not in needed for key in stored.tolist()]])
-
-    def _make_graphs(self) -> StepGraphs | None:
-        """What replays the student's passes in one call; None where that is off, not possible or of no use."""
-        return StepGraphs(self.student, self.recovery.sizes.rollout_rows) if self.uses_graphs else None
-
-    def _try_graphs(self) -> bool:
-        """Whether student passes are replayed: tried once and kept, so a resumed run does the same."""
-        wanted = self.config.rollout.student_graphs == "auto" and self.config.writes_rollouts
-        if not wanted or self.device.type != "cuda":
-            return False
-        path = self.run_dir.student_graphs_path
-        if not path.exists():
-            trial = try_graphs(self.student, self.recovery.sizes.rollout_rows)
-            self.run_dir.write_json(path.name, trial.to_dict())
-            self.progress.say(f"CUDA graphs for the student: {'on' if trial.used else 'off'}, {trial.reason}")
-        return bool(json.loads(path.read_text(encoding="utf-8"))["used"])
-
-    def _make_blocks(self) -> BlockLength:
-        """How many tokens the student drafts; the pass times are measured once and kept, so a resumed run chooses the
-        same."""
-        settings = self.config.rollout
-        if settings.block_tokens != "auto":
-            return FixedBlock(settings.block_tokens)
-        if self.teacher is None or not self.policy.uses_teacher or not self.config.writes_rollouts:
-            return FixedBlock(0)
-        path = self.run_dir.pass_times_path
-        if path.exists():
-            times = PassTimes.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        else:
-            with freed_memory_kept(self.device):  # as they will be in the rollouts
-                times = measure_pass_times(
-                    self.teacher, self.student, settings.batch_size, make_graphs=self._make_graphs
-                )
-            self.run_dir.write_json(path.name, times.to_dict())
-        most = drafts_within_scratch(settings.batch_size, self.pair.vocab_size)
-        return AutoBlock(times, self.acceptance, most)
 
     def cache_teacher(self, rollouts: Sequence[Rollout]) -> list[TrainingSequence]:
         """Put the teacher's outputs of the loss steps into the cache.
@@ -503,22 +437,6 @@ class Trainer:
             # A skipped step moves the schedule without the optimizer, which torch takes for a mistake.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
             self.lr_scheduler.step()
-
-    def _make_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        train = self.config.train
-        if train.max_tokens is None and train.max_seconds is None:
-            name = train.lr_scheduler_type
-            return get_scheduler(
-                # Plain "constant" of transformers knows no warm-up.
-                "constant_with_warmup" if name == "constant" and train.warmup_steps else name,
-                optimizer,
-                num_warmup_steps=train.warmup_steps,
-                num_training_steps=train.max_steps,
-            )
-        # Called before this step's tokens are counted: the rate lags the budget by one step.
-        return torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(train, step=step, share=self.spent)
-        )
 
     def _backward(self, loss: Tensor) -> float:
         value = float(loss.detach())
@@ -620,7 +538,7 @@ class Trainer:
         state = {
             "loader": self.loader.state_dict(),
             "counters": _finite(asdict(self.counters)),
-            "acceptance": self.acceptance.state_dict(),
+            "acceptance": self.decoding.acceptance.state_dict(),
             "sizes": asdict(self.recovery.sizes),
         }
         if self.corpus is not None:
@@ -659,7 +577,7 @@ class Trainer:
         state = load_checkpoint(folder, student=self.student, optimizer=self.optimizer, lr_scheduler=self.lr_scheduler)
         self.step = state["step"]
         self.loader.load_state_dict(state["loader"])
-        self.acceptance.load_state_dict(state["acceptance"])
+        self.decoding.acceptance.load_state_dict(state["acceptance"])
         self.recovery.restore(state["sizes"])
         if self.corpus is not None:
             self.corpus.load_state_dict(state["corpus"])
@@ -681,45 +599,21 @@ class Trainer:
 
     def log(self, report: StepReport) -> None:
         """Write the step's line of metrics.jsonl, a sample of its rollouts, and tell the progress display."""
-        stats = report.rollout
-        writers = [w for r in report.rollouts for w in r.writers]
-        if writers and self.policy.uses_teacher and self.policy.uses_student:
-            report.teacher_share = sum(w == TEACHER for w in writers) / len(writers)
-        divergences = [j for r in report.rollouts for j in r.jsd_bits or [] if j is not None]
-        report.jsd_bits = sum(divergences) / len(divergences) if divergences else None
-        self.counters.rollout_tokens += stats.tokens
+        report.read_rollouts(two_writers=self.policy.uses_teacher and self.policy.uses_student)
+        self.counters.rollout_tokens += report.rollout.tokens
         self.counters.trained_tokens += report.loss_tokens
         # A round's rollouts are counted with its first step, which may itself be ground truth.
-        self.counters.response_tokens += stats.tokens
+        self.counters.response_tokens += report.rollout.tokens
         if report.batch == "ground_truth":
             self.counters.response_tokens += report.loss_tokens
-        learning = report.seconds.get("loss", 0.0) + report.seconds.get("optimizer", 0.0)
+        planned = self.recovery.planned_bytes
         metrics: dict[str, Any] = {
             "step": self.step,
-            "loss": report.loss,
+            **report.metrics(),
             "learning_rate": self.lr_scheduler.get_last_lr()[0],
-            "grad_norm": report.grad_norm,
-            "batch": report.batch,
-            "loss_tokens": report.loss_tokens,
-            "fresh": len(report.rollouts),
-            "replayed": report.replayed,
-            "staleness_nats": report.staleness_nats,
-            "teacher_share": report.teacher_share,
-            "jsd_bits": report.jsd_bits,
-            "rollout_tokens": stats.tokens,
-            "teacher_passes": stats.teacher_passes,
-            "student_passes": stats.student_passes,
-            "student_replays": stats.student_replays,
-            "teacher_row_passes_per_token": stats.by_row_passes["teacher"] / stats.tokens if stats.tokens else None,
-            "kept_draft_share": stats.kept_draft_share,
-            "kept_drafts_by_step": _shares(stats),
-            "rounds_by_drafts": stats.rounds_by_drafts,
-            "rollout_tokens_per_s": stats.tokens / stats.seconds if stats.seconds else None,
-            "train_tokens_per_s": report.loss_tokens / learning if learning and report.loss_tokens else None,
-            "seconds": {k: round(v, 4) for k, v in report.seconds.items()},
             "spent": round(self.spent, 6),
             "peak_gib": peak_bytes(self.device) / GIB,
-            "planned_gib": None if self.recovery.planned_bytes is None else self.recovery.planned_bytes / GIB,
+            "planned_gib": None if planned is None else planned / GIB,
             "out_of_memory": self.recovery.take_events(),
         }
         self.run_dir.append_metrics(metrics)
@@ -729,73 +623,6 @@ class Trainer:
             values = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
             self.accelerator.log(values, step=self.step)
         self.progress.stepped(metrics)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Highest memory use of the process so far: allocated on the GPU, resident set on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
-
-
-class _Clock:
-    """Seconds between laps, by name."""
-
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self._seconds = seconds
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
-        self._last = now
-
-
-def _make_accelerator(config: RunConfig, run_dir: RunDir, student: LanguageModel) -> Accelerator:
-    report_to = list(config.train.report_to)
-    accelerator = Accelerator(
-        cpu=student.device.type == "cpu",
-        mixed_precision="bf16" if student.compute_dtype == torch.bfloat16 else "no",
-        log_with=report_to or None,
-        project_dir=str(run_dir.path) if report_to else None,
-    )
-    if accelerator.num_processes > 1:
-        raise TrainingError(
-            f"{accelerator.num_processes} processes were started, but a run uses one GPU. Start it without accelerate "
-            "launch, or with --num_processes 1."
-        )
-    if report_to:
-        accelerator.init_trackers("qswitch")
-    return accelerator
-
-
-def _make_optimizer(config: RunConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    train = config.train
-    if train.optimizer == "paged_adamw_8bit":
-        import bitsandbytes as bnb
-
-        return bnb.optim.PagedAdamW8bit(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
-    # Fused: a step allocates nothing, so it is taken whole or, where its kernel fails, not at all.
-    optimizer = torch.optim.AdamW(parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)
-    for parameter in parameters:
-        # What the first step would allocate, in the middle of a run; torch makes it where there is none.
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        }
-    return optimizer
-
-
-def _shares(stats: RolloutStats) -> list[float]:
-    """Share of drafts that stood in each eighth of the response steps reached: it falls as the threshold does."""
-    if len(stats.offered_by_step) == 0:
-        return []
-    offered = np.array_split(stats.offered_by_step, 8)
-    kept = np.array_split(stats.kept_by_step, 8)
-    return [round(float(k.sum() / o.sum()), 4) for k, o in zip(kept, offered, strict=True) if o.sum()]
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -32,20 +32,20 @@ def measure_pass_times(
     batch_size: int,
     *,
     repeats: int = 3,
-    make_graphs: Callable[[], StepGraphs | None] = lambda: None,
+    make_graphs: Callable[[int], StepGraphs | None] = lambda num_rows: None,
 ) -> PassTimes:
     """Time passes of 1 and of `batch_size` rows: the least of `repeats`, since other work only ever adds time.
 
     Blocks are measured up to the first at which a pass costs as much as its tokens one by one; from there on longer
-    ones cannot pay, and the table's last slope stands for them. Where `make_graphs` gives any, the student's passes are
-    replayed, as they will be in the rollouts.
+    ones cannot pay, and the table's last slope stands for them. Where `make_graphs` gives any for a number of rows, the
+    student's passes are replayed, as they will be in the rollouts.
     """
     rows = tuple(sorted({1, max(batch_size // 4, 1), batch_size}))
     by_rows, student_seconds = [], []
     blocks = list(_BLOCKS)
     with inference(teacher, student):
         for num_rows in reversed(rows):
-            probe = _Probe(student, num_rows, make_graphs())
+            probe = _Probe(student, num_rows, make_graphs(num_rows))
             for _ in range(EAGER_PASSES if probe.state.replays else 0):
                 probe.student_pass()
             student_seconds.append(_least(probe.student_pass, repeats, probe.device))

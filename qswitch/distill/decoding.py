@@ -1,0 +1,72 @@
+"""How rollouts are decoded in a run: draft length and CUDA graphs, from measurements that are taken once and kept."""
+
+from __future__ import annotations
+
+import json
+
+from qswitch.config import RunConfig
+from qswitch.distill.progress import Progress
+from qswitch.distill.recovery import freed_memory_kept
+from qswitch.models.language_model import LanguageModel
+from qswitch.rollout.block_length import (
+    Acceptance,
+    AutoBlock,
+    BlockLength,
+    FixedBlock,
+    PassTimes,
+    drafts_within_scratch,
+)
+from qswitch.rollout.pass_times import measure_pass_times
+from qswitch.rollout.step_graph import StepGraphs, try_graphs
+from qswitch.run_dir import RunDir
+
+
+class Decoding:
+    """What changes the speed of rollouts and none of their tokens. A resumed run chooses as the first did."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: RunDir,
+        *,
+        teacher: LanguageModel | None,
+        student: LanguageModel,
+        num_rows: int,
+        progress: Progress,
+    ) -> None:
+        """`teacher` is None where the policy asks none; `num_rows` are decoded together."""
+        self._config, self._run_dir, self._progress = config, run_dir, progress
+        self._teacher, self._student = teacher, student
+        self.acceptance = Acceptance()
+        self.uses_graphs = self._try_graphs(num_rows)
+        self.blocks = self._make_blocks()
+
+    def graphs(self, num_rows: int) -> StepGraphs | None:
+        """What replays the student's passes in one call; None where that is off, not possible or of no use."""
+        return StepGraphs(self._student, num_rows) if self.uses_graphs else None
+
+    def _try_graphs(self, num_rows: int) -> bool:
+        wanted = self._config.rollout.student_graphs == "auto" and self._config.writes_rollouts
+        if not wanted or self._student.device.type != "cuda":
+            return False
+        path = self._run_dir.student_graphs_path
+        if not path.exists():
+            trial = try_graphs(self._student, num_rows)
+            self._run_dir.write_json(path.name, trial.to_dict())
+            self._progress.say(f"CUDA graphs for the student: {'on' if trial.used else 'off'}, {trial.reason}")
+        return bool(json.loads(path.read_text(encoding="utf-8"))["used"])
+
+    def _make_blocks(self) -> BlockLength:
+        config, settings = self._config, self._config.rollout
+        if settings.block_tokens != "auto":
+            return FixedBlock(settings.block_tokens)
+        if self._teacher is None or not config.writes_rollouts:
+            return FixedBlock(0)
+        path = self._run_dir.pass_times_path
+        if path.exists():
+            times = PassTimes.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            with freed_memory_kept(self._student.device):  # as they will be in the rollouts
+                times = measure_pass_times(self._teacher, self._student, settings.batch_size, make_graphs=self.graphs)
+            self._run_dir.write_json(path.name, times.to_dict())
+        return AutoBlock(times, self.acceptance, drafts_within_scratch(settings.batch_size, self._student.vocab_size))

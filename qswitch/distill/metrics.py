@@ -1,0 +1,102 @@
+"""What one optimizer step did, and its line of metrics.jsonl."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from qswitch.distill.batch_source import Source
+from qswitch.rollout.policy import TEACHER
+from qswitch.rollout.records import Rollout, RolloutStats
+
+GIB = 2**30
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What one optimizer step did; becomes a line of metrics.jsonl."""
+
+    loss: float | None = None
+    grad_norm: float | None = None
+    batch: Source = "rollout"
+    loss_tokens: int = 0
+    replayed: int = 0
+    """Sequences that had trained before."""
+    staleness_nats: float | None = None
+    """Mean KL(student that wrote || student that trains) over a sample of them."""
+    teacher_share: float | None = None
+    jsd_bits: float | None = None
+    rollout: RolloutStats = field(default_factory=RolloutStats)
+    rollouts: list[Rollout] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def read_rollouts(self, *, two_writers: bool) -> None:
+        """Fill in what the rollouts say: the teacher's share, where both models may write, and the mean divergence."""
+        writers = [w for r in self.rollouts for w in r.writers]
+        if writers and two_writers:
+            self.teacher_share = sum(w == TEACHER for w in writers) / len(writers)
+        divergences = [j for r in self.rollouts for j in r.jsd_bits or [] if j is not None]
+        self.jsd_bits = sum(divergences) / len(divergences) if divergences else None
+
+    def metrics(self) -> dict[str, Any]:
+        """The step's figures for metrics.jsonl; times in seconds."""
+        stats = self.rollout
+        learning = self.seconds.get("loss", 0.0) + self.seconds.get("optimizer", 0.0)
+        return {
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "batch": self.batch,
+            "loss_tokens": self.loss_tokens,
+            "fresh": len(self.rollouts),
+            "replayed": self.replayed,
+            "staleness_nats": self.staleness_nats,
+            "teacher_share": self.teacher_share,
+            "jsd_bits": self.jsd_bits,
+            "rollout_tokens": stats.tokens,
+            "teacher_passes": stats.teacher_passes,
+            "student_passes": stats.student_passes,
+            "student_replays": stats.student_replays,
+            "teacher_row_passes_per_token": stats.by_row_passes["teacher"] / stats.tokens if stats.tokens else None,
+            "kept_draft_share": stats.kept_draft_share,
+            "kept_drafts_by_step": _shares(stats),
+            "rounds_by_drafts": stats.rounds_by_drafts,
+            "rollout_tokens_per_s": stats.tokens / stats.seconds if stats.seconds else None,
+            "train_tokens_per_s": self.loss_tokens / learning if learning and self.loss_tokens else None,
+            "seconds": {k: round(v, 4) for k, v in self.seconds.items()},
+        }
+
+
+class Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Add the seconds since the last lap to `name`."""
+        now = time.perf_counter()
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Highest memory use of the process so far: allocated on the GPU, resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+
+def _shares(stats: RolloutStats) -> list[float]:
+    """Share of drafts that stood in each eighth of the response steps reached: it falls as the threshold does."""
+    if len(stats.offered_by_step) == 0:
+        return []
+    offered = np.array_split(stats.offered_by_step, 8)
+    kept = np.array_split(stats.kept_by_step, 8)
+    return [round(float(k.sum() / o.sum()), 4) for k, o in zip(kept, offered, strict=True) if o.sum()]

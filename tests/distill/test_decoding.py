@@ -1,0 +1,65 @@
+"""How a run decodes is found out once, kept in the run directory, and the same after a resume."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from qswitch.config import build_config
+from qswitch.distill import decoding
+from qswitch.distill.decoding import Decoding
+from qswitch.rollout.block_length import FixedBlock
+from qswitch.rollout.step_graph import GraphTrial
+from qswitch.run_dir import RunDir
+
+
+def config_with(**rollout):
+    values = {"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d.jsonl"}, "rollout": rollout}
+    return build_config(values)
+
+
+def make(config, run_dir: RunDir, said: list[str], device: str = "cuda") -> Decoding:
+    """Stands in for a student on a GPU: nothing here runs it."""
+    student = SimpleNamespace(device=SimpleNamespace(type=device))
+    progress = SimpleNamespace(say=said.append)
+    return Decoding(config, run_dir, teacher=None, student=student, num_rows=6, progress=progress)
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_graphs_are_tried_once_and_the_answer_is_kept(tmp_path, monkeypatch, used):
+    tried: list[int] = []
+
+    def trial(student, num_rows):
+        tried.append(num_rows)
+        return GraphTrial(used, "because", num_rows, 2.0, 1.0, 0.0)
+
+    monkeypatch.setattr(decoding, "try_graphs", trial)
+    config, said = config_with(), []
+    run_dir = RunDir.create(tmp_path / "run", config)
+    assert make(config, run_dir, said).uses_graphs is used
+    assert make(config, RunDir.open(tmp_path / "run"), said).uses_graphs is used
+    assert tried == [6] and said == [f"CUDA graphs for the student: {'on' if used else 'off'}, because"]
+    assert json.loads((tmp_path / "run/student_graphs.json").read_text())["used"] is used
+
+
+def test_graphs_are_not_tried_without_a_gpu_or_where_they_are_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "try_graphs", None)
+    for i, (config, device) in enumerate([(config_with(), "cpu"), (config_with(student_graphs="off"), "cuda")]):
+        run_dir = RunDir.create(tmp_path / f"run{i}", config)
+        found = make(config, run_dir, [], device)
+        assert not found.uses_graphs and found.graphs(4) is None
+        assert not run_dir.student_graphs_path.exists()
+        assert isinstance(found.blocks, FixedBlock), "nobody drafts for a teacher that is not asked"
+
+
+def test_each_call_gets_graphs_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "try_graphs", lambda student, rows: GraphTrial(True, "because", rows))
+    made: list[tuple[object, int]] = []
+    monkeypatch.setattr(decoding, "StepGraphs", lambda student, rows: made.append((student, rows)))
+    config = config_with()
+    found = make(config, RunDir.create(tmp_path / "run", config), [])
+    found.graphs(6)
+    found.graphs(3)
+    assert [rows for _, rows in made] == [6, 3]
