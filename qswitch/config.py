@@ -504,7 +504,7 @@ def _settings_without_effect(config: RunConfig):
         if student.precision == "nf4":
             yield "student.precision=nf4 cannot be trained in full. Set student.adapter=lora or student.precision=bf16."
         if written(student, "lora") and student.lora != LoraSection():
-            yield "student.lora has no effect with student.adapter=none."
+            yield "student.lora has no effect with student.adapter=none. Take it back with --set student.lora={}."
         if student.init_adapter is not None:
             yield (
                 "student.init_adapter has no effect with student.adapter=none. Merge it first (qswitch merge) and name "

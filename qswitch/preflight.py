@@ -339,7 +339,7 @@ def _unreadable_models(config: RunConfig, known: Sequence[str]) -> list[str]:
     loaded = [role for role, _ in sections_to_load(config)]
     seen: set[str] = set()
     for role, section in (("teacher", config.teacher), ("student", config.student)):
-        key = repr((section.model, section.revision, section.trust_remote_code, section.precision))
+        key = repr((section.model, section.revision, section.trust_remote_code, section.precision, role in loaded))
         if key in seen or any(_names_model(problem, role) for problem in known):
             continue
         seen.add(key)

@@ -6,6 +6,7 @@ unusable can say so.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import importlib.util
@@ -28,6 +29,8 @@ RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXT_SUFFIXES = (".txt", ".md")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 _FIELD_LIMIT_CHARS = 2**27
+_METADATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
+"""What the hub's data sets have beside their records."""
 _DELIMITERS = (";", "\t", "|", ",")
 _SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -113,7 +116,10 @@ def data_files(path: Path, split: str, suffixes: tuple[str, ...] = RECORD_SUFFIX
     files = sorted(
         f
         for f in path.rglob("*")
-        if f.is_file() and data_suffix(f) in suffixes and not f.relative_to(path).parts[0].startswith(".")
+        if f.is_file()
+        and data_suffix(f) in suffixes
+        and f.name not in _METADATA
+        and not any(part.startswith(".") for part in f.relative_to(path).parts)
     )
     if not files:
         endings = ", ".join(suffixes)
@@ -132,8 +138,8 @@ def data_files(path: Path, split: str, suffixes: tuple[str, ...] = RECORD_SUFFIX
 
 
 def _split_of(inner: Path) -> str | None:
-    """The split that a file's name, or the folder it lies in, says it belongs to."""
-    for part in (inner.name, inner.parent.name):
+    """The split that a file's name, or the nearest folder it lies in, says it belongs to."""
+    for part in reversed(inner.parts):
         words = set(re.split(r"[^a-z]+", part.lower()))
         for split, names in _SPLIT_NAMES.items():
             if words & set(names):
@@ -215,9 +221,11 @@ def _rows_of_file(path: Path, suffixes: tuple[str, ...]) -> Iterator[Row]:
 
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
+    with open_bytes(path) as file:
+        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     return DataError(
         f"{path} line {line}: not UTF-8 text (byte 0x{error.object[error.start]:02x}). Save the file as UTF-8, "
-        f"for example with `iconv -f WINDOWS-1252 -t UTF-8`."
+        f"for example with `iconv -f {'UTF-16' if is_utf16 else 'WINDOWS-1252'} -t UTF-8`."
     )
 
 
@@ -319,9 +327,11 @@ def _json_file(path: Path) -> Iterator[Row]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON: {error}. Mend the file.") from None
     if isinstance(value, dict):
-        lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
-        wrapped = len(value) == 1 and len(lists) == 1
-        value = lists[0] if wrapped else [value]
+        # {"data": [...], "version": 1}: records in a wrapper, unless the list is a conversation of one record.
+        lists = [v for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)
+                 and k not in ("messages", "conversations", "conversation")]  # fmt: skip
+        is_record = any(isinstance(value.get(k), str) for k in ("prompt", "instruction", "question", "text"))
+        value = lists[0] if len(lists) == 1 and not is_record else [value]
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a list of objects, found {type(value).__name__}.")
     for number, item in enumerate(value, 1):
@@ -329,12 +339,17 @@ def _json_file(path: Path) -> Iterator[Row]:
 
 
 def _delimiter(path: Path, usual: str) -> str:
-    """What separates the cells: `usual`, or, where the header does not have it, the one of `; tab | ,` that it has."""
+    """What separates the cells: `usual`, or another of `; tab | ,` where that parts the header into more cells."""
     with open_bytes(path) as file:
-        header = file.readline().decode("utf-8-sig", errors="replace")
-    if usual in header:
-        return usual
-    return max(_DELIMITERS, key=header.count) if any(d in header for d in _DELIMITERS) else usual
+        header = file.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n")
+
+    def cells(delimiter: str) -> int:
+        found = next(csv.reader([header], delimiter=delimiter), [])
+        # A cell that begins with a blank is text in which the delimiter is punctuation: "response, if any".
+        return 0 if any(cell.startswith(" ") for cell in found) else len(found)
+
+    most = max(map(cells, _DELIMITERS))
+    return usual if cells(usual) == most else max(_DELIMITERS, key=cells)
 
 
 def _csv_file(path: Path, delimiter: str) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -144,4 +145,6 @@ def _teacher(request: EvalRequest, subjects: list[Subject]) -> Subject | None:
 def _default_folder(first: Subject, protocol: str) -> Path:
     if first.run_dir is not None and first.part == "student":
         return first.run_dir.path / "eval" / protocol
-    return Path("evals") / f"{first.name}-{protocol}"
+    # Adapters and checkpoints of different runs often have one name.
+    digest = hashlib.blake2b(first.reference.encode(), digest_size=4).hexdigest()
+    return Path("evals") / f"{first.name}-{digest}-{protocol}"

@@ -42,16 +42,17 @@ def comparison_results(
     }
     for path in sorted((eval_dir / "sets").glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        labels = {name: [cell.label for cell, _ in members] for name, members in by_cell.items()}
-        labels |= {name: [name] for name in controls}
+        labels = {name: {cell.seed: cell.label for cell, _ in members} for name, members in by_cell.items()}
+        labels |= {name: {0: name} for name in controls}
         scores: dict[str, SetScores] = {}
-        by_seed: dict[str, list[SetScores]] = {}
+        by_seed: dict[str, dict[int, SetScores]] = {}
         deviations: dict[str, dict[str, float | None]] = {}
         for name, members in labels.items():
-            found = [s for label in members if (s := _scores(eval_dir, path.stem, label, content)) is not None]
-            if not found:
+            own = {n: s for n, label in members.items() if (s := _scores(eval_dir, path.stem, label, content))}
+            if not own:
                 continue
-            scores[name], by_seed[name] = combine_scores(found), found
+            found = list(own.values())
+            scores[name], by_seed[name] = combine_scores(found), own
             deviations[name] = {
                 metric: standard_deviation([one.metrics[metric].overall for one in found])
                 for metric in found[0].metrics
@@ -67,12 +68,19 @@ def comparison_results(
                 for name, one in scores.items()
                 if baseline is not None and name != comparison.baseline
             },
-            "test": declared_test(section.test, comparison.baseline, by_seed) if section.test is not None else [],
+            "test": []
+            if section.test is None
+            else declared_test(section.test, comparison.baseline, by_seed, {n: comparison.seeds_of(n) for n in labels}),
         }
     return results
 
 
-def declared_test(test: TestSection, baseline: str, by_seed: Mapping[str, Sequence[SetScores]]) -> list[dict[str, Any]]:
+def declared_test(
+    test: TestSection,
+    baseline: str,
+    by_seed: Mapping[str, Mapping[int, SetScores]],
+    declared: Mapping[str, Sequence[int]],
+) -> list[dict[str, Any]]:
     """The verdicts of a declared test, one per metric and cell, of the cells that are there.
 
     The difference other - baseline is paired by record, each model the mean over its training seeds; the interval is at
@@ -82,6 +90,9 @@ def declared_test(test: TestSection, baseline: str, by_seed: Mapping[str, Sequen
     worse       the mirror image
     equivalent  the interval lies within the margin on both sides
     undecided   anything else
+    unfinished  a training seed that was `declared` for either cell is not there yet
+
+    Pairs of seeds are those that both cells have.
     """
     level = 1 - 0.05 / len(test.against)
     verdicts = []
@@ -90,15 +101,20 @@ def declared_test(test: TestSection, baseline: str, by_seed: Mapping[str, Sequen
         sign = 1 if metric in LOWER_IS_BETTER else -1
         for name in test.against:
             theirs = by_seed.get(name)
-            if not ours or not theirs or metric not in ours[0].metrics or metric not in theirs[0].metrics:
+            if not ours or not theirs or any(metric not in s.metrics for s in (*ours.values(), *theirs.values())):
                 continue
-            mine, other = combine_scores(ours).metrics[metric], combine_scores(theirs).metrics[metric]
+            mine, other = (combine_scores(list(x.values())).metrics[metric] for x in (ours, theirs))
             ids = sorted(mine.values.keys() & other.values.keys())
             weights = None if other.weights is None else [other.weights[i] for i in ids]
             difference = paired_difference(
                 [other.values[i] for i in ids], [mine.values[i] for i in ids], weights, confidence=level
             )
-            seeds = [b.metrics[metric].overall - a.metrics[metric].overall for a, b in zip(ours, theirs, strict=False)]
+            shared = [seed for seed in ours if seed in theirs] or [next(iter(ours))]  # a control has one, of its own
+            seeds = [
+                theirs.get(n, next(iter(theirs.values()))).metrics[metric].overall - ours[n].metrics[metric].overall
+                for n in shared
+            ]
+            finished = set(declared.get(baseline, ())) <= ours.keys() and set(declared.get(name, ())) <= theirs.keys()
             verdicts.append(
                 {
                     "metric": metric,
@@ -107,7 +123,9 @@ def declared_test(test: TestSection, baseline: str, by_seed: Mapping[str, Sequen
                     "level": level,
                     "difference": asdict(difference),
                     "by_seed": seeds,
-                    "baseline_is": _verdict(difference, margin, [sign * d for d in seeds], sign),
+                    "baseline_is": _verdict(difference, margin, [sign * d for d in seeds], sign)
+                    if finished
+                    else "unfinished",
                 }
             )
     return verdicts
@@ -169,12 +187,20 @@ def render_comparison(results: Mapping[str, Any]) -> str:
     for name, one in results["sets"].items():
         models = one["models"]
         present = [m for m in COLUMNS if any(m in v["metrics"] for v in models.values())]
-        header = ["", *(COLUMNS[m] for m in present), "KL, deviation over seeds", "tokens", "distinct-2"]
+        header = [
+            "",
+            *(COLUMNS[m] for m in present),
+            "KL, deviation over seeds",
+            "ROUGE-L to teacher, deviation over seeds",
+            "tokens",
+            "distinct-2",
+        ]
         rows = [
             [
                 model,
                 *(estimate(v["metrics"].get(m, {}).get("all")) for m in present),
                 _figure(v["seed_deviation"].get("kl_nats"), ".3f"),
+                _figure(v["seed_deviation"].get("rouge_l_teacher"), ".2f"),
                 f"{v['response_tokens']:.0f}",
                 f"{v['distinct_2']:.3f}",
             ]
@@ -192,6 +218,8 @@ def render_comparison(results: Mapping[str, Any]) -> str:
                 f"Paired differences from {results['baseline']} (below zero: lower than {results['baseline']}):\n\n"
                 + markdown_table(["", "reference tokens", *(COLUMNS[m] for m in present)], rows)
             )
+        if one["test"]:
+            parts.append(_test_table(one["test"], results["baseline"]))
     header = [
         "cell",
         "seeds",
@@ -220,6 +248,23 @@ def render_comparison(results: Mapping[str, Any]) -> str:
     parts.append("## Cost, mean over seeds\n\n" + markdown_table(header, rows))
     parts += [f"{label} is missing: {reason}\n" for label, reason in results["failed"].items()]
     return "\n".join(parts)
+
+
+def _test_table(verdicts: Sequence[Mapping[str, Any]], baseline: str) -> str:
+    level = verdicts[0]["level"]
+    header = ["metric", "against", f"its difference from {baseline}", "by seed", "margin", f"{baseline} is"]
+    rows = [
+        [
+            COLUMNS[v["metric"]],
+            v["against"],
+            estimate(v["difference"]),
+            ", ".join(f"{d:.3f}" for d in v["by_seed"]),
+            f"{v['margin']:g}",
+            v["baseline_is"],
+        ]
+        for v in verdicts
+    ]
+    return f"The declared test, intervals at {level:.2%}:\n\n" + markdown_table(header, rows)
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -11,7 +11,9 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from qswitch.config import RunConfig, Section, apply_overrides, build_config
-from qswitch.errors import ConfigError
+from qswitch.data.sources import reference_path
+from qswitch.errors import ConfigError, DataError
+from qswitch.evaluate.protocol import PROTOCOLS, make_protocol
 from qswitch.presets import load_preset
 from qswitch.yaml_file import read_yaml
 
@@ -136,6 +138,10 @@ class Comparison:
     cells: list[Cell]
     baseline: str
 
+    def seeds_of(self, name: str) -> list[int]:
+        """The training seeds of a cell; none of a control."""
+        return [cell.seed for cell in self.cells if cell.name == name]
+
 
 def read_comparison(path: Path) -> Comparison:
     """The comparison in a YAML file, every cell's configuration checked, the SFT control added where it is missing.
@@ -160,6 +166,10 @@ def read_comparison(path: Path) -> Comparison:
     for name, cell in named.items():
         if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             problems.append(f"cells.{name}: use letters, digits, dots and dashes")
+        if name in CONTROLS:
+            problems.append(f"cells.{name} is the name of a control, which stands in every table. Rename the cell")
+        if len(set(cell.seeds or section.seeds)) < len(cell.seeds or section.seeds):
+            problems.append(f"cells.{name}: a seed is named twice; the second run would be the first again")
         for rank, seed in enumerate(cell.seeds or section.seeds):
             try:
                 config = _cell_config(run, cell, seed, section.budget)
@@ -178,9 +188,56 @@ def read_comparison(path: Path) -> Comparison:
         problems += [
             f"test.margins.{m}: choose among {', '.join(METRICS)}" for m in section.test.margins if m not in METRICS
         ]
+    problems += _unlike_evaluations(cells, section)
+    problems += _bad_evaluation(section)
+    if section.test is not None:
+        if baseline in section.test.against:
+            problems.append(f"test.against: {baseline} is the baseline itself. Name other cells")
+        problems += [f"test.margins.{m}: must be above 0" for m, margin in section.test.margins.items() if margin <= 0]
     if problems:
         raise ConfigError(problems, str(path))
     return Comparison(section, cells, baseline)
+
+
+def _unlike_evaluations(cells: list[Cell], section: CompareSection) -> Iterator[str]:
+    """Cells that could not be scored together, found before one of them has trained for hours."""
+    if not cells:
+        return
+    first = cells[0]
+    for cell in cells[1:]:
+        if cell.config.teacher != first.config.teacher:
+            yield (
+                f"cells.{cell.name} has another teacher than {first.name} (model, revision, precision or adapter): all "
+                "are measured against one. Set it in settings: for every cell"
+            )
+        ours, theirs = ((c.config.data.template, c.config.data.system_prompt) for c in (first, cell))
+        follows = section.evaluate.template == "own" or (
+            section.evaluate.template is None and PROTOCOLS[section.evaluate.protocol].template is None
+            if section.evaluate.protocol in PROTOCOLS
+            else False
+        )
+        if follows and ours != theirs:
+            yield (
+                f"cells.{cell.name} has another data.template or data.system_prompt than {first.name}, but all answer "
+                "the same prompts. Name one in evaluate.template, or set it in settings: for every cell"
+            )
+
+
+def _bad_evaluation(section: CompareSection) -> Iterator[str]:
+    evaluate = section.evaluate
+    try:
+        make_protocol(
+            evaluate.protocol, seeds=None if evaluate.seeds is None else tuple(evaluate.seeds),
+            temperature=evaluate.temperature, max_new_tokens=evaluate.max_new_tokens,
+            max_prompt_tokens=evaluate.max_prompt_tokens,
+        )  # fmt: skip
+    except ConfigError as error:
+        yield f"evaluate: {error}"
+    for reference in evaluate.data:
+        try:
+            reference_path(reference)
+        except DataError as error:
+            yield f"evaluate.data: {error}"
 
 
 def _cell_config(run: Mapping[str, Any], cell: CellSection, seed: int, budget: BudgetSection) -> RunConfig:

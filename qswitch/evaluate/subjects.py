@@ -59,7 +59,7 @@ class Subject:
     def identity(self) -> str:
         """The same for the teachers of two runs that name the same one; for people, and to tell teachers apart."""
         if self.run_dir is None or self.part != "teacher":
-            return self.reference
+            return f"{self.reference} ({self.precision})"
         teacher = self.run_dir.config.teacher
         model = teacher.model if isinstance(teacher.model, str) else " or ".join(teacher.model)
         revision = f"@{teacher.revision}" if teacher.revision else ""

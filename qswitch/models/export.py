@@ -118,7 +118,8 @@ def merge_run(
     )
     if not report.agrees:
         logger.warning(
-            "The model saved in %s differs from base + adapter by KL %.3g nats (limit %g). Use dtype fp32.",
+            "The model saved in %s differs from base + adapter by KL %.3g nats (limit %g). Compare them with `qswitch "
+            "eval` before use.",
             dtype,
             kl_nats,
             MAX_KL_NATS,

@@ -202,19 +202,21 @@ class KVState:
                 packed[:, width - order.shape[1] :] = held.gather(1, order)
             slots.append(packed)
             indices.append((index, order))
-        layers = max((state._cache.layers for state, _ in sources), key=len)
-        repacked = [
-            layer.repacked(
-                [
-                    (state._cache.layers[i] if state._cache.layers else None, index, order)
-                    for (state, _), (index, order) in zip(sources, indices, strict=True)
-                ],
-                width,
-            )
-            for i, layer in enumerate(layers)
-        ]
         cache = Cache(layer_class_to_replicate=SlotLayer)
-        cache.layers = repacked
+        for i in range(max(len(state._cache.layers) for state, _ in sources)):
+            held = [state._cache.layers[i] if state._cache.layers else None for state, _ in sources]
+            like = next(layer for layer in held if layer is not None)
+            layer = like.repacked(
+                [(layer, index, order) for layer, (index, order) in zip(held, indices, strict=True)], width
+            )
+            # One by one: the old layer's bytes go before the next new one's come.
+            for state, _ in sources:
+                if state._cache.layers:
+                    state._cache.layers[i] = None
+            del held, like
+            if self._graphs is not None:
+                self._graphs.keep(i, layer)
+            cache.layers.append(layer)
         self._cache = cache
         self._slots = torch.cat(slots)
         self._lengths = torch.cat(

@@ -140,6 +140,13 @@ class StepGraphs:
             layer.advance(1)
         return hidden
 
+    def keep(self, index: int, layer: SlotLayer) -> None:
+        """Let a layer that was packed anew live in its fixed buffers again at once, where they hold it."""
+        if self._buffers and self.failure is None:
+            keys, values = self._buffers[index]
+            if layer.keys.shape[0] <= keys.shape[0] and layer.keys.shape[2] < keys.shape[2]:
+                layer.move_to(keys, values)
+
     def _hold(self, layers: Sequence[SlotLayer], padded: int, num_slots: int) -> None:
         """Let `layers` live in the fixed buffers, which grow where they are too small."""
         capacity = -(-num_slots // CAPACITY_SLOTS) * CAPACITY_SLOTS

@@ -113,3 +113,38 @@ def test_a_hub_data_set_with_a_script_is_read_from_the_hub_s_own_conversion(monk
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert [row.fields for row in iter_rows("owner/old", stream_hub=True)] == [{"prompt": "train of None"}]
     assert asked == [None, "refs/convert/parquet"]
+
+
+def test_splits_in_outer_folders_metadata_and_hidden_folders(tmp_path):
+    for folder in ("train/en", "test/en", "train/.ipynb_checkpoints"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.jsonl").write_text('{"prompt": "' + folder + '"}\n')
+    (tmp_path / "dataset_infos.json").write_text('{"default": {}}')
+    assert [row.fields["prompt"] for row in iter_rows(str(tmp_path))] == ["train/en"]
+
+
+@pytest.mark.parametrize(
+    ("content", "columns"),
+    [
+        ({"messages": [{"role": "user", "content": "a"}]}, {"messages"}),
+        ({"version": 1, "data": [{"prompt": "a"}]}, {"prompt"}),
+        ({"prompt": "a", "tags": [{"x": 1}]}, {"prompt", "tags"}),
+    ],
+)
+def test_a_json_object_is_a_wrapper_or_a_record(tmp_path, content, columns):
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    (row,) = iter_rows(str(tmp_path / "a.json"))
+    assert set(row.fields) == columns
+
+
+@pytest.mark.parametrize("header", ["prompt;response, long", '"prompt";"response, if any"'])
+def test_a_comma_in_a_column_name_does_not_part_it(tmp_path, header):
+    (tmp_path / "a.csv").write_text(header + "\none;two\n")
+    (row,) = iter_rows(str(tmp_path / "a.csv"))
+    assert list(row.fields.values()) == ["one", "two"]
+
+
+def test_utf16_is_told_by_its_mark(tmp_path):
+    (tmp_path / "a.csv").write_bytes("prompt\nx\n".encode("utf-16"))
+    with pytest.raises(DataError, match="iconv -f UTF-16"):
+        list(iter_rows(str(tmp_path / "a.csv")))

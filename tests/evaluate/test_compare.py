@@ -90,6 +90,7 @@ def test_an_interrupted_comparison_goes_on_and_repeats_no_finished_cell(tmp_path
     ]  # fmt: skip
     assert (finished.read_bytes(), finished.stat().st_mtime_ns) == before
     one = results["sets"]["questions"]
+    assert "The declared test" not in (out / "results.md").read_text(encoding="utf-8"), "none was declared"
     assert list(one["models"]) == ["switch", "gkd", "sft", "teacher", "untrained"]
     assert set(one["differences"]) == {"gkd", "sft", "teacher", "untrained"}
     assert abs(one["models"]["teacher"]["metrics"]["kl_nats"]["all"]["mean"]) < 1e-6
@@ -155,6 +156,16 @@ def test_budgets_of_tokens_and_seconds_end_a_run(tmp_path: Path, unit: str, amou
         assert rates == sorted(rates, reverse=True) and rates[-1] < 0.2 * 5e-3, "the schedule follows the budget"
 
 
+def test_the_declared_test_stands_in_the_table(tmp_path: Path):
+    cells = {"switch": {}, "sft": {"settings": {"method": "sft"}}}
+    path = write_comparison(tmp_path, cells=cells, test={"against": ["sft"], "margins": {"kl_nats": 0.5}})
+    compare(path, tmp_path / "out", launch=Launcher(), say=lambda _: None)
+    table = (tmp_path / "out/results.md").read_text(encoding="utf-8")
+    (row,) = [line for line in table.partition("The declared test")[2].splitlines() if line.startswith("| KL")]
+    assert "| sft |" in row and "| 0.5 |" in row
+    assert any(verdict in row for verdict in ("better", "worse", "equivalent", "undecided"))
+
+
 def test_a_failing_cell_stops_with_what_to_do_and_keeps_the_others(tmp_path: Path, capsys):
     path = write_comparison(
         tmp_path, cells={"switch": {}, "broken": {"settings": {"student.model": "nowhere/here/not"}}}
@@ -176,6 +187,16 @@ def test_a_failing_cell_stops_with_what_to_do_and_keeps_the_others(tmp_path: Pat
         ({"test": {"against": ["x"], "margins": {"kl_nats": 0.1}}}, "there is no cell x"),
         ({"test": {"against": ["gkd"], "margins": {"kl": 0.1}}}, "choose among"),
         ({"run": "missing.yaml"}, "does not exist"),
+        ({"cells": {"teacher": {}}}, "the name of a control"),
+        ({"seeds": [1, 1]}, "a seed is named twice"),
+        ({"test": {"against": ["switch"], "margins": {"kl_nats": 0.1}}}, "is the baseline itself"),
+        ({"test": {"against": ["gkd"], "margins": {"kl_nats": 0}}}, "must be above 0"),
+        ({"evaluate": {"data": ["nowhere.jsonl"]}}, "evaluate.data: nowhere.jsonl does not exist"),
+        (
+            {"cells": {"switch": {}, "b": {"settings": {"teacher.precision": "bf16"}}}},
+            "has another teacher than switch",
+        ),
+        ({"cells": {"switch": {}, "b": {"settings": {"data.template": "alpaca"}}}}, "has another data.template"),
     ],
 )
 def test_mistakes_are_found_before_anything_starts(tmp_path: Path, changes, message):
@@ -200,7 +221,9 @@ def test_verdicts_follow_the_interval_the_margin_and_every_seed(shift: float, ve
     ours = [scores(base), scores(base)]
     theirs = [scores([b + shift + n for b, n in zip(base, noise, strict=True)])] * 2
     test = TestSection(against=["gkd", "kd"], margins={"kl_nats": 0.2, "rouge_l": 0.2})
-    (kl, rouge) = declared_test(test, "switch", {"switch": ours, "gkd": theirs})
+    seeds = {"switch": [1, 2], "gkd": [1, 2]}
+    cells = {"switch": dict(enumerate(ours, 1)), "gkd": dict(enumerate(theirs, 1))}
+    (kl, rouge) = declared_test(test, "switch", cells, seeds)
     assert (kl["metric"], kl["against"], kl["level"]) == ("kl_nats", "gkd", 0.975)
     assert kl["baseline_is"] == verdict and kl["difference"]["mean"] == pytest.approx(shift, abs=1e-9)
     # More ROUGE-L is better, more KL is worse.
@@ -212,8 +235,16 @@ def test_one_seed_against_the_rest_leaves_it_undecided():
     base = [2.0] * 20
     ours, theirs = [scores(base)] * 2, [scores([4.0] * 20), scores([1.9] * 20)]
     test = TestSection(against=["gkd"], margins={"kl_nats": 0.2})
-    (verdict,) = declared_test(test, "switch", {"switch": ours, "gkd": theirs})
+    cells = {"switch": dict(enumerate(ours, 1)), "gkd": dict(enumerate(theirs, 1))}
+    (verdict,) = declared_test(test, "switch", cells, {"switch": [1, 2], "gkd": [1, 2]})
     assert verdict["difference"]["low"] > 0 and verdict["baseline_is"] == "undecided"
+
+
+def test_no_verdict_before_every_declared_seed_is_there_and_seeds_meet_their_own():
+    test = TestSection(against=["gkd"], margins={"kl_nats": 0.2})
+    cells = {"switch": {1: scores([2.0] * 20), 2: scores([3.0] * 20)}, "gkd": {2: scores([4.0] * 20)}}
+    (verdict,) = declared_test(test, "switch", cells, {"switch": [1, 2], "gkd": [1, 2]})
+    assert verdict["baseline_is"] == "unfinished" and verdict["by_seed"] == [1.0]
 
 
 def test_a_cell_is_a_process_of_its_own(tmp_path: Path, monkeypatch):

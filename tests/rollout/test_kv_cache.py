@@ -98,3 +98,20 @@ def test_windows_by_kind_of_layer():
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ModelError, match="sdpa or eager"):
         attention_windows(model)
+
+
+def test_packing_anew_holds_one_layer_twice_and_no_more():
+    """The plan counts one layer's copy; a whole second cache would not fit beside the first."""
+    from benchmarks.live_bytes import LiveBytes
+
+    hf = tiny_model("llama", num_hidden_layers=8, dtype=torch.float32).eval()
+    model = LanguageModel(hf)
+    state = KVState(model, 8)
+    ids = torch.ones((8, 200), dtype=torch.int64)
+    with torch.no_grad(), LiveBytes() as live:
+        state.append(ids, torch.ones_like(ids, dtype=torch.bool), np.full(8, 200))
+        layer_bytes = 2 * state._cache.layers[0]._keys.numel() * state._cache.layers[0]._keys.element_size()
+        before = live.peak_bytes = live.live_bytes
+        assert before > 8 * layer_bytes
+        state.repack(np.arange(7))
+    assert live.peak_bytes - before < 2.5 * layer_bytes, "8 layers were packed"
