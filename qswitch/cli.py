@@ -80,8 +80,20 @@ def run(arguments: list[str]) -> int:
             return int(error.exit_code)
         if type(error).__name__ == "Abort":
             return 130
+        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):  # torch's, which is not loaded
+            print(f"error: {_out_of_memory(error)}", file=sys.stderr)
+            return 2
         raise
     return result if isinstance(result, int) else 0
+
+
+def _out_of_memory(error: BaseException) -> str:
+    """Training shrinks its sizes by itself; what ends here is loading, evaluating or generating."""
+    first = str(error).strip().partition("\n")[0][:200]
+    return (
+        f"out of memory{': ' + first if first else ''}. Close what else uses the device; for `qswitch eval` lower "
+        "--batch-size, --max-prompt-tokens or --max-new-tokens; or take --device cpu where a command has it."
+    )
 
 
 def _silence_optional_kernels() -> None:

@@ -63,6 +63,20 @@ def test_an_interruption_ends_with_130_and_the_way_back(capsys, monkeypatch):
     assert "qswitch distill --resume runs/x" in capsys.readouterr().err
 
 
+def test_memory_that_runs_out_is_one_message(monkeypatch, capsys):
+    class OutOfMemoryError(RuntimeError):
+        """torch's has this name; the command line knows it by that alone."""
+
+    def refuse(*_arguments, **_options):
+        raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr("qswitch.cli.app", refuse)
+    assert run(["eval", "model"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: out of memory: CUDA out of memory. Tried") and "--batch-size" in printed
+    assert "more" not in printed and "Traceback" not in printed
+
+
 def test_our_bugs_keep_their_traceback(monkeypatch):
     def broken():
         raise ZeroDivisionError
