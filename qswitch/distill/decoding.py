@@ -22,7 +22,7 @@ from qswitch.run_dir import RunDir
 
 
 class Decoding:
-    """What changes the speed of rollouts and none of their tokens. A resumed run chooses as the first did."""
+    """What changes the speed of rollouts and, rounding apart, none of their tokens. A resumed run chooses as before."""
 
     def __init__(
         self,

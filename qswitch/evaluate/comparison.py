@@ -203,20 +203,20 @@ def _unlike_evaluations(cells: list[Cell], section: CompareSection) -> Iterator[
     """Cells that could not be scored together, found before one of them has trained for hours."""
     if not cells:
         return
+    evaluate = section.evaluate
+    named = PROTOCOLS.get(evaluate.protocol)  # an unknown one has a problem of its own
+    follows_runs = evaluate.template == "own" or (
+        evaluate.template is None and named is not None and not named.template
+    )
     first = cells[0]
-    for cell in cells[1:]:
+    for cell in {cell.name: cell for cell in cells}.values():  # its seeds differ in nothing else
         if cell.config.teacher != first.config.teacher:
             yield (
                 f"cells.{cell.name} has another teacher than {first.name} (model, revision, precision or adapter): all "
                 "are measured against one. Set it in settings: for every cell"
             )
         ours, theirs = ((c.config.data.template, c.config.data.system_prompt) for c in (first, cell))
-        follows = section.evaluate.template == "own" or (
-            section.evaluate.template is None and PROTOCOLS[section.evaluate.protocol].template is None
-            if section.evaluate.protocol in PROTOCOLS
-            else False
-        )
-        if follows and ours != theirs:
+        if follows_runs and ours != theirs:
             yield (
                 f"cells.{cell.name} has another data.template or data.system_prompt than {first.name}, but all answer "
                 "the same prompts. Name one in evaluate.template, or set it in settings: for every cell"

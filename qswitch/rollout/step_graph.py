@@ -155,8 +155,11 @@ class StepGraphs:
             rows, slots = max(padded, have[0]), max(capacity, have[2])
             self._recorded.clear()
             self._passes.clear()
-            # Zeros: a stray NaN in a slot that nobody wrote would survive a weight of zero.
-            self._buffers = [(_zeros(layer.keys, rows, slots), _zeros(layer.values, rows, slots)) for layer in layers]
+            self._buffers = self._buffers or [()] * len(layers)
+            for i, layer in enumerate(layers):  # one by one: an old buffer goes as its layer leaves it
+                # Zeros: a stray NaN in a slot that nobody wrote would survive a weight of zero.
+                self._buffers[i] = (_zeros(layer.keys, rows, slots), _zeros(layer.values, rows, slots))
+                layer.move_to(*self._buffers[i])
         for layer, (keys, values) in zip(layers, self._buffers, strict=True):
             layer.move_to(keys, values)
 
