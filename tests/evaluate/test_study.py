@@ -5,10 +5,21 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 from qswitch.evaluate.comparison import read_comparison
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / "benchmarks/study"
+
+
+@pytest.fixture(autouse=True)
+def prepared_data(tmp_path, monkeypatch):
+    """The study's data is made by prepare.py and is not in the repository: its evaluation set, elsewhere and empty."""
+    data = tmp_path / "benchmarks/study/data"
+    data.mkdir(parents=True)
+    (data / "eval.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
 
 
 def test_the_core_is_what_the_page_declares():
