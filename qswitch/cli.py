@@ -333,6 +333,7 @@ def plan(
 def merge(
     run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
     output_dir: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
+    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the saved weights.")] = "bf16",
     as_json: AsJson = False,
 ) -> None:
     """Merge the adapter into the unquantised student: a model that runs anywhere, compared with the adapter."""
@@ -340,7 +341,7 @@ def merge(
 
     from qswitch.models.export import merge_run
 
-    report = merge_run(run_path, output_dir)
+    report = merge_run(run_path, output_dir, dtype=dtype)
     if as_json:
         print(json.dumps(asdict(report), default=str, indent=1))
         return
@@ -410,7 +411,9 @@ def evaluate(
         list[str] | None, typer.Option("--column", help="Our field=column of the file, for example response=answer.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows decoded together; changes speed only.")] = 16,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows decoded together; speed only. Halved when memory runs out.")
+    ] = 16,
     precision: Annotated[str, typer.Option(help="Of models that are no run: auto, nf4, int8, bf16, fp32.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: as the run, else what there is.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the models.")] = False,

@@ -186,6 +186,34 @@ class Recovery:
         self._say(f"out of memory ({stage}): {listed}{plan}; the step is repeated with the same random numbers")
 
 
+class BatchRows:
+    """Rows of passes that train nothing; halved, and the pass repeated, when memory runs out.
+
+    By the sampling contract the number of rows changes no token, so what was written before stays.
+    """
+
+    def __init__(self, rows: int, *, say: Callable[[str], None] = logger.warning) -> None:
+        self.rows = rows
+        self._say = say
+
+    def attempt(self, device: torch.device, run: Callable[..., T]) -> T:
+        """The result of `run(batch_size=rows)`.
+
+        Raises:
+            RuntimeError, MemoryError: what `run` raised, where it is not for memory or a single row is too many.
+        """
+        while True:
+            try:
+                return run(batch_size=self.rows)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self.rows == 1:
+                    raise
+            # Outside the handler the traceback is gone, and with it the tensors of the failed pass.
+            release_memory(device)
+            self._say(f"out of memory: {self.rows} -> {self.rows // 2} rows at a time")
+            self.rows //= 2
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that an allocation failed, on a GPU or in host memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

@@ -10,6 +10,7 @@ import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from qswitch.config import DataSection
 from qswitch.data.overlap import seen_in_training
 from qswitch.data.prompts import Prompt, PromptEncoder
+from qswitch.distill.recovery import BatchRows
 from qswitch.errors import ConfigError, DataError
 from qswitch.evaluate.protocol import Protocol
 from qswitch.evaluate.rouge import rouge_l
@@ -31,7 +33,7 @@ from qswitch.evaluate.versions import versions
 from qswitch.models.language_model import output_rows
 from qswitch.models.vocab import check_tokenizers
 from qswitch.rollout.decode import RolloutRequest, rollout
-from qswitch.rollout.policy import StudentPolicy, TeacherPolicy
+from qswitch.rollout.policy import Policy, StudentPolicy, TeacherPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class EvaluationSettings:
     limit: int | None = None
     """Use the first records of each set only."""
     batch_size: int = 16
+    """To start with: halved when memory runs out."""
     device: str | None = None
 
     def to_dict(self, sets: Sequence[TestSet], template: str) -> dict[str, Any]:
@@ -92,9 +95,10 @@ def evaluate(
     for name, one in prompts.items():
         folder.write_set(name, {"ids": list(one.prompts), "reference_tokens": one.reference_tokens})
 
-    views = _teacher_views(settings, folder, sets, prompts, say) if settings.teacher is not None else {}
+    rows = BatchRows(settings.batch_size, say=say)
+    views = _teacher_views(settings, folder, sets, prompts, rows, say) if settings.teacher is not None else {}
     for subject in settings.subjects:
-        _answer(settings, folder, subject, sets, prompts, views, template, say)
+        _answer(settings, folder, subject, sets, prompts, views, template, rows, say)
     results = _results(settings, folder, sets, prompts, template)
     results["overlaps_with_training"] = overlaps
     folder.write(results, render(results))
@@ -176,6 +180,7 @@ def _teacher_views(
     folder: EvaluationDir,
     sets: Sequence[TestSet],
     encoded: Mapping[str, EncodedSet],
+    rows: BatchRows,
     say: Callable[[str], None],
 ) -> dict[str, TeacherView]:
     """The teacher's own responses, written where they are missing, and its outputs on them."""
@@ -199,13 +204,10 @@ def _teacher_views(
     for test_set in sets:
         store, prompts = stores[test_set.name], encoded[test_set.name].prompts
         missing = [(p, TEACHER_SEED) for i, p in prompts.items() if (i,) not in store]
-        _write(settings, loaded, missing, store, say, f"{test_set.name}: teacher", teacher=True)
-        rows = [store.rows[(i,)] for i in prompts]
-        views[test_set.name] = view_of_teacher(
-            loaded.model,
-            [(prompts[row["id"]].prompt_ids, row["response_ids"]) for row in rows],
-            pad_id=loaded.pad_id,
-            batch_size=settings.batch_size,
+        _write(settings, loaded, missing, store, rows, say, f"{test_set.name}: teacher", teacher=True)
+        sequences = [(prompts[i].prompt_ids, store.rows[(i,)]["response_ids"]) for i in prompts]
+        views[test_set.name] = rows.attempt(
+            loaded.model.device, partial(view_of_teacher, loaded.model, sequences, pad_id=loaded.pad_id)
         )
     del loaded
     _free()
@@ -228,6 +230,7 @@ def _answer(
     encoded: Mapping[str, EncodedSet],
     views: Mapping[str, TeacherView],
     template: str,
+    rows: BatchRows,
     say: Callable[[str], None],
 ) -> None:
     """Responses and distances of one model; it is loaded only if something is missing."""
@@ -247,13 +250,14 @@ def _answer(
         prompts = _own_prompts(settings, subject, test_set, encoded[test_set.name], template)
         references = {t.record.id: t.references for t in test_set.records}
         _write(
-            settings, loaded, [(prompts[i], seed) for i, seed in unwritten], responses, say,
+            settings, loaded, [(prompts[i], seed) for i, seed in unwritten], responses, rows, say,
             f"{test_set.name}: {subject.name}", references=references,
         )  # fmt: skip
         if unmeasured:
-            found = distances(views[test_set.name], loaded.model, pad_id=loaded.pad_id, batch_size=settings.batch_size)
-            rows = [{"id": i} | asdict(d) for i, d in zip(encoded[test_set.name].prompts, found, strict=True)]
-            measured.add([row for row in rows if (row["id"],) not in measured])
+            measure = partial(distances, views[test_set.name], loaded.model, pad_id=loaded.pad_id)
+            found = rows.attempt(loaded.model.device, measure)
+            lines = [{"id": i} | asdict(d) for i, d in zip(encoded[test_set.name].prompts, found, strict=True)]
+            measured.add([line for line in lines if (line["id"],) not in measured])
     del loaded
     _free()
 
@@ -274,6 +278,7 @@ def _write(
     loaded: LoadedSubject,
     missing: Sequence[tuple[Prompt, int]],
     store: Lines,
+    rows: BatchRows,
     say: Callable[[str], None],
     what: str,
     *,
@@ -283,25 +288,27 @@ def _write(
     """Write responses chunk by chunk, so that an interruption loses one chunk at most."""
     protocol = settings.protocol
     size = CHUNK_ROWS * settings.batch_size
+    policy: Policy = TeacherPolicy() if teacher else StudentPolicy()
     for seed in dict.fromkeys(seed for _, seed in missing):
         # Long prompts first: a set that does not fit the memory says so at once.
         prompts = sorted((p for p, s in missing if s == seed), key=lambda p: (-len(p.prompt_ids), p.example_id))
         for start in range(0, len(prompts), size):
             chunk = prompts[start : start + size]
-            written, stats = rollout(
+            write = partial(
+                rollout,
                 [RolloutRequest(p.example_id, 0, p.prompt_ids, protocol.max_new_tokens) for p in chunk],
                 teacher=loaded.model if teacher else None,
                 student=None if teacher else loaded.model,
-                policy=TeacherPolicy() if teacher else StudentPolicy(),
+                policy=policy,
                 seed=seed,
                 temperature=1.0 if teacher else protocol.temperature,
                 eos_ids=loaded.eos_ids,
                 pad_id=loaded.pad_id,
-                batch_size=settings.batch_size,
                 keep="nothing",
                 no_repeat_ngram_size=0 if teacher else protocol.no_repeat_ngram_size,
             )
-            rows = []
+            written, stats = rows.attempt(loaded.model.device, write)
+            lines = []
             for r in written:
                 text = loaded.tokenizer.decode(r.response_ids, skip_special_tokens=True).strip()
                 row = {"id": r.example_id, "seed": seed, "response": text, "tokens": len(r.response_ids),
@@ -310,8 +317,8 @@ def _write(
                     row["response_ids"] = r.response_ids
                 elif references is not None and references[r.example_id]:
                     row["rouge_l"] = rouge_l(text, references[r.example_id])
-                rows.append(row)
-            store.add(rows)
+                lines.append(row)
+            store.add(lines)
             speed = stats.tokens / stats.seconds if stats.seconds else 0.0
             say(f"{what}: {start + len(chunk)}/{len(prompts)} responses, seed {seed}, {speed:.0f} tokens/s")
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import GenerationConfig
 
 from qswitch.config import RunConfig
-from qswitch.errors import ModelError
+from qswitch.errors import ModelError, QSwitchError
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import read_model, read_tokenizer
 from qswitch.models.messages import quiet
@@ -26,6 +27,8 @@ from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
 from qswitch.models.shrink import CALIBRATION_PROMPTS, refuse_non_empty, write_model_folder
 from qswitch.models.student import attach_lora, load_adapter
+from qswitch.plan.machine import GIB, detect_budget_bytes
+from qswitch.plan.shapes import shape_for
 from qswitch.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -34,6 +37,9 @@ MAX_MERGE_ERROR = 1e-4
 """Largest logit difference of the fp32 merge against base + adapter, passes in fp64; above it nothing is written."""
 MAX_KL_NATS = 1e-3
 """Of the saved model against base + adapter."""
+BYTES_PER_PARAMETER = 5
+"""Host memory of a merge: the weights in fp32 once, one layer in fp64, and the reading of files. Measured by
+benchmarks/merge_memory.py."""
 
 
 HUB_LICENCES = ("Apache-2.0", "MIT")
@@ -72,7 +78,8 @@ def merge_run(
 ) -> MergeReport:
     """Merge RUN/adapter (or the latest checkpoint's) into its unquantised base and save a plain model folder.
 
-    Runs on the CPU and needs about 12 bytes of memory per parameter.
+    Runs on the CPU and needs about 5 bytes of memory per parameter; where less is free it says so and goes on, since
+    swap may have room.
 
     Raises:
         RunDirError: run_path is no run directory.
@@ -85,6 +92,7 @@ def merge_run(
     adapter = _adapter_folder(run_dir)
     base = _base(config, run_dir)
     tokenizer = _student_tokenizer(config, adapter, base)
+    _warn_of_memory(config)
     texts = list(CALIBRATION_PROMPTS if prompts is None else prompts)
     ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
 
@@ -125,6 +133,23 @@ def merge_run(
             MAX_KL_NATS,
         )
     return report
+
+
+def _warn_of_memory(config: RunConfig) -> None:
+    """A host that runs out of memory ends the process without a word, so what it lacks is said before."""
+    try:
+        needed = BYTES_PER_PARAMETER * shape_for(config.student).num_parameters
+    except QSwitchError:  # an architecture that cannot be planned merges all the same
+        return
+    available, source = detect_budget_bytes("cpu")
+    if needed > available:
+        logger.warning(
+            "Merging reads the student unquantised: about %.1f GiB, and %.1f are free (%s). Close other programs, or "
+            "merge on a machine with more memory: the run directory is all it needs.",
+            needed / GIB,
+            available / GIB,
+            source,
+        )
 
 
 def _set_end_tokens(merged: Any, adapter: Path) -> None:
@@ -186,13 +211,40 @@ def _logits(hf: Any, ids: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _exact_logits(hf: Any, ids: Sequence[Tensor]) -> list[Tensor]:
-    """Logits of the same fp32 weights with fp64 arithmetic; the weights go to fp64 and back, which loses nothing."""
-    hf.to(torch.float64)
+    """Logits [n, V] of the same fp32 weights with fp64 arithmetic.
+
+    Each part goes to fp64 for its own pass and back, which loses nothing, so that the whole model never stands there in
+    eight bytes a weight. All prompts share one pass, and that way: nothing attends to the padding on their right.
+    """
+    lengths = [row.shape[1] for row in ids]
+    padded = torch.zeros((len(ids), max(lengths)), dtype=torch.int64)
+    for i, row in enumerate(ids):
+        padded[i, : lengths[i]] = row[0]
+    handles = []
+    for part in _parts(hf):
+        handles.append(part.register_forward_pre_hook(lambda module, _: module.to(torch.float64) and None))
+        handles.append(part.register_forward_hook(lambda module, *_: module.to(torch.float32) and None))
     try:
         with torch.no_grad():
-            return [hf(input_ids=row, use_cache=False).logits[0] for row in ids]
+            logits = hf(input_ids=padded, use_cache=False).logits
+            return [one[:length].clone() for one, length in zip(logits, lengths, strict=True)]
     finally:
+        for handle in handles:
+            handle.remove()
         hf.to(torch.float32)
+
+
+def _parts(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Modules that hold all weights between them and read none but their own: each layer as one, the rest singly."""
+    whole = isinstance(module, BaseTunerLayer) or any(True for _ in module.parameters(recurse=False))
+    if whole or not any(True for _ in module.children()):
+        yield module
+        return
+    for child in module.children():
+        if isinstance(child, torch.nn.ModuleList):
+            yield from child
+        else:
+            yield from _parts(child)
 
 
 def _largest_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

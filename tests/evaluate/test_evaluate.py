@@ -95,6 +95,40 @@ def test_figures_are_those_of_a_direct_computation(made, tmp_path):
     assert "template is that of the first model instead of alpaca" in table and "run-teacher" in table
 
 
+def test_an_evaluation_that_runs_out_of_memory_goes_on_with_fewer_rows_and_the_same_figures(
+    made, tmp_path, monkeypatch
+):
+    expected, _ = run_eval(request(made, tmp_path / "roomy"), say=lambda _: None)
+    tried: dict[str, list[int]] = {}
+
+    def with_room_for(rows: int, name: str) -> None:
+        real = getattr(evaluate_module, name)
+
+        def limited(*arguments, batch_size, **options):
+            tried.setdefault(name, []).append(batch_size)
+            if batch_size > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return real(*arguments, batch_size=batch_size, **options)
+
+        monkeypatch.setattr(evaluate_module, name, limited)
+
+    with_room_for(2, "rollout")
+    with_room_for(2, "view_of_teacher")
+    with_room_for(1, "distances")
+    said: list[str] = []
+    found, _ = run_eval(request(made, tmp_path / "tight"), say=said.append)
+    assert tried["rollout"][:2] == [4, 2] and set(tried["rollout"][1:]) == {2}, "it does not try the larger again"
+    assert tried["view_of_teacher"] == [2] and tried["distances"] == [2, 1]
+    assert "out of memory: 4 -> 2 rows at a time" in said and "out of memory: 2 -> 1 rows at a time" in said
+    ours, theirs = (r["sets"]["questions"]["models"]["run"]["metrics"] for r in (found, expected))
+    assert ours["rouge_l"] == theirs["rouge_l"]
+    assert ours["kl_nats"]["all"]["mean"] == pytest.approx(theirs["kl_nats"]["all"]["mean"], rel=1e-5)
+
+    with_room_for(0, "rollout")
+    with pytest.raises(torch.OutOfMemoryError):
+        run_eval(request(made, tmp_path / "none"), say=lambda _: None)
+
+
 def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(made, tmp_path, monkeypatch):
     run_eval(request(made, tmp_path / "whole"), say=lambda _: None)
 

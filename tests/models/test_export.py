@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qswitch.config import RunConfig, build_config
 from qswitch.errors import ModelError
-from qswitch.models.export import merge_run, model_card
-from qswitch.models.references import ResolvedModel
+from qswitch.models.export import _exact_logits, _trained, merge_run, model_card
+from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
 from qswitch.models.student import load_student, save_adapter
 from qswitch.run_dir import RunDir
@@ -143,3 +143,41 @@ def test_the_merged_model_ends_at_every_token_that_ended_a_response(tmp_path):
     GenerationConfig(eos_token_id=[2, 7]).save_pretrained(run_dir.adapter_path)
     merge_run(run_dir.path, tmp_path / "out", prompts=TEXTS)
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 7]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True, "target_modules": "all-linear"}])
+def test_fp64_passes_layer_by_layer_are_those_of_the_whole_model_in_fp64(tmp_path, arch, lora):
+    run_dir, config = trained_run(tmp_path, arch, precision="fp32", lora=lora)
+    hf = _trained(config, resolve_reference(config.student.model), run_dir.adapter_path).hf
+    before = {name: value.clone() for name, value in hf.state_dict().items()}
+    wide, widest = [], [0]
+
+    def count(module, *_):
+        wide.append(sum(p.numel() for p in hf.parameters() if p.dtype == torch.float64))
+        widest[0] = max(widest[0], wide[-1])
+
+    handle = torch.nn.modules.module.register_module_forward_hook(count)
+    try:
+        by_layer = _exact_logits(hf, [IDS, IDS[:, :3]])
+    finally:
+        handle.remove()
+    assert all(torch.equal(value, before[name]) and value.dtype == before[name].dtype
+               for name, value in hf.state_dict().items())  # fmt: skip
+    assert 0 < widest[0] < 0.75 * sum(p.numel() for p in hf.parameters()), "never the whole model in eight bytes"
+    with torch.no_grad():
+        whole = hf.to(torch.float64)(input_ids=IDS, use_cache=False).logits[0]
+    for found, expected in zip(by_layer, (whole, whole[:3]), strict=True):
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+def test_a_host_too_small_for_the_merge_is_told_before_anything_is_read(tmp_path, monkeypatch, caplog):
+    run_dir, _ = trained_run(tmp_path)
+    monkeypatch.setattr("qswitch.models.export.detect_budget_bytes", lambda device: (1000, "available host memory"))
+    merge_run(run_dir.path, tmp_path / "out", prompts=TEXTS)
+    assert "0.0 are free (available host memory)" in caplog.text and "on a machine with more memory" in caplog.text
+    caplog.clear()
+    monkeypatch.undo()
+    merge_run(run_dir.path, tmp_path / "again", prompts=TEXTS)
+    assert "are free" not in caplog.text
