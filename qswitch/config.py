@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from qswitch import methods
 from qswitch.errors import ConfigError
+from qswitch.inheritance import forget_replaced
 from qswitch.yaml_file import parse_yaml
 
 ModelReference = str | list[str]
@@ -504,7 +505,7 @@ def _settings_without_effect(config: RunConfig):
         if student.precision == "nf4":
             yield "student.precision=nf4 cannot be trained in full. Set student.adapter=lora or student.precision=bf16."
         if written(student, "lora") and student.lora != LoraSection():
-            yield "student.lora has no effect with student.adapter=none. Take it back with --set student.lora={}."
+            yield "student.lora has no effect with student.adapter=none. Remove one of the two."
         if student.init_adapter is not None:
             yield (
                 "student.init_adapter has no effect with student.adapter=none. Merge it first (qswitch merge) and name "
@@ -565,11 +566,11 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
     import copy
 
     result = copy.deepcopy(dict(values))
-    models = {role: _model_of(result, role) for role in ("teacher", "student")}
     problems = []
     for key, _, text in (override.partition("=") for override in overrides):
         if key.strip() == "method":
             result = methods.forget_method(result, text.strip(), ALIASES)
+    written: list[tuple[str, Any]] = []
     for override in overrides:
         key, separator, text = override.partition("=")
         key = key.strip()
@@ -583,21 +584,16 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
             continue
         if isinstance(value, str):
             value = _number_or_text(value)
-        _assign(result, ALIASES.get(key, key), value)
+        written.append((ALIASES.get(key, key), value))
     if problems:
         raise ConfigError(problems)
-    # The shape of a model that was replaced would describe, and plan, another one.
-    written = {ALIASES.get(k.strip(), k.strip()) for k in (o.partition("=")[0] for o in overrides)}
-    for role, before in models.items():
-        given = any(key == f"{role}.shape" or key.startswith(f"{role}.shape.") for key in written)
-        if _model_of(result, role) != before and not given and isinstance(result.get(role), dict):
-            result[role].pop("shape", None)
+    above: dict[str, Any] = {}
+    for key, value in written:
+        _assign(above, key, value)
+    result = forget_replaced(result, above)
+    for key, value in written:
+        _assign(result, key, value)
     return result
-
-
-def _model_of(values: Mapping[str, Any], role: str) -> Any:
-    section = values.get(role)
-    return section.get("model") if isinstance(section, dict) else None
 
 
 def dump_config(config: RunConfig) -> str:

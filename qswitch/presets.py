@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qswitch.errors import ConfigError
+from qswitch.inheritance import forget_replaced
 from qswitch.methods import forget_method
 from qswitch.yaml_file import read_yaml
 
@@ -83,21 +84,8 @@ def _load(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         from qswitch.config import ALIASES  # pydantic costs 0.2 s; listing presets needs none
 
         below = forget_method(below, values["method"], ALIASES)
-    if path.parent.resolve() != presets_folder().resolve():  # the shipped twins are the same model under another id
-        below = without_shapes_of_other_models(below, values)
-    return _merge(below, values)
-
-
-def without_shapes_of_other_models(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`below` without the shape of a model that `above` replaces: it would describe, and plan, another one."""
-    kept = dict(below)
-    for role in ("teacher", "student"):
-        old, new = below.get(role), above.get(role)
-        if not isinstance(old, dict) or not isinstance(new, dict) or "shape" in new:
-            continue
-        if "model" in new and new["model"] != old.get("model"):
-            kept[role] = {key: value for key, value in old.items() if key != "shape"}
-    return kept
+    shipped = path.parent.resolve() == presets_folder().resolve()
+    return _merge(forget_replaced(below, values, shapes=not shipped), values)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ LAYERS = [
     ["plan", "presets", "run_dir"],
     ["config"],
     ["methods"],
-    ["yaml_file", "hub"],
+    ["yaml_file", "hub", "inheritance"],
     ["errors"],
 ]
 # Pure mathematics, for anyone.
@@ -42,6 +42,7 @@ COLD = [
     "doctor.py",
     "errors.py",
     "hub.py",
+    "inheritance.py",
     "methods.py",
     "preflight.py",
     "preset_info.py",

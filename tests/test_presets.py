@@ -209,3 +209,14 @@ def test_another_model_does_not_keep_the_shape_of_the_presets(role, tmp_path):
     assert getattr(extended, role).shape is None
     untouched = "student" if role == "teacher" else "teacher"
     assert getattr(extended, untouched).shape == getattr(preset, untouched).shape
+
+
+def test_full_training_leaves_the_inherited_adapter_settings_behind(tmp_path):
+    config = load_run_config("llama-7b-to-1b", ["student.adapter=none", "student.precision=bf16"])
+    assert config.student.adapter == "none" and "lora" not in config.student.model_fields_set
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: llama-7b-to-1b\nstudent: {adapter: none, precision: bf16}\n", encoding="utf-8")
+    assert load_run_config(own).student == config.student
+    # What is said beside it is no inheritance.
+    with pytest.raises(ConfigError, match=r"student\.lora has no effect with student\.adapter=none"):
+        load_run_config("llama-7b-to-1b", ["student.adapter=none", "student.lora.r=8", "student.precision=bf16"])

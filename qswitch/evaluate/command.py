@@ -12,6 +12,7 @@ from typing import Any
 from qswitch.errors import ConfigError
 from qswitch.evaluate.evaluate import EvaluationSettings, evaluate
 from qswitch.evaluate.protocol import Protocol, make_protocol
+from qswitch.evaluate.store import EvaluationDir
 from qswitch.evaluate.subjects import Subject, find_subject
 from qswitch.evaluate.table import render
 from qswitch.run_dir import write_atomically
@@ -83,16 +84,26 @@ def run_eval(request: EvalRequest, *, say: Callable[[str], None]) -> tuple[dict[
         require_harness()  # before the hours of the rest
     results = evaluate(settings, folder, say=say)
     if request.lm_eval is not None:
-        from qswitch.evaluate.harness import run_tasks
-
         tasks = [t.strip() for t in request.lm_eval.split(",") if t.strip()]
-        results["lm_eval"] = {
-            s.name: run_tasks(s, tasks, limit=request.limit, batch_size=request.batch_size, device=request.device)
-            for s in subjects
-        }
+        results["lm_eval"] = {s.name: _lm_eval(request, folder, s, tasks, say) for s in subjects}
         write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         write_atomically(folder / "results.md", render(results))
     return results, folder
+
+
+def _lm_eval(
+    request: EvalRequest, folder: Path, subject: Subject, tasks: list[str], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Scores of the harness, from an earlier call where it asked the same of the same weights."""
+    from qswitch.evaluate.harness import run_tasks
+
+    stored = EvaluationDir(folder).harness_scores(subject.name, subject.fingerprint)
+    key = (",".join(sorted(tasks)), request.limit)
+    if key not in stored:
+        say(f"lm-eval: {subject.name}: {key[0]}")
+        found = run_tasks(subject, tasks, limit=request.limit, batch_size=request.batch_size, device=request.device)
+        stored.add([{"tasks": key[0], "limit": key[1], "results": found}])
+    return stored.rows[key]["results"]
 
 
 def _protocol(request: EvalRequest) -> tuple[Protocol, list[str]]:

@@ -142,7 +142,9 @@ def _evaluate(output_dir: Path, comparison: Comparison, model: str, launch: Laun
         arguments += ["--column", f"{field}={column}"]
     if section.seeds is not None:
         arguments += ["--seeds", ",".join(map(str, section.seeds))]
-    for option in ("temperature", "template", "max_new_tokens", "max_prompt_tokens", "limit", "batch_size"):
+    for option in (
+        "temperature", "template", "max_new_tokens", "max_prompt_tokens", "limit", "split", "batch_size", "device",
+    ):  # fmt: skip
         value = getattr(section, option)
         if value is not None:
             arguments += [f"--{option.replace('_', '-')}", str(value)]

@@ -68,8 +68,12 @@ class EvaluateSection(Section):
     """First records of each set."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our field -> column of the file."""
+    split: str = "test"
+    """Of a hub data set."""
     batch_size: int = Field(default=16, ge=1)
-    """Rows decoded together."""
+    """Rows decoded together; changes no figure."""
+    device: Literal["cuda", "cpu"] | None = None
+    """Instead of the run's."""
 
 
 class TestSection(Section):
@@ -271,7 +275,7 @@ def _settings(config: RunConfig, section: CompareSection) -> dict[str, Any]:
     found = flat_settings(config)
     for name, values in (
         ("budget", section.budget.model_dump()),
-        ("evaluate", section.evaluate.model_dump(exclude={"batch_size"})),
+        ("evaluate", section.evaluate.model_dump(exclude={"batch_size", "device"})),
     ):
         found |= {f"{name}.{key}": value for key, value in values.items()}
     return found

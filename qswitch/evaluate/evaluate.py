@@ -189,7 +189,7 @@ def _teacher_views(
     stores = {s.name: folder.teacher_responses(s.name, teacher.fingerprint) for s in sets}
     done = {s.name: all((i,) in stores[s.name] for i in encoded[s.name].prompts) for s in sets}
     measured = all(
-        (i,) in folder.distances(subject.name, s.name, subject.fingerprint)
+        (i,) in folder.distances(subject.name, s.name, subject.fingerprint, teacher.fingerprint)
         for s in sets
         for subject in settings.subjects
         for i in encoded[s.name].prompts
@@ -237,10 +237,10 @@ def _answer(
     jobs = []
     for test_set in sets:
         responses = folder.responses(subject.name, test_set.name, subject.fingerprint)
-        measured = folder.distances(subject.name, test_set.name, subject.fingerprint)
+        measured = _distances(settings, folder, subject, test_set)
         ids = encoded[test_set.name].prompts
         unwritten = [(i, seed) for seed in settings.protocol.seeds for i in ids if (i, seed) not in responses]
-        unmeasured = settings.teacher is not None and any((i,) not in measured for i in ids)
+        unmeasured = measured is not None and any((i,) not in measured for i in ids)
         jobs.append((test_set, responses, measured, unwritten, unmeasured))
     if not any(unwritten or unmeasured for *_, unwritten, unmeasured in jobs):
         return
@@ -253,13 +253,22 @@ def _answer(
             settings, loaded, [(prompts[i], seed) for i, seed in unwritten], responses, rows, say,
             f"{test_set.name}: {subject.name}", references=references,
         )  # fmt: skip
-        if unmeasured:
+        if measured is not None and unmeasured:
             measure = partial(distances, views[test_set.name], loaded.model, pad_id=loaded.pad_id)
             found = rows.attempt(loaded.model.device, measure)
             lines = [{"id": i} | asdict(d) for i, d in zip(encoded[test_set.name].prompts, found, strict=True)]
             measured.add([line for line in lines if (line["id"],) not in measured])
     del loaded
     _free()
+
+
+def _distances(
+    settings: EvaluationSettings, folder: EvaluationDir, subject: Subject, test_set: TestSet
+) -> Lines | None:
+    """The stored distances of a model; None where no teacher is measured against."""
+    if settings.teacher is None:
+        return None
+    return folder.distances(subject.name, test_set.name, subject.fingerprint, settings.teacher.fingerprint)
 
 
 def _own_prompts(
@@ -356,7 +365,8 @@ def _results(
         scores: dict[str, SetScores] = {}
         for subject in settings.subjects:
             rows = folder.responses(subject.name, test_set.name, subject.fingerprint).rows.values()
-            measured = folder.distances(subject.name, test_set.name, subject.fingerprint).rows.values()
+            distant = _distances(settings, folder, subject, test_set)
+            measured = [] if distant is None else distant.rows.values()
             scores[subject.name] = score_set(
                 [r for r in rows if r["id"] in one.prompts and r["seed"] in settings.protocol.seeds],
                 [r for r in measured if r["id"] in one.prompts],

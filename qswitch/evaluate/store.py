@@ -5,6 +5,7 @@
     DIR/teacher/SET.jsonl                 the teacher's responses
     DIR/models/MODEL/SET.jsonl            responses of a model, one line per record and seed
     DIR/models/MODEL/SET.teacher.jsonl    its distance from the teacher, one line per record
+    DIR/models/MODEL/lm_eval.scores.jsonl    its scores of lm-evaluation-harness
     DIR/results.json, results.md          scores of the last call
 
 Cold: knows no model and no score.
@@ -58,9 +59,15 @@ class EvaluationDir:
         """The responses of a model to a set; forgotten when its weights changed."""
         return Lines(self._folder(f"models/{model}", fingerprint) / f"{set_name}.jsonl", ("id", "seed"))
 
-    def distances(self, model: str, set_name: str, fingerprint: str) -> Lines:
-        """The distances of a model from the teacher on a set."""
-        return Lines(self._folder(f"models/{model}", fingerprint) / f"{set_name}.teacher.jsonl", ("id",))
+    def distances(self, model: str, set_name: str, fingerprint: str, teacher_fingerprint: str) -> Lines:
+        """The distances of a model from the teacher on a set; forgotten when the weights of either changed."""
+        folder = self._folder(f"models/{model}", fingerprint)
+        self._mark(folder / "teacher.txt", teacher_fingerprint, "*.teacher.jsonl")
+        return Lines(folder / f"{set_name}.teacher.jsonl", ("id",))
+
+    def harness_scores(self, model: str, fingerprint: str) -> Lines:
+        """What lm-evaluation-harness found of a model, one line per list of tasks and limit."""
+        return Lines(self._folder(f"models/{model}", fingerprint) / "lm_eval.scores.jsonl", ("tasks", "limit"))
 
     def teacher_responses(self, set_name: str, fingerprint: str) -> Lines:
         """The teacher's own responses to a set."""
@@ -78,13 +85,19 @@ class EvaluationDir:
 
     def _folder(self, name: str, fingerprint: str) -> Path:
         folder = self.path / name
-        mark = folder / "weights.txt"
-        if mark.is_file() and mark.read_text(encoding="utf-8").strip() != fingerprint:
-            for old in folder.glob("*.jsonl"):
-                old.unlink()
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(mark, fingerprint + "\n")
+        self._mark(folder / "weights.txt", fingerprint, "*.jsonl")
         return folder
+
+    @staticmethod
+    def _mark(mark: Path, fingerprint: str, files: str) -> None:
+        """Say in `mark` whose weights the files are from; delete those of others."""
+        before = mark.read_text(encoding="utf-8").strip() if mark.is_file() else None
+        if before == fingerprint:
+            return
+        for old in mark.parent.glob(files):
+            old.unlink()
+        write_atomically(mark, fingerprint + "\n")
 
 
 class Lines:

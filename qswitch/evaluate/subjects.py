@@ -163,8 +163,10 @@ def find_subject(
         ModelError: nothing of that name is here or on the hub.
     """
     given, separator, rest = reference.partition("=")
-    if separator and re.fullmatch(r"[\w.-]+", given):
+    if separator and re.fullmatch(r"[\w.-]+", given) and not Path(reference).exists():
         name, reference = given, rest
+    if reference.startswith("~"):  # the shell expands it only where a word begins
+        reference = str(Path(reference).expanduser())
     path_text, _, part_text = reference.rpartition(":")
     part: Part = "student"
     path = Path(reference).expanduser()
@@ -174,20 +176,12 @@ def find_subject(
     kind: Literal["run", "adapter", "model"] = "model"
     if (path / "config.yaml").is_file():
         run_dir, kind = RunDir.open(path), "run"
-        folder = {"student": trained_weights, "base": _base_folder, "teacher": lambda _: None}[part](run_dir)
-        teacher = run_dir.config.teacher
-        weights = (
-            _folder_fingerprint(folder)
-            if folder is not None
-            else f"{teacher.model}|{teacher.adapter}|{teacher.precision}"
-        )
+        weights = {"student": _student_weights, "base": _base_weights, "teacher": _teacher_weights}[part](run_dir)
     elif (path / ADAPTER_CONFIG).is_file():
         kind = "adapter"
         weights = _folder_fingerprint(path)
     else:
-        resolved = resolve_reference(reference)
-        local = Path(resolved.path)
-        weights = _folder_fingerprint(local) if local.is_dir() else resolved.path
+        weights = _model_weights(resolve_reference(reference))
     label = path.resolve().name if path.exists() else reference.rpartition("/")[2]
     if part != "student":
         label = f"{label}-{part}"
@@ -217,11 +211,34 @@ def trained_weights(run_dir: RunDir) -> Path:
     return latest / "adapter"
 
 
-def _base_folder(run_dir: RunDir) -> Path | None:
+def _student_weights(run_dir: RunDir) -> str:
+    return _folder_fingerprint(trained_weights(run_dir))
+
+
+def _base_weights(run_dir: RunDir) -> str:
+    student = run_dir.config.student
     if run_dir.student_base_path.is_dir():
-        return run_dir.student_base_path
-    resolved = resolve_reference(run_dir.config.student.model, run_dir.config.student.revision)
-    return Path(resolved.path) if Path(resolved.path).is_dir() else None
+        return _folder_fingerprint(run_dir.student_base_path)
+    return f"{_model_weights(resolve_reference(student.model, student.revision))}|{student.precision}" + (
+        _adapter_weights(student.init_adapter, "student.init_adapter")
+    )
+
+
+def _teacher_weights(run_dir: RunDir) -> str:
+    teacher = run_dir.config.teacher
+    return f"{_model_weights(resolve_reference(teacher.model, teacher.revision))}|{teacher.precision}" + (
+        _adapter_weights(teacher.adapter, "teacher.adapter")
+    )
+
+
+def _adapter_weights(reference: str | None, setting: str) -> str:
+    return "" if reference is None else f"|{_folder_fingerprint(find_adapter(reference, setting))}"
+
+
+def _model_weights(resolved: ResolvedModel) -> str:
+    """A folder's files; a hub model by id and revision."""
+    folder = Path(resolved.path)
+    return _folder_fingerprint(folder) if folder.is_dir() else f"{resolved.path}@{resolved.revision}"
 
 
 def _folder_fingerprint(folder: Path) -> str:

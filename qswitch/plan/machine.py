@@ -6,6 +6,7 @@ Knows no model and no configuration beyond train.device and train.compute_dtype.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import shutil
 import subprocess
@@ -123,11 +124,11 @@ def find_budget(train: TrainSection, *, vram: str | None = None, gpu: str | None
 
 
 def detect_budget_bytes(device: Literal["auto", "cuda", "cpu"] = "auto") -> tuple[int, str]:
-    """Free memory of the first GPU, else what the host can still give: (bytes, where the figure is from)."""
+    """Free memory of the GPU that torch will use, else what the host can still give: (bytes, where it is from)."""
     if device != "cpu":
-        gpu = _gpu_free_bytes()
+        gpu = _detect_gpu()
         if gpu is not None:
-            return gpu, "free memory of the first GPU (nvidia-smi)"
+            return gpu.free_bytes, f"free memory of {gpu.label} (nvidia-smi)"
         if device == "cuda":
             raise ConfigError(
                 "train.device=cuda, but no GPU answers to nvidia-smi. Give the budget, for example --vram 12GiB, or "
@@ -142,16 +143,40 @@ def detect_budget_bytes(device: Literal["auto", "cuda", "cpu"] = "auto") -> tupl
     return available, source
 
 
-def _gpu_free_bytes() -> int | None:
+@dataclass(frozen=True, slots=True)
+class _DetectedGpu:
+    free_bytes: int
+    label: str
+    capability: tuple[int, int] | None
+    """CUDA compute capability; None where the driver is too old to say."""
+
+
+def _detect_gpu() -> _DetectedGpu | None:
+    """The GPU that torch calls cuda:0, as nvidia-smi sees it; cold, since torch takes seconds and a CUDA context.
+
+    CUDA_VISIBLE_DEVICES is read as CUDA reads it: indices or UUIDs, of which the first counts; empty or -1 hides all.
+    CUDA orders by speed where CUDA_DEVICE_ORDER does not say PCI_BUS_ID, nvidia-smi by bus: on a machine with unlike
+    cards an index may mean another one, so the name stands in the label.
+    """
     program = shutil.which("nvidia-smi")
-    if program is None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    first = None if visible is None else visible.split(",")[0].strip()
+    if program is None or first in ("", "-1"):
         return None
-    query = [program, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
-        return int(answer.split()[0]) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None  # a driver that does not answer is a machine without a GPU
+    chosen = [] if first is None or first.startswith("MIG-") else [f"--id={first}"]
+    for fields in ("memory.free,name,compute_cap", "memory.free,name"):
+        query = [program, *chosen, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+        try:
+            answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+            free, name, *capability = (value.strip() for value in answer.splitlines()[0].split(","))
+            known = re.fullmatch(r"(\d+)\.(\d+)", capability[0]) if capability else None
+            which = "the first GPU" if first is None else f"GPU {first}"
+            return _DetectedGpu(
+                int(free) * 2**20, f"{which}, {name}", (int(known[1]), int(known[2])) if known else None
+            )
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+            continue  # drivers before 510 know no compute_cap; one that answers nothing is a machine without a GPU
+    return None
 
 
 def _host_available_bytes() -> tuple[int | None, str]:
@@ -184,11 +209,14 @@ def describe_machine(
 ) -> Machine:
     """Device and arithmetic to plan for; `device` overrides train.device (planning for a GPU one does not have)."""
     wanted = device or train.device
+    here = _detect_gpu() if wanted == "auto" or (wanted == "cuda" and device is None) else None
     if wanted == "auto":
-        wanted = "cuda" if _gpu_free_bytes() is not None else "cpu"
+        wanted = "cuda" if here is not None else "cpu"
     dtype = train.compute_dtype
     if dtype == "auto":
-        dtype = "bf16" if wanted == "cuda" or _has_native_bf16_cpu() else "fp32"
+        # A card that is not here is taken to be one of the table, all of which multiply bf16.
+        narrow = here is None or here.capability is None or here.capability >= (8, 0)
+        dtype = "bf16" if (narrow if wanted == "cuda" else _has_native_bf16_cpu()) else "fp32"
     compute_bytes = {"bf16": 2, "fp32": 4, "fp64": 8}[dtype]
     accumulate_bytes = 8 if dtype == "fp64" else 4
     return Machine(wanted, compute_bytes, accumulate_bytes, gpu or REFERENCE_GPU)

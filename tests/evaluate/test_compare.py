@@ -247,6 +247,20 @@ def test_no_verdict_before_every_declared_seed_is_there_and_seeds_meet_their_own
     assert verdict["baseline_is"] == "unfinished" and verdict["by_seed"] == [1.0]
 
 
+def test_what_evaluate_says_reaches_every_evaluation(tmp_path: Path):
+    evaluate = {"data": [str(tmp_path / "questions.jsonl")], "max_new_tokens": 6, "limit": 3, "split": "validation",
+                "device": "cpu", "batch_size": 2}  # fmt: skip
+    launcher = Launcher()
+    path = write_comparison(tmp_path, evaluate=evaluate)
+    compare(path, tmp_path / "out", launch=launcher, say=lambda _: None)
+    evaluations = [" ".join(c) for c in launcher.commands if c[0] == "eval"]
+    assert len(evaluations) == 5, "three cells and two controls"
+    for words in evaluations:
+        assert "--split validation --batch-size 2 --device cpu" in words and "--max-new-tokens 6 --limit 3" in words
+    settings = read_comparison(tmp_path / "study.yaml").cells[0].settings
+    assert settings["evaluate.split"] == "validation" and "evaluate.device" not in settings
+
+
 def test_a_cell_is_a_process_of_its_own(tmp_path: Path, monkeypatch):
     """The default launcher starts `qswitch` itself and hands its exit code back."""
     from qswitch.evaluate.compare import launch_process

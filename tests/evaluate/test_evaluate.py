@@ -14,6 +14,7 @@ from qswitch.cli import run
 from qswitch.evaluate.command import EvalRequest, run_eval
 from qswitch.evaluate.subjects import find_subject
 from qswitch.models.export import merge_run
+from qswitch.models.references import ResolvedModel
 from tests.evaluate.runs import make_run, write_test_set
 
 
@@ -209,6 +210,52 @@ def test_other_weights_are_asked_again_and_other_settings_are_refused(made, tmp_
 
     arguments = ["eval", str(folder.path), "--data", str(data), "--output-dir", str(tmp_path / "out"), "--no-teacher"]
     assert run([*arguments, "--protocol", "greedy"]) == 2
+
+
+def test_a_teacher_with_other_weights_under_the_same_name_is_measured_anew(tmp_path):
+    folder = make_run(tmp_path)
+    here = (folder.path, write_test_set(tmp_path / "questions.jsonl"))
+    run_eval(request(here, tmp_path / "out"), say=lambda _: None)
+    model = tmp_path / "out/models/run"
+    before = {p.name: p.read_bytes() for p in model.iterdir()}
+
+    from safetensors.torch import load_file, save_file
+
+    weights = Path(folder.config.teacher.model) / "model.safetensors"
+    save_file({k: v * 1.5 for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    run_eval(request(here, tmp_path / "out"), say=lambda _: None)
+    after = {p.name: p.read_bytes() for p in model.iterdir()}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"questions.teacher.jsonl", "teacher.txt"}, "the student's own responses stay"
+
+
+def test_a_student_on_the_hub_has_a_mark_of_its_own(tmp_path, monkeypatch):
+    import yaml
+
+    import qswitch.evaluate.subjects as subjects
+
+    folder = make_run(tmp_path)
+    values = yaml.safe_load((folder.path / "config.yaml").read_text(encoding="utf-8"))
+    marks = []
+    for student in ("maker/small", "maker/smaller"):
+        values["student"]["model"], values["teacher"]["model"] = student, "maker/large"
+        (folder.path / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+        monkeypatch.setattr(
+            subjects, "resolve_reference", lambda name, revision=None: ResolvedModel(name, revision, name)
+        )
+        marks += [find_subject(f"{folder.path}:{part}").fingerprint for part in ("base", "teacher")]
+    assert marks[0] != marks[1] and marks[0] != marks[2] and marks[1] == marks[3]
+
+
+def test_a_named_model_may_lie_in_the_home_folder_or_have_an_equals_sign_in_its_path(made, tmp_path, monkeypatch):
+    run_path, _ = made
+    monkeypatch.setenv("HOME", str(run_path.parent))
+    assert find_subject(f"mine=~/{run_path.name}").name == "mine"
+    assert find_subject(f"mine=~/{run_path.name}:base").part == "base"
+    odd = tmp_path / "r=16"
+    odd.symlink_to(run_path)
+    monkeypatch.chdir(tmp_path)
+    assert find_subject("r=16").run_dir is not None
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,28 @@ def test_without_the_harness_nothing_starts_and_the_remedy_is_named(tmp_path: Pa
     assert "pip install qswitch[lm-eval]" in capsys.readouterr().err and not out.exists()
 
 
+def test_finished_scores_are_not_asked_again(tmp_path: Path, monkeypatch):
+    run_path = make_run(tmp_path).path
+    data = write_test_set(tmp_path / "questions.jsonl")
+    asked: list[str] = []
+
+    def score(subject, tasks, **options):
+        asked.append(subject.name)
+        if len(asked) == 2:
+            raise DataError("the hub cannot be reached")
+        return {tasks[0]: {"acc": 0.25 * len(asked)}}
+
+    monkeypatch.setattr("qswitch.evaluate.harness.require_harness", lambda: None)
+    monkeypatch.setattr("qswitch.evaluate.harness.run_tasks", score)
+    arguments = ["eval", str(run_path), f"{run_path}:base", "--data", str(data), "--lm-eval", "arc_easy", "--limit",
+                 "2", "--max-new-tokens", "4", "--no-teacher", "--output-dir", str(tmp_path / "out")]  # fmt: skip
+    assert run(arguments) == 2
+    assert run(arguments) == 0
+    assert asked == ["run", "run-base", "run-base"]
+    results = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
+    assert results["lm_eval"] == {"run": {"arc_easy": {"acc": 0.25}}, "run-base": {"arc_easy": {"acc": 0.75}}}
+
+
 def test_a_task_is_scored_on_the_trained_student(tmp_path: Path):
     pytest.importorskip("lm_eval")
     documents = [{"question": f"say {i}", "choices": ["a", "b"], "answer": i % 2} for i in range(4)]

@@ -199,12 +199,50 @@ def test_the_budget_is_found_on_gpu_and_host(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="no GPU answers"):
         detect_budget_bytes("cuda")
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 11264\n")
+    program.write_text("#!/bin/sh\necho 11264, NVIDIA GeForce RTX 3060, 8.6\n")
     program.chmod(0o755)
-    assert detect_budget_bytes() == (11 * GIB, "free memory of the first GPU (nvidia-smi)")
+    assert detect_budget_bytes() == (11 * GIB, "free memory of the first GPU, NVIDIA GeForce RTX 3060 (nvidia-smi)")
     assert "meminfo" in detect_budget_bytes("cpu")[1] or "cgroup" in detect_budget_bytes("cpu")[1]
     program.write_text("#!/bin/sh\necho 'driver failed'; exit 9\n")
     assert "nvidia-smi" not in detect_budget_bytes()[1]
+
+
+FAKE_NVIDIA_SMI = """#!/bin/sh
+id=0; query=
+for word in "$@"; do case "$word" in --id=*) id=${word#--id=};; --query-gpu=*) query=$word;; esac; done
+case "$query" in *compute_cap*) [ -n "$OLD_DRIVER" ] && exit 2;; esac
+case "$id" in
+  0|GPU-aaaa) line="22528, NVIDIA GeForce RTX 2080 Ti, 7.5";;
+  1|GPU-bbbb) line="11264, NVIDIA GeForce RTX 3060, 8.6";;
+  *) exit 6;;
+esac
+case "$query" in *compute_cap*) echo "$line";; *) echo "${line%,*}";; esac
+"""
+
+
+def test_the_gpu_that_cuda_sees_first_is_planned_for(monkeypatch, tmp_path):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(FAKE_NVIDIA_SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    train = build_config({"teacher": {"model": "a"}, "student": {"model": "b"}, "data": {"train": "c.jsonl"}}).train
+    # A card without bf16 units computes in fp32, and is planned so; for one that is only named, bf16 is assumed.
+    assert detect_budget_bytes()[0] == 22 * GIB and describe_machine(train).compute_bytes == 4
+    assert describe_machine(train, "cuda").compute_bytes == 2
+    for first in ("1", "1,0", "GPU-bbbb"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", first)
+        size, source = detect_budget_bytes()
+        assert size == 11 * GIB and source.startswith(
+            f"free memory of GPU {first.split(',')[0]}, NVIDIA GeForce RTX 3060"
+        )
+        assert describe_machine(train).compute_bytes == 2
+    for hidden in ("", "-1", "7"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert "nvidia-smi" not in detect_budget_bytes()[1] and describe_machine(train).device == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("OLD_DRIVER", "yes")
+    assert detect_budget_bytes()[0] == 22 * GIB and describe_machine(train).compute_bytes == 2, "not known, so assumed"
 
 
 def test_planning_is_cold():
