@@ -2,9 +2,12 @@
 #
 #   docker build -t qswitch .
 #   docker run --rm --gpus all qswitch doctor
-#   docker run --rm -it --gpus all \
-#     -v "$PWD/data:/data:ro" -v "$PWD/runs:/runs" -v qswitch-cache:/cache -e HF_TOKEN \
-#     qswitch distill --preset llama-7b-to-1b --set data.train=/data/my_prompts.jsonl
+#   docker run --rm -it --gpus all --user "$(id -u):$(id -g)" \
+#     -v "$PWD:/work" -v qswitch-cache:/cache -e HF_TOKEN \
+#     qswitch distill --preset llama-7b-to-1b --set data.train=my_prompts.jsonl
+#
+# Commands run in /work, the user's folder, so every path means what it means outside. Any user id works: what is written
+# besides goes to /cache, which all may write.
 #
 # The host needs the NVIDIA driver and the NVIDIA Container Toolkit. CUDA's libraries come with the torch wheel of PyPI
 # (Linux x86-64), so a plain Python image is enough.
@@ -14,7 +17,9 @@ ENV PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     HF_HOME=/cache/huggingface \
-    QSWITCH_CACHE=/cache/qswitch
+    QSWITCH_CACHE=/cache/qswitch \
+    HOME=/cache/home \
+    USER=qswitch
 
 WORKDIR /opt/qswitch
 
@@ -27,10 +32,10 @@ COPY presets presets
 COPY qswitch qswitch
 RUN pip install -c constraints.txt '.[gguf,tracking]'
 
-RUN mkdir -p /data /runs /cache/huggingface /cache/qswitch
-VOLUME ["/data", "/runs", "/cache"]
+# A named volume takes these permissions over when it is first used.
+RUN mkdir -p /work /cache/huggingface /cache/qswitch /cache/home && chmod -R a+rwX /work /cache
+VOLUME ["/work", "/cache"]
 
-# Run directories default to ./runs, which is /runs from here.
-WORKDIR /
+WORKDIR /work
 ENTRYPOINT ["qswitch"]
 CMD ["--help"]

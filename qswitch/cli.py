@@ -418,7 +418,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: as the run, else what there is.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the models.")] = False,
     lm_eval: Annotated[
-        str | None, typer.Option(help="Comma-separated tasks of EleutherAI's harness; needs qswitch[lm-eval].")
+        str | None, typer.Option(help="Comma-separated tasks of EleutherAI's harness; needs the extra lm-eval.")
     ] = None,
     output_dir: Annotated[
         Path | None,

@@ -359,7 +359,7 @@ class TrainSection(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to run."""
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
-    """Trackers beside metrics.jsonl; need `pip install qswitch[tracking]`."""
+    """Trackers beside metrics.jsonl; need the extra `tracking`: `pip install '.[tracking]'`."""
 
 
 class RunConfig(Section):

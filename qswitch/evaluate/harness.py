@@ -12,7 +12,9 @@ from qswitch.evaluate.subjects import Subject
 def require_harness() -> None:
     """Raises ConfigError where the harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("--lm-eval needs EleutherAI's harness: pip install qswitch[lm-eval]")
+        raise ConfigError(
+            "--lm-eval needs EleutherAI's harness. In the checkout: pip install '.[lm-eval]', or pip install lm-eval."
+        )
 
 
 def run_tasks(

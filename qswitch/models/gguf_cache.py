@@ -39,7 +39,7 @@ def materialise_gguf(path: Path) -> Path:
     if (folder / "config.json").is_file():
         return folder
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"Reading {path.name} needs the gguf package: pip install qswitch[gguf]")
+        raise ModelError(f"Reading {path.name} needs the gguf package: pip install gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     logger.info("Converting %s to %s (once)", path, folder)

@@ -23,7 +23,7 @@ def test_without_the_harness_nothing_starts_and_the_remedy_is_named(tmp_path: Pa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else real(name, *a))
     out = tmp_path / "out"
     assert run(["eval", str(run_path), "--data", str(data), "--lm-eval", "arc_easy", "--output-dir", str(out)]) == 2
-    assert "pip install qswitch[lm-eval]" in capsys.readouterr().err and not out.exists()
+    assert "pip install '.[lm-eval]'" in capsys.readouterr().err and not out.exists()
 
 
 def test_finished_scores_are_not_asked_again(tmp_path: Path, monkeypatch):
