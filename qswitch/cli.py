@@ -180,14 +180,10 @@ def distill(
         _print_plan(settings, vram, None, as_json)
         return
     run_dir, summary = _train(settings, resume, output_dir, preset or (config.stem if config else "run"), vram)
-    from qswitch.report.page import write_report
-
-    report_path = write_report(run_dir.path)
     if as_json:
         print(run_dir.summary_path.read_text(encoding="utf-8"), end="")
         return
     _print_result(run_dir, summary)
-    print(f"  report:  {report_path}")
 
 
 @app.command(epilog="Example: qswitch sft --preset llama-7b-to-1b --model teacher --set data.train=my_data.jsonl")
@@ -256,6 +252,9 @@ def _train(settings: Any, resume: Path | None, output_dir: Path | None, name: st
         raise
     except KeyboardInterrupt:
         raise KeyboardInterrupt(str(run_dir.path)) from None
+    from qswitch.report.page import write_report
+
+    write_report(run_dir.path)
     return run_dir, summary
 
 
@@ -281,6 +280,7 @@ def _print_result(run_dir: Any, summary: Any) -> None:
         f"{summary.seconds:.0f} s of training\n"
         f"  memory: {summary.peak_gib:.2f} GiB measured, {summary.planned_gib:.2f} GiB planned\n"
         f"  adapter: {run_dir.adapter_path}\n"
+        f"  report:  {run_dir.report_path}\n"
         f"  next:    qswitch merge {run_dir.path} --output-dir merged",
         soft_wrap=True,
     )

@@ -100,6 +100,11 @@ class RunDir:
         return self.path / "adapter"
 
     @property
+    def report_path(self) -> Path:
+        """One page about the run."""
+        return self.path / "report.html"
+
+    @property
     def student_base_path(self) -> Path:
         """The student's base where it was cut from a larger model for this run."""
         return self.path / "student"

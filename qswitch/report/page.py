@@ -49,7 +49,7 @@ def write_report(run_path: Path | str) -> Path:
         RunDirError: run_path is no run directory.
     """
     run_dir = RunDir.open(Path(run_path))
-    path = run_dir.path / "report.html"
+    path = run_dir.report_path
     write_atomically(path, render_page(run_dir))
     return path
 

@@ -131,5 +131,5 @@ def test_the_command_fine_tunes_and_says_how_to_go_on(folders, tmp_path, capsys)
     assert run(["sft", "--config", str(file), "--model", "teacher", "--output-dir", str(out)]) == 0
     printed = capsys.readouterr().out
     assert f"--set teacher.adapter={out}" in printed and "Loss on the responses" in printed
-    assert json.loads((out / "summary.json").read_text())["method"] == "sft"
+    assert json.loads((out / "summary.json").read_text())["method"] == "sft" and (out / "report.html").is_file()
     assert build_config({**settings(folders).model_dump(), "teacher": {"model": str(folders[0]), "adapter": str(out)}})
