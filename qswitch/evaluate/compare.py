@@ -73,8 +73,16 @@ def compare(
     done = [c for c in comparison.cells if _finished(output_dir, c) is not None]
     if not done:
         raise CellFailed("No cell could be trained. " + " ".join(failed.values()))
+    # A control is read from any run. Finished cells may have come without theirs, which are large.
+    runs = [path for c in done if ((path := _run_path(output_dir, c)) / "config.yaml").is_file()]
     for name, part in CONTROLS.items():
-        _evaluate(output_dir, comparison, f"{name}={_run_path(output_dir, done[0])}:{part}", launch)
+        if runs:
+            _evaluate(output_dir, comparison, f"{name}={runs[0]}:{part}", launch)
+        elif not (output_dir / "eval" / "models" / name).is_dir():
+            raise CellFailed(
+                f"The control {name} is measured from a run, and {output_dir / 'runs'} holds none of a finished cell. "
+                f"Delete {output_dir / 'cells' / done[0].label}.json to train that cell anew."
+            )
     return _write_table(output_dir, comparison, failed)
 
 

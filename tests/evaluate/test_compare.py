@@ -247,6 +247,23 @@ def test_no_verdict_before_every_declared_seed_is_there_and_seeds_meet_their_own
     assert verdict["baseline_is"] == "unfinished" and verdict["by_seed"] == [1.0]
 
 
+def test_finished_cells_without_their_runs_keep_their_controls(tmp_path: Path, capsys):
+    import shutil
+
+    path, out = write_comparison(tmp_path), tmp_path / "out"
+    before = compare(path, out, launch=Launcher(), say=lambda _: None)
+    shutil.rmtree(out / "runs")
+    launcher = Launcher()
+    assert compare(path, out, launch=launcher, say=lambda _: None) == before and not launcher.commands
+    shutil.rmtree(out / "eval/models/untrained")
+    with pytest.raises(CellFailed, match=r"control untrained .* Delete .*switch-seed1.json"):
+        compare(path, out, launch=launcher, say=lambda _: None)
+    (out / "cells/switch-seed1.json").unlink()
+    assert list(compare(path, out, launch=launcher, say=lambda _: None)["sets"]["questions"]["models"]) == list(
+        before["sets"]["questions"]["models"]
+    )
+
+
 def test_what_evaluate_says_reaches_every_evaluation(tmp_path: Path):
     evaluate = {"data": [str(tmp_path / "questions.jsonl")], "max_new_tokens": 6, "limit": 3, "split": "validation",
                 "device": "cpu", "batch_size": 2}  # fmt: skip
