@@ -6,7 +6,7 @@ import json
 
 from qswitch.config import RunConfig
 from qswitch.distill.progress import Progress
-from qswitch.distill.recovery import freed_memory_kept
+from qswitch.models.host_memory import freed_memory_kept
 from qswitch.models.language_model import LanguageModel
 from qswitch.rollout.block_length import (
     Acceptance,

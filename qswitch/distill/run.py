@@ -24,15 +24,9 @@ from qswitch.distill.checkpoint import checkpoint_name
 from qswitch.distill.metrics import GIB, peak_bytes
 from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.prompts import RunPrompts
-from qswitch.distill.recovery import (
-    Recovery,
-    Sizes,
-    bound_kernel_cache,
-    limit_device_memory,
-    release_memory,
-    return_freed_memory,
-)
+from qswitch.distill.recovery import Recovery, Sizes, limit_device_memory
 from qswitch.distill.trainer import Trainer
+from qswitch.models.host_memory import bound_kernel_cache, release_memory, return_freed_memory
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import TokenizerPair
 from qswitch.models.runtime import make_runtime

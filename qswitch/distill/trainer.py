@@ -44,11 +44,12 @@ from qswitch.distill.objective import (
 from qswitch.distill.optimizer import make_accelerator, make_lr_scheduler, make_optimizer
 from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.prompts import Prompts
-from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes, freed_memory_kept, release_memory
+from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes
 from qswitch.distill.replay import ReplayBuffer, ReplayEntry, split_step, staleness_nats
 from qswitch.distill.round import PreparedStep, unique_keys
 from qswitch.distill.validation import ResponseLoss, Validation
 from qswitch.errors import TrainingError
+from qswitch.models.host_memory import freed_memory_kept, release_memory
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.pair import TokenizerPair
 from qswitch.models.residency import SwappedModel

@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 
 from qswitch.config import RunConfig
 from qswitch.errors import ModelError, QSwitchError
+from qswitch.models.host_memory import bound_kernel_cache, return_freed_memory
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import read_model, read_tokenizer
 from qswitch.models.messages import quiet
@@ -93,6 +94,9 @@ def merge_run(
     base = _base(config, run_dir)
     tokenizer = _student_tokenizer(config, adapter, base)
     _warn_of_memory(config)
+    # Before the first pass: else glibc and oneDNN keep two bytes for every byte of the model.
+    return_freed_memory()
+    bound_kernel_cache()
     texts = list(CALIBRATION_PROMPTS if prompts is None else prompts)
     ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
 

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qswitch.config import RunConfig
-from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes, is_out_of_memory, resident_bytes
+from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes, is_out_of_memory
 from qswitch.distill.run import distill
 from qswitch.distill.trainer import Trainer
+from qswitch.models.host_memory import resident_bytes
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer
 from qswitch.models.runtime import make_runtime
