@@ -569,7 +569,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str
     problems = []
     for key, _, text in (override.partition("=") for override in overrides):
         if key.strip() == "method":
-            result = methods.forget_method(result, text.strip(), ALIASES)
+            result = methods.forget_method(result, text.strip().strip("'\""), ALIASES)
     written: list[tuple[str, Any]] = []
     for override in overrides:
         key, separator, text = override.partition("=")

@@ -30,6 +30,8 @@ class StepReport:
     """Mean KL(student that wrote || student that trains) over a sample of them."""
     teacher_share: float | None = None
     jsd_bits: float | None = None
+    written_tokens: int = 0
+    """Response tokens that were written for this step, by it or at the start of its round."""
     rollout: RolloutStats = field(default_factory=RolloutStats)
     rollouts: list[Rollout] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

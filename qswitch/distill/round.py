@@ -18,6 +18,8 @@ class PreparedStep:
 
     source: Source
     sequences: list[TrainingSequence]
+    num_written: int = 0
+    """Response tokens that were written for this step; what the budget of tokens counts."""
 
     def cache_keys(self) -> list[tuple[int, int, int]]:
         """(example, visit, step) of every loss position."""
@@ -25,12 +27,14 @@ class PreparedStep:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values; torch.load reads them with weights_only."""
-        return {"source": self.source, "sequences": [asdict(s) for s in self.sequences]}
+        sequences = [asdict(s) for s in self.sequences]
+        return {"source": self.source, "sequences": sequences, "num_written": self.num_written}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> PreparedStep:
         """Of a `state_dict`."""
-        return cls(state["source"], [TrainingSequence(**values) for values in state["sequences"]])
+        sequences = [TrainingSequence(**values) for values in state["sequences"]]
+        return cls(state["source"], sequences, state["num_written"])
 
 
 def unique_keys(keys: list[tuple[int, int, int]]) -> Tensor:

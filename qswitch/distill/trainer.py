@@ -226,7 +226,7 @@ class Trainer:
         prepared = self.round[0]
         clock.lap("teacher")
 
-        report.batch = prepared.source
+        report.batch, report.written_tokens = prepared.source, prepared.num_written
         sequences = [s for s in prepared.sequences if s.loss_steps]
         report.loss_tokens = sum(len(s.loss_steps) for s in sequences)
         report.loss, report.grad_norm = self.recovery.attempt(
@@ -258,6 +258,7 @@ class Trainer:
                 report.rollouts, report.rollout = attempt("rollout", lambda: self.roll_out(written))
                 clock.lap("rollout")
                 sequences = attempt("teacher", lambda: self.cache_teacher(report.rollouts))
+            unclaimed = iter(report.rollouts)
             for source, own, (_, replayed) in zip(sources, items, splits, strict=True):
                 if source == "ground_truth":
                     responses = attempt("teacher", partial(self.read_ground_truth, own))
@@ -269,7 +270,8 @@ class Trainer:
                 report.replayed = len(drawn)
                 if drawn:
                     report.staleness_nats = attempt("validation", partial(self._staleness, drawn))
-                self.round.append(PreparedStep(source, fresh + [entry.sequence for entry in drawn]))
+                num_written = sum(len(next(unclaimed).response_ids) for _ in own)
+                self.round.append(PreparedStep(source, fresh + [entry.sequence for entry in drawn], num_written))
         except MemoryFloorError:
             self.loader.load_state_dict(cursor)
             self.round.clear()
@@ -603,8 +605,7 @@ class Trainer:
         report.read_rollouts(two_writers=self.policy.uses_teacher and self.policy.uses_student)
         self.counters.rollout_tokens += report.rollout.tokens
         self.counters.trained_tokens += report.loss_tokens
-        # A round's rollouts are counted with its first step, which may itself be ground truth.
-        self.counters.response_tokens += report.rollout.tokens
+        self.counters.response_tokens += report.written_tokens
         if report.batch == "ground_truth":
             self.counters.response_tokens += report.loss_tokens
         planned = self.recovery.planned_bytes

@@ -155,12 +155,16 @@ def fidelity(
     reports, failed = [], {}
     for precision in precisions:
         say(f"loading the teacher ({precision})")
+        quantised = views = None
         try:
             quantised = _teacher(config, runtime, pair, precision)
             views = [_view(quantised, written, pair, batch) for written in (own, mixed)]
         except (ModelError, RuntimeError, NotImplementedError) as error:
             failed[precision] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if quantised is None or views is None:
             say(f"{precision} does not run here: {failed[precision]}")
+            del quantised, views  # half a teacher would take the next one's memory
+            _free()
             continue
         tokens = [
             _tokens(r, q, head, quantised.head) for r, q in zip(reference[0].hidden, views[0].hidden, strict=True)
@@ -219,8 +223,10 @@ def _teacher(config: RunConfig, runtime: Runtime, pair: TokenizerPair, precision
 def _student(
     config: RunConfig, runtime: Runtime, pair: TokenizerPair, run_dir: RunDir | None, work_dir: Path
 ) -> LanguageModel:
-    base = run_dir.student_base_path if run_dir is not None else work_dir / "student"
-    if run_dir is None and config.student.shrink_to_layers is not None and not base.exists():
+    section = config.student
+    cut = f"student-{section.shrink_to_layers}-layers-of-{resolve_reference(section.model, section.revision).name}"
+    base = run_dir.student_base_path if run_dir is not None else work_dir / re.sub(r"[^\w.-]+", "-", cut)
+    if run_dir is None and section.shrink_to_layers is not None and not base.exists():
         shrink_to_folder(
             config.student.model,
             config.student.shrink_to_layers,

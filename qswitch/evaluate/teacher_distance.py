@@ -9,7 +9,7 @@ Letters: `T` response tokens, `D` hidden width, `N` positions, `V` shared vocabu
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +48,20 @@ class Distance:
 def view_of_teacher(
     teacher: LanguageModel, sequences: Sequence[tuple[list[int], list[int]]], *, pad_id: int, batch_size: int
 ) -> TeacherView:
-    """Score responses with the teacher and keep what is needed to compare others with it."""
+    """Score responses with the teacher and keep what is needed to compare others with it, off the device at once."""
     sequences = list(sequences)
-    hidden = score_responses(teacher, sequences, pad_id=pad_id, batch_size=batch_size)
-    return TeacherView(sequences, [h.cpu() for h in hidden], detached_head(teacher.head))
+    hidden: dict[int, Tensor] = {}
+    for members in _by_length(sequences, batch_size):
+        scored = score_responses(teacher, [sequences[i] for i in members], pad_id=pad_id, batch_size=batch_size)
+        hidden |= {i: h.cpu() for i, h in zip(members, scored, strict=True)}
+    return TeacherView(sequences, [hidden[i] for i in range(len(sequences))], detached_head(teacher.head))
+
+
+def _by_length(sequences: Sequence[tuple[list[int], list[int]]], batch_size: int) -> Iterator[list[int]]:
+    """Indices, batch by batch, of sequences of similar length."""
+    order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 def detached_head(head: Head) -> Head:
@@ -68,11 +78,9 @@ def detached_head(head: Head) -> Head:
 def distances(view: TeacherView, model: LanguageModel, *, pad_id: int, batch_size: int) -> list[Distance]:
     """KL and agreement of every response in `view`, in its order."""
     results: list[Distance | None] = [None] * len(view.sequences)
-    order = sorted(range(len(view.sequences)), key=lambda i: sum(map(len, view.sequences[i])))
     vocab_size = min(view.head.vocab_size, model.vocab_size)
     with torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            members = order[start : start + batch_size]
+        for members in _by_length(view.sequences, batch_size):
             scored = score_responses(
                 model, [view.sequences[i] for i in members], pad_id=pad_id, batch_size=batch_size
             )  # in the order of members

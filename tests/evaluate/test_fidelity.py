@@ -73,6 +73,77 @@ def test_an_unquantised_teacher_differs_in_nothing(made, monkeypatch):
     assert same["changed_decisions"]["mean"] == 0 and same["jsd_bits"] == same["reference_jsd_bits"]
 
 
+def test_kl_and_interventions_are_those_of_whole_logits(made):
+    """One response at a time from whole logits in fp64: the direction of KL, who is right of top-1, who intervenes."""
+    from qswitch.evaluate.subjects import find_subject
+    from qswitch.models.pair import load_pair_tokenizer
+    from qswitch.models.runtime import make_runtime
+    from qswitch.run_dir import RunDir
+
+    config = RunDir.open(made).config
+    pair, runtime = load_pair_tokenizer(config), make_runtime(config.train)
+    written: list = []
+    real = module._view
+
+    def remember(model, rollouts, *rest):
+        written.append(rollouts)
+        return real(model, rollouts, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_view", remember)
+        run_dir = RunDir.open(made)
+        (found,) = fidelity(config, run_dir=run_dir, work_dir=made, precisions=["fp4"], num_prompts=3)["precisions"]
+    mixed, own = written[0], written[1]
+    bf16, fp4 = (module._teacher(config, runtime, pair, precision) for precision in ("bf16", "fp4"))
+    student = find_subject(str(made)).load().model
+
+    def log_probs(model, rollout):
+        whole = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+        with torch.no_grad():
+            logits = model.hf(input_ids=whole).logits[0, len(rollout.prompt_ids) - 1 : -1]
+        return logits[:, : pair.vocab_size].double().log_softmax(-1)
+
+    kl, same = [], []
+    for rollout in own:
+        p, q = log_probs(bf16, rollout), log_probs(fp4, rollout)
+        kl += (p.exp() * (p - q)).sum(-1).tolist()
+        same += (p.argmax(-1) == q.argmax(-1)).tolist()
+    assert found["kl_nats"]["mean"] == pytest.approx(sum(kl) / len(kl), rel=1e-3)
+    reverse = sum(((q := log_probs(fp4, r)).exp() * (q - log_probs(bf16, r))).sum().item() for r in own) / len(kl)
+    assert abs(reverse / found["kl_nats"]["mean"] - 1) > 5e-3, "the other direction would be seen"
+    assert found["top1_agreement"]["mean"] == pytest.approx(sum(same) / len(same))
+
+    threshold = module._switch_policy(config, config.rollout.max_new_tokens).threshold
+    above, teacher_wrote, total = 0, 0, 0
+    for rollout in mixed:
+        p, q = log_probs(bf16, rollout), log_probs(student, rollout)
+        m = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, dtype=torch.float64))
+        jsd = ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1)) / 2 / torch.log(torch.tensor(2.0)).double()
+        above += int((jsd > threshold(torch.arange(len(jsd)))).sum())
+        teacher_wrote += sum(rollout.writers)
+        total += len(jsd)
+    assert found["reference_intervention_share"] == pytest.approx(above / total, abs=1.5 / total)
+    assert found["reference_intervention_share"] == pytest.approx(teacher_wrote / total, abs=1.5 / total), (
+        "the engine's"
+    )
+
+
+def test_another_cut_of_the_student_is_another_student(tmp_path):
+    from qswitch.config import build_config
+
+    run_dir = make_run(tmp_path, rollout__max_new_tokens=8)
+    values = run_dir.config.model_dump(exclude_unset=True)
+    work = tmp_path / "work"
+    layers = []
+    for keep in (2, 1):
+        values["student"]["shrink_to_layers"] = keep
+        values["student"]["model"] = values["teacher"]["model"]
+        config = build_config(values)
+        pair, runtime = module.load_pair_tokenizer(config), module.make_runtime(config.train)
+        layers.append(module._student(config, runtime, pair, None, work).hf.config.num_hidden_layers)
+    assert layers == [2, 1]
+
+
 def test_a_precision_that_does_not_run_is_named_and_left_out(made, monkeypatch):
     from qswitch.run_dir import RunDir
 
