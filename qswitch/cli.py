@@ -225,7 +225,7 @@ def _train(settings: Any, resume: Path | None, output_dir: Path | None, name: st
     from qswitch.plan.machine import detect_budget_bytes, parse_size
     from qswitch.plan.scheduler import apply_plan, plan_run, require_fit
     from qswitch.preflight import prepare, settings_problems
-    from qswitch.run_dir import RunDir
+    from qswitch.run_dir import RunDir, locked
 
     budget = None if vram is None else parse_size(vram)
     path = resume or output_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -245,7 +245,10 @@ def _train(settings: Any, resume: Path | None, output_dir: Path | None, name: st
     run_dir = RunDir.open(path) if resume is not None else RunDir.create(path, settings)
     print(f"run directory: {run_dir.path}", file=sys.stderr)
     try:
-        summary = run_distillation(settings, run_dir, resume=resume is not None, budget_bytes=budget, prepared=prepared)
+        with locked(run_dir.path):
+            summary = run_distillation(
+                settings, run_dir, resume=resume is not None, budget_bytes=budget, prepared=prepared
+            )
     except QSwitchError:
         if resume is None:
             run_dir.discard_unstarted()

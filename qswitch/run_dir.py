@@ -6,10 +6,11 @@ no torch and no model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,29 @@ class RunDir:
         """The newest complete checkpoint."""
         found = self.checkpoints()
         return found[-1] if found else None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else writes to `folder` meanwhile; the lock ends with the process, however it ends.
+
+    Raises:
+        RunDirError: another command is writing to it.
+    """
+    import filelock  # asyncio comes with it; most commands lock nothing
+
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise RunDirError(f"Another qswitch command is writing to {folder}. Wait until it ends, or stop it.") from None
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_atomically(path: Path, text: str) -> None:

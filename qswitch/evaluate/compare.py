@@ -26,7 +26,8 @@ from qswitch.config import dump_config
 from qswitch.errors import QSwitchError, RunDirError
 from qswitch.evaluate.compare_table import comparison_results, render_comparison
 from qswitch.evaluate.comparison import CONTROLS, SFT, Cell, Comparison, flat_settings, read_comparison
-from qswitch.run_dir import RunDir, write_atomically
+from qswitch.evaluate.store import EvaluationDir
+from qswitch.run_dir import RunDir, locked, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,10 @@ class CellFailed(QSwitchError):
     """A cell ended with an error of the user's to mend; the finished cells are kept."""
 
 
+class NothingToLearnFrom(CellFailed):
+    """The SFT control was refused before it began."""
+
+
 def compare(
     path: Path, output_dir: Path, *, launch: Launch | None = None, say: Callable[[str], None] = logger.info
 ) -> dict[str, Any]:
@@ -45,13 +50,20 @@ def compare(
 
     Raises:
         ConfigError: the comparison is wrong; nothing was started.
-        RunDirError: output_dir holds cells of another comparison.
+        RunDirError: output_dir holds cells of another comparison, or another command writes to it.
         CellFailed: a run stopped with an error.
         KeyboardInterrupt: stopped; the same command goes on.
     """
     launch = launch or launch_process
     comparison = read_comparison(path)
     (output_dir / "cells").mkdir(parents=True, exist_ok=True)
+    with locked(output_dir):
+        return _compare(path, output_dir, comparison, launch, say)
+
+
+def _compare(
+    path: Path, output_dir: Path, comparison: Comparison, launch: Launch, say: Callable[[str], None]
+) -> dict[str, Any]:
     _refuse_other_cells(output_dir, comparison)
     shutil.copyfile(path, output_dir / "compare.yaml")
     total = len(comparison.cells)
@@ -63,27 +75,47 @@ def compare(
         say(f"[{number}/{total}] {cell.label}")
         try:
             _run_cell(output_dir, comparison, cell, launch)
-        except CellFailed as error:
-            if cell.name != SFT:
-                raise
+        except NothingToLearnFrom as error:
             # Data without responses has no SFT control; the other rows are still worth having.
             failed[cell.label] = str(error)
             say(str(error))
+            continue
+        _measure(output_dir, comparison, launch, say)
         _write_table(output_dir, comparison, failed)
-    done = [c for c in comparison.cells if _finished(output_dir, c) is not None]
-    if not done:
+    if all(_finished(output_dir, cell) is None for cell in comparison.cells):
         raise CellFailed("No cell could be trained. " + " ".join(failed.values()))
+    _measure(output_dir, comparison, launch, say)
+    return _write_table(output_dir, comparison, failed)
+
+
+def _measure(output_dir: Path, comparison: Comparison, launch: Launch, say: Callable[[str], None]) -> None:
+    """Measure what is not, or was measured against other responses of the teacher: finished cells and the controls."""
+    stored = EvaluationDir(output_dir / "eval")
+    done = [c for c in comparison.cells if _finished(output_dir, c) is not None]
+    for cell in done:
+        if not stored.is_complete(cell.label):
+            if not _has_run(output_dir, cell):
+                raise CellFailed(
+                    f"{cell.label} is finished, but {output_dir / 'eval'} lacks its responses, or holds another "
+                    f"teacher's, and its run is gone. Delete {output_dir / 'cells' / cell.label}.json to train it anew."
+                )
+            say(f"{cell.label}: measured anew")
+            _evaluate(output_dir, comparison, f"{cell.label}={_run_path(output_dir, cell)}", launch, cell)
     # A control is read from any run. Finished cells may have come without theirs, which are large.
-    runs = [path for c in done if ((path := _run_path(output_dir, c)) / "config.yaml").is_file()]
+    run = next((_run_path(output_dir, c) for c in done if _has_run(output_dir, c)), None)
     for name, part in CONTROLS.items():
-        if runs:
-            _evaluate(output_dir, comparison, f"{name}={runs[0]}:{part}", launch)
-        elif not (output_dir / "eval" / "models" / name).is_dir():
+        if stored.is_complete(name):
+            continue
+        if run is None:
             raise CellFailed(
                 f"The control {name} is measured from a run, and {output_dir / 'runs'} holds none of a finished cell. "
                 f"Delete {output_dir / 'cells' / done[0].label}.json to train that cell anew."
             )
-    return _write_table(output_dir, comparison, failed)
+        _evaluate(output_dir, comparison, f"{name}={run}:{part}", launch)
+
+
+def _has_run(output_dir: Path, cell: Cell) -> bool:
+    return (_run_path(output_dir, cell) / "config.yaml").is_file()
 
 
 def launch_process(arguments: Sequence[str]) -> int:
@@ -119,7 +151,14 @@ def _run_cell(output_dir: Path, comparison: Comparison, cell: Cell, launch: Laun
             start = json.dumps(flat_settings(cell.config), indent=1) + "\n"
             write_atomically(_start_path(output_dir, cell), start)
             arguments = ["distill", "--config", str(config_path), "--output-dir", str(run_path)]
-        _require(launch(arguments), cell, "training", arguments)
+        code = launch(arguments)
+        if code == 2 and cell.config.method == SFT and not run_path.exists():
+            # Refused before it began: a run that fails later leaves its folder.
+            raise NothingToLearnFrom(
+                f"{cell.label} could not start; its message stands above. To see it again: "
+                f"qswitch {' '.join(arguments)}"
+            )
+        _require(code, cell, "training", arguments)
     _evaluate(output_dir, comparison, f"{cell.label}={run_path}", launch, cell)
     run_dir = RunDir.open(run_path)
     metrics = [line for line in run_dir.read_metrics() if "loss" in line]
@@ -186,6 +225,12 @@ def _refuse_other_cells(output_dir: Path, comparison: Comparison) -> None:
             start = _start_path(output_dir, cell)
             known = start.is_file()
             changed = cell.changed(json.loads(start.read_text(encoding="utf-8"))) if known else ["unknown ones"]
+        if changed and all(key.startswith("evaluate.") for key in changed):
+            raise RunDirError(
+                f"{output_dir} was scored with other settings ({', '.join(changed[:4])}). Choose another --output-dir; "
+                f"or delete {output_dir / 'eval'} and the files {output_dir / 'cells'}/NAME-seedN.json (not those "
+                "named .start.json): the runs stay, and are scored anew."
+            )
         if changed:
             raise RunDirError(
                 f"{output_dir} holds {cell.label} with other settings ({', '.join(changed[:4])}). Choose another "

@@ -16,7 +16,7 @@ from qswitch.evaluate.comparison import Cell, Comparison, TestSection
 from qswitch.evaluate.intervals import Estimate, paired_difference, standard_deviation
 from qswitch.evaluate.scores import SetScores, combine_scores, compare_scores, score_set
 from qswitch.evaluate.store import Lines
-from qswitch.evaluate.table import COLUMNS, LOWER_IS_BETTER, estimate, markdown_table
+from qswitch.evaluate.table import COLUMNS, LOWER_IS_BETTER, estimate, markdown_table, protocol_line
 from qswitch.evaluate.versions import versions
 
 
@@ -32,8 +32,12 @@ def comparison_results(
     by_cell: dict[str, list[tuple[Cell, Mapping[str, Any]]]] = {}
     for cell, saved in finished:
         by_cell.setdefault(cell.name, []).append((cell, saved))
+    measured = _read_json(eval_dir / "eval.json")
+    last = _read_json(eval_dir / "results.json")
     results: dict[str, Any] = {
         "budget": section.budget.model_dump(),
+        "evaluation": {key: measured[key] for key in ("protocol", "sets", "limit", "teacher") if key in measured}
+        | {key: last[key] for key in ("departures",) if key in last},
         "baseline": comparison.baseline,
         "cells": {name: _cost(members, section.cells.get(name)) for name, members in by_cell.items()},
         "failed": dict(failed),
@@ -75,6 +79,22 @@ def comparison_results(
     return results
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def seed_interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """95 % t-interval of the mean of one difference per training seed; None below two."""
+    if len(differences) < 2:
+        return None
+    if max(differences) == min(differences):
+        return differences[0], differences[0]
+    from scipy import stats
+
+    interval = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    return float(interval.low), float(interval.high)
+
+
 def declared_test(
     test: TestSection,
     baseline: str,
@@ -92,7 +112,10 @@ def declared_test(
     undecided   anything else
     unfinished  a training seed that was `declared` for either cell is not there yet
 
-    Pairs of seeds are those that both cells have.
+    Pairs of seeds are those that both cells have; a control, which is one model, meets every seed of the baseline.
+
+    Beside each verdict stands a 95 % t-interval of the mean difference over the pairs of seeds, which says what the
+    interval over records cannot: how much another training seed may change it.
     """
     level = 1 - 0.05 / len(test.against)
     verdicts = []
@@ -109,11 +132,9 @@ def declared_test(
             difference = paired_difference(
                 [other.values[i] for i in ids], [mine.values[i] for i in ids], weights, confidence=level
             )
-            shared = [seed for seed in ours if seed in theirs] or [next(iter(ours))]  # a control has one, of its own
-            seeds = [
-                theirs.get(n, next(iter(theirs.values()))).metrics[metric].overall - ours[n].metrics[metric].overall
-                for n in shared
-            ]
+            control = not declared.get(name)
+            pairs = [(theirs[0] if control else theirs[n], ours[n]) for n in ours if control or n in theirs]
+            seeds = [other.metrics[metric].overall - own.metrics[metric].overall for other, own in pairs]
             finished = set(declared.get(baseline, ())) <= ours.keys() and set(declared.get(name, ())) <= theirs.keys()
             verdicts.append(
                 {
@@ -122,6 +143,7 @@ def declared_test(
                     "against": name,
                     "level": level,
                     "difference": asdict(difference),
+                    "seed_interval": seed_interval(seeds),
                     "by_seed": seeds,
                     "baseline_is": _verdict(difference, margin, [sign * d for d in seeds], sign)
                     if finished
@@ -184,6 +206,10 @@ def render_comparison(results: Mapping[str, Any]) -> str:
         f"Budget of every cell: {budget['amount']:g} {budget['unit']}. Brackets: 95 % bootstrap intervals over "
         "records, of means over the training seeds.\n"
     ]
+    evaluation = results["evaluation"]
+    if "protocol" in evaluation:
+        parts.append(protocol_line(evaluation["protocol"], evaluation.get("departures", ())))
+        parts.append(f"Teacher: {evaluation['teacher']}; its own responses at temperature 1 are the yardstick.\n")
     for name, one in results["sets"].items():
         models = one["models"]
         present = [m for m in COLUMNS if any(m in v["metrics"] for v in models.values())]
@@ -209,14 +235,19 @@ def render_comparison(results: Mapping[str, Any]) -> str:
         parts.append(f"## {name} ({one['records']} records)\n\n" + markdown_table(header, rows))
         buckets = list(dict.fromkeys(b for v in one["differences"].values() for m in v.values() for b in m))
         rows = [
-            [model, bucket, *(estimate(v.get(m, {}).get(bucket)) for m in present)]
+            [
+                model,
+                bucket,
+                str(max((v[m][bucket]["records"] for m in present if bucket in v.get(m, {})), default=0)),
+                *(estimate(v.get(m, {}).get(bucket)) for m in present),
+            ]
             for model, v in one["differences"].items()
             for bucket in buckets
         ]
         if rows:
             parts.append(
                 f"Paired differences from {results['baseline']} (below zero: lower than {results['baseline']}):\n\n"
-                + markdown_table(["", "reference tokens", *(COLUMNS[m] for m in present)], rows)
+                + markdown_table(["", "reference tokens", "records", *(COLUMNS[m] for m in present)], rows)
             )
         if one["test"]:
             parts.append(_test_table(one["test"], results["baseline"]))
@@ -252,13 +283,15 @@ def render_comparison(results: Mapping[str, Any]) -> str:
 
 def _test_table(verdicts: Sequence[Mapping[str, Any]], baseline: str) -> str:
     level = verdicts[0]["level"]
-    header = ["metric", "against", f"its difference from {baseline}", "by seed", "margin", f"{baseline} is"]
+    header = ["metric", "against", f"its difference from {baseline}", "by seed", "95 % over seeds", "margin",
+              f"{baseline} is"]  # fmt: skip
     rows = [
         [
             COLUMNS[v["metric"]],
             v["against"],
             estimate(v["difference"]),
             ", ".join(f"{d:.3f}" for d in v["by_seed"]),
+            "" if v["seed_interval"] is None else "[{:.3f}, {:.3f}]".format(*v["seed_interval"]),
             f"{v['margin']:g}",
             v["baseline_is"],
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ SFT = "sft"
 """Name of the control cell that every comparison has."""
 CONTROLS = {"teacher": "teacher", "untrained": "base"}
 """Name in the table -> part of a run."""
+START = ("model", "revision", "shrink_to_layers", "init_adapter")
+"""Settings of the student that every cell shares."""
+NO_RESULT = ("about", "train.save_steps", "train.save_total_limit", "train.report_to")
+"""Settings, or sections, of a run that change no figure."""
 METRICS = ("rouge_l", "rouge_l_teacher", "kl_nats", "top1_agreement")
 MAX_STEPS = 1_000_000
 """train.max_steps where the budget is tokens or seconds."""
@@ -131,7 +136,7 @@ class Cell:
         here = json.loads(json.dumps(self.settings))
         written = dict(_dotted(self.config.model_dump(mode="json", exclude_defaults=True)))
         changed = {key for key, value in saved.items() if key in here and here[key] != value}
-        return sorted(changed | {key for key in written if key not in saved})
+        return sorted(changed | {key for key in written if key not in saved and not _is_cosmetic(key)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +173,8 @@ def read_comparison(path: Path) -> Comparison:
             problems.append(f"the cell {SFT} is not the SFT control: set its settings.method to sft, or rename it")
         named[SFT] = CellSection(settings={"method": "sft"}, about="control: fine-tuning on the data alone")
     for name, cell in named.items():
-        if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-            problems.append(f"cells.{name}: use letters, digits, dots and dashes")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            problems.append(f"cells.{name}: use letters, digits, dots and dashes, a letter or digit first")
         if name in CONTROLS:
             problems.append(f"cells.{name} is the name of a control, which stands in every table. Rename the cell")
         if len(set(cell.seeds or section.seeds)) < len(cell.seeds or section.seeds):
@@ -198,6 +203,12 @@ def read_comparison(path: Path) -> Comparison:
         if baseline in section.test.against:
             problems.append(f"test.against: {baseline} is the baseline itself. Name other cells")
         problems += [f"test.margins.{m}: must be above 0" for m, margin in section.test.margins.items() if margin <= 0]
+        seeds = {n: set(c.seeds or section.seeds) for n, c in named.items()}
+        problems += [
+            f"test.against: {n} has other training seeds than {baseline}; the test pairs them by number"
+            for n in section.test.against
+            if n in seeds and seeds[n] != seeds.get(baseline)
+        ]
     if problems:
         raise ConfigError(problems, str(path))
     return Comparison(section, cells, baseline)
@@ -218,6 +229,14 @@ def _unlike_evaluations(cells: list[Cell], section: CompareSection) -> Iterator[
             yield (
                 f"cells.{cell.name} has another teacher than {first.name} (model, revision, precision or adapter): all "
                 "are measured against one. Set it in settings: for every cell"
+            )
+        starts = [{n: getattr(c.config.student, n) for n in START} for c in (first, cell)]
+        changed = [n for n in START if starts[0][n] != starts[1][n]]
+        if changed:
+            yield (
+                f"cells.{cell.name} starts from another student than {first.name} (student."
+                f"{', student.'.join(changed)}): a comparison has one start. Set it in settings: for every cell, or "
+                "compare the runs with qswitch eval"
             )
         ours, theirs = ((c.config.data.template, c.config.data.system_prompt) for c in (first, cell))
         if follows_runs and ours != theirs:
@@ -272,13 +291,17 @@ def _is_sft(cell: CellSection, run: Mapping[str, Any]) -> bool:
 
 
 def _settings(config: RunConfig, section: CompareSection) -> dict[str, Any]:
-    found = flat_settings(config)
+    found = {k: v for k, v in flat_settings(config).items() if not _is_cosmetic(k)}
     for name, values in (
         ("budget", section.budget.model_dump()),
         ("evaluate", section.evaluate.model_dump(exclude={"batch_size", "device"})),
     ):
         found |= {f"{name}.{key}": value for key, value in values.items()}
     return found
+
+
+def _is_cosmetic(key: str) -> bool:
+    return key.partition(".")[0] in NO_RESULT or key in NO_RESULT
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ was and ends with the same figures. Models are loaded one after the other; the t
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ import torch
 
 from qswitch.config import DataSection
 from qswitch.data.overlap import seen_in_training
-from qswitch.data.prompts import Prompt, PromptEncoder
+from qswitch.data.prompts import Prompt, PromptEncoder, template_source
 from qswitch.distill.recovery import BatchRows
 from qswitch.errors import ConfigError, DataError
 from qswitch.evaluate.protocol import Protocol
@@ -34,6 +35,7 @@ from qswitch.models.language_model import output_rows
 from qswitch.models.vocab import check_tokenizers
 from qswitch.rollout.decode import RolloutRequest, rollout
 from qswitch.rollout.policy import Policy, StudentPolicy, TeacherPolicy
+from qswitch.run_dir import locked
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +67,12 @@ class EvaluationSettings:
     """To start with: halved when memory runs out."""
     device: str | None = None
 
-    def to_dict(self, sets: Sequence[TestSet], template: str) -> dict[str, Any]:
+    def to_dict(self, sets: Sequence[TestSet], template: str, template_content: str) -> dict[str, Any]:
         """What decides the figures, for eval.json; batch size and device are not among it."""
         return {
             "protocol": asdict(self.protocol) | {"template": template, "seeds": list(self.protocol.seeds)},
             "sets": {s.name: {"reference": s.reference, "content": s.fingerprint} for s in sets},
+            "template_content": hashlib.sha256(template_content.encode()).hexdigest()[:16],
             "limit": self.limit,
             "teacher": None if self.teacher is None else self.teacher.identity,
         }
@@ -90,7 +93,21 @@ def evaluate(
     overlaps = _overlaps(settings, sets, say)
     first = settings.subjects[0]
     template = settings.protocol.template or first.template
-    folder = EvaluationDir.open(output_dir, settings.to_dict(sets, template))
+    content = template_source(PromptEncoder(first.tokenizer(template), template))
+    folder = EvaluationDir.open(output_dir, settings.to_dict(sets, template, content))
+    with locked(output_dir):
+        return _evaluate(settings, folder, sets, overlaps, template, say)
+
+
+def _evaluate(
+    settings: EvaluationSettings,
+    folder: EvaluationDir,
+    sets: Sequence[TestSet],
+    overlaps: Mapping[str, Mapping[str, int | None]],
+    template: str,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    first = settings.subjects[0]
     prompts = {s.name: _encode(settings, first, s, template, say) for s in sets}
     for name, one in prompts.items():
         folder.write_set(name, {"ids": list(one.prompts), "reference_tokens": one.reference_tokens})
@@ -128,7 +145,10 @@ def _load_sets(settings: EvaluationSettings) -> list[TestSet]:
             system_prompt=settings.subjects[0].system_prompt,
         )
         sets.append(load_test_set(data, reference, limit=settings.limit))
-    if len({s.name for s in sets}) < len(sets):
+    names = {s.name for s in sets}
+    if any(f"{name}.teacher" in names for name in names):
+        raise ConfigError("One set's file name is another's with .teacher, which names our own files. Rename one.")
+    if len(names) < len(sets):
         raise ConfigError("Two of the sets have the same file name. Evaluate them one after the other.")
     return sets
 
@@ -274,10 +294,18 @@ def _distances(
 def _own_prompts(
     settings: EvaluationSettings, subject: Subject, test_set: TestSet, encoded: EncodedSet, template: str
 ) -> dict[int, Prompt]:
-    """The records that the first model answers, in the ids of this one's tokenizer and in the same template."""
-    if subject is settings.subjects[0]:
+    """The records that the first model answers, in the ids of this one's tokenizer.
+
+    In the same template; a model of another family has its own chat template, where that is what is asked for.
+    """
+    first = settings.subjects[0]
+    if subject is first:
         return encoded.prompts
-    encoder = PromptEncoder(subject.tokenizer(template), template)
+    tokenizer, yardstick = subject.tokenizer(template), first.tokenizer(template)
+    if template in ("teacher", "student") and tokenizer.get_vocab() == yardstick.get_vocab():
+        # One family: the same text for all. Another family would read the first one's special tokens as letters.
+        tokenizer.chat_template = yardstick.chat_template
+    encoder = PromptEncoder(tokenizer, template)
     records = [t.record for t in test_set.records if t.record.id in encoded.prompts]
     return {p.example_id: p for p in encoder.encode_batch(records)}
 

@@ -224,12 +224,13 @@ def _student(
     config: RunConfig, runtime: Runtime, pair: TokenizerPair, run_dir: RunDir | None, work_dir: Path
 ) -> LanguageModel:
     section = config.student
-    cut = f"student-{section.shrink_to_layers}-layers-of-{resolve_reference(section.model, section.revision).name}"
+    layers = section.shrink_to_layers
+    cut = f"student-{layers}-layers-of-{resolve_reference(section.model, section.revision).name}"
     base = run_dir.student_base_path if run_dir is not None else work_dir / re.sub(r"[^\w.-]+", "-", cut)
-    if run_dir is None and section.shrink_to_layers is not None and not base.exists():
+    if run_dir is None and layers is not None and not base.exists():
         shrink_to_folder(
             config.student.model,
-            config.student.shrink_to_layers,
+            layers,
             base,
             revision=config.student.revision,
             trust_remote_code=config.student.trust_remote_code,

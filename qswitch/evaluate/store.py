@@ -73,6 +73,25 @@ class EvaluationDir:
         """The teacher's own responses to a set."""
         return Lines(self._folder("teacher", fingerprint) / f"{set_name}.jsonl", ("id",))
 
+    def is_complete(self, model: str) -> bool:
+        """Whether every response and distance of a model is there, and is from the teacher's present responses."""
+        saved, sets = self.path / "eval.json", sorted((self.path / "sets").glob("*.json"))
+        if not saved.is_file() or not sets:
+            return False
+        seeds = json.loads(saved.read_text(encoding="utf-8"))["protocol"]["seeds"]
+        folder, teacher = self.path / "models" / model, self.path / "teacher" / "weights.txt"
+        if teacher.is_file() and _text(folder / "teacher.txt") != _text(teacher):
+            return False
+        for path in sets:
+            ids = json.loads(path.read_text(encoding="utf-8"))["ids"]
+            responses = Lines(folder / f"{path.stem}.jsonl", ("id", "seed"))
+            distances = Lines(folder / f"{path.stem}.teacher.jsonl", ("id",))
+            if any((i, seed) not in responses for i in ids for seed in seeds):
+                return False
+            if teacher.is_file() and any((i,) not in distances for i in ids):
+                return False
+        return True
+
     def write_set(self, set_name: str, content: Mapping[str, Any]) -> None:
         """sets/SET.json."""
         (self.path / "sets").mkdir(exist_ok=True)
@@ -92,12 +111,15 @@ class EvaluationDir:
     @staticmethod
     def _mark(mark: Path, fingerprint: str, files: str) -> None:
         """Say in `mark` whose weights the files are from; delete those of others."""
-        before = mark.read_text(encoding="utf-8").strip() if mark.is_file() else None
-        if before == fingerprint:
+        if _text(mark) == fingerprint:
             return
         for old in mark.parent.glob(files):
             old.unlink()
         write_atomically(mark, fingerprint + "\n")
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
 class Lines:

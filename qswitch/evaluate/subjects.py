@@ -25,6 +25,11 @@ from qswitch.run_dir import RunDir
 
 Part = Literal["student", "base", "teacher"]
 PARTS = ("base", "teacher")
+HASHED_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model")
+WHOLE_BYTES = 64 * 2**20
+"""Files up to this size are hashed whole."""
+BLOCK = 2**16
+"""Bytes read at a place."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +55,7 @@ class Subject:
     kind: Literal["run", "adapter", "model"]
     part: Part
     fingerprint: str
-    """Changes when the weights on disk do; hub models are known by id and revision."""
+    """Changes when the content of the weights on disk does; hub models are known by id and revision."""
     run_dir: RunDir | None
     precision: str
     trust_remote_code: bool
@@ -179,7 +184,8 @@ def find_subject(
         weights = {"student": _student_weights, "base": _base_weights, "teacher": _teacher_weights}[part](run_dir)
     elif (path / ADAPTER_CONFIG).is_file():
         kind = "adapter"
-        weights = _folder_fingerprint(path)
+        base = read_adapter_config(path).get("base_model_name_or_path")
+        weights = _folder_fingerprint(path) + (f"|{_model_weights(resolve_reference(base))}" if base else "")
     else:
         weights = _model_weights(resolve_reference(reference))
     label = path.resolve().name if path.exists() else reference.rpartition("/")[2]
@@ -242,9 +248,18 @@ def _model_weights(resolved: ResolvedModel) -> str:
 
 
 def _folder_fingerprint(folder: Path) -> str:
-    """Names, sizes and times of the weights and configurations in a folder."""
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".bin") and p.is_file())
-    return repr([(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files])
+    """Hash of the weights, configurations and templates in a folder, wherever it lies; of large files, samples."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in HASHED_SUFFIXES and p.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.name}|{size}|".encode())
+        with path.open("rb") as handle:
+            # The header of a safetensors file, its end, and places between: training changes every tensor.
+            starts = range(0, size, BLOCK) if size <= WHOLE_BYTES else [size * i // 256 for i in range(256)]
+            for start in [*starts, max(0, size - BLOCK)]:
+                handle.seek(start)
+                digest.update(handle.read(BLOCK))
+    return digest.hexdigest()
 
 
 def _safe(name: str) -> str:

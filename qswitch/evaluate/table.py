@@ -29,21 +29,22 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def protocol_line(protocol: Mapping[str, Any], departures: Sequence[str]) -> str:
+    """How the models were asked, and where that differs from the protocol of the name."""
+    size = protocol["no_repeat_ngram_size"]
+    text = (
+        f"Protocol {protocol['name']}: seeds {', '.join(map(str, protocol['seeds']))}, temperature "
+        f"{protocol['temperature']:g}, {f'no repeated {size}-grams, ' if size else ''}template {protocol['template']}, "
+        f"prompts up to {protocol['max_prompt_tokens']} and responses up to {protocol['max_new_tokens']} tokens.\n"
+    )
+    if departures:
+        text += "\nDiffers from that protocol: " + "; ".join(departures) + ".\n"
+    return text
+
+
 def render(results: Mapping[str, Any]) -> str:
     """All sets of an evaluation: scores, buckets, paired differences."""
-    protocol = results["protocol"]
-    seeds = ", ".join(map(str, protocol["seeds"]))
-    parts = [
-        f"Protocol {protocol['name']}: seeds {seeds}, temperature {protocol['temperature']:g}, no repeated "
-        f"{protocol['no_repeat_ngram_size'] or 'no'}-grams, template {protocol['template']}, prompts up to "
-        f"{protocol['max_prompt_tokens']} and responses up to {protocol['max_new_tokens']} tokens.\n"
-        if protocol["no_repeat_ngram_size"]
-        else f"Protocol {protocol['name']}: seeds {seeds}, temperature {protocol['temperature']:g}, template "
-        f"{protocol['template']}, prompts up to {protocol['max_prompt_tokens']} and responses up to "
-        f"{protocol['max_new_tokens']} tokens.\n"
-    ]
-    if results["departures"]:
-        parts.append("Differs from that protocol: " + "; ".join(results["departures"]) + ".\n")
+    parts = [protocol_line(results["protocol"], results["departures"])]
     if results["teacher"]:
         parts.append(f"Teacher: {results['teacher']}; its own responses at temperature 1 are the yardstick.\n")
     parts.append("Brackets: 95 % bootstrap intervals over records.\n")

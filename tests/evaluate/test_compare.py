@@ -67,10 +67,13 @@ class Launcher:
 
 def test_an_interrupted_comparison_goes_on_and_repeats_no_finished_cell(tmp_path: Path, capsys, monkeypatch):
     path, out = write_comparison(tmp_path), tmp_path / "out"
-    first = Launcher(stop_at=3)  # switch trained and scored, gkd trained
+    first = Launcher(stop_at=5)  # switch trained and scored, and the controls; gkd trained
     with pytest.raises(KeyboardInterrupt):
         compare(path, out, launch=first, say=lambda _: None)
-    assert [c[0] for c in first.commands] == ["distill", "eval", "distill"]
+    assert first.kinds() == [
+        "distill --config", "eval switch-seed1", "eval switch-seed1:teacher", "eval switch-seed1:base",
+        "distill --config",
+    ]  # fmt: skip
     finished = out / "cells/switch-seed1.json"
     before = finished.read_bytes(), finished.stat().st_mtime_ns
     assert not (out / "cells/gkd-seed1.json").exists()
@@ -84,10 +87,7 @@ def test_an_interrupted_comparison_goes_on_and_repeats_no_finished_cell(tmp_path
     results = compare(path, out, launch=second, say=lambda _: None)
     commands = [(c[0], c[1].rpartition("/")[2]) for c in second.commands]
     assert second.commands[0] == ["distill", "--resume", str(run_path)]
-    assert commands[1:] == [
-        ("eval", "gkd-seed1"), ("distill", "--config"), ("eval", "sft-seed1"),
-        ("eval", "switch-seed1:teacher"), ("eval", "switch-seed1:base"),
-    ]  # fmt: skip
+    assert commands[1:] == [("eval", "gkd-seed1"), ("distill", "--config"), ("eval", "sft-seed1")]
     assert (finished.read_bytes(), finished.stat().st_mtime_ns) == before
     one = results["sets"]["questions"]
     assert "The declared test" not in (out / "results.md").read_text(encoding="utf-8"), "none was declared"
@@ -102,11 +102,13 @@ def test_an_interrupted_comparison_goes_on_and_repeats_no_finished_cell(tmp_path
     metrics = [json.loads(line) for line in (run_path / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == [1, 2]
 
-    # Finished: only the controls are looked at again, and they are all there.
+    # Finished: nothing is started.
     third = Launcher()
-    monkeypatch.setattr("qswitch.evaluate.subjects.Subject.load", None)
     again = compare(path, out, launch=third, say=lambda _: None)
-    assert [c[0] for c in third.commands] == ["eval", "eval"] and again["sets"] == results["sets"]
+    assert third.commands == [] and again["sets"] == results["sets"]
+    protocol = (out / "results.md").read_text(encoding="utf-8")
+    assert "Protocol greedy: seeds" in protocol and "responses up to 8 tokens" in protocol
+    assert "Differs from that protocol: max_new_tokens" in protocol and "Teacher: " in protocol
 
     # Another budget is another comparison; a new cell is not.
     with pytest.raises(RunDirError, match=r"switch-seed1 with other settings \(budget.amount, train.max_steps\)"):
@@ -167,9 +169,7 @@ def test_the_declared_test_stands_in_the_table(tmp_path: Path):
 
 
 def test_a_failing_cell_stops_with_what_to_do_and_keeps_the_others(tmp_path: Path, capsys):
-    path = write_comparison(
-        tmp_path, cells={"switch": {}, "broken": {"settings": {"student.model": "nowhere/here/not"}}}
-    )
+    path = write_comparison(tmp_path, cells={"switch": {}, "broken": {"settings": {"data.train": "nowhere.jsonl"}}})
     with pytest.raises(CellFailed, match=r"training of broken-seed1 ended with code 2.*qswitch distill --config"):
         compare(path, tmp_path / "out", launch=Launcher(), say=lambda _: None)
     assert (tmp_path / "out/cells/switch-seed1.json").is_file()
@@ -191,6 +191,15 @@ def test_a_failing_cell_stops_with_what_to_do_and_keeps_the_others(tmp_path: Pat
         ({"seeds": [1, 1]}, "a seed is named twice"),
         ({"test": {"against": ["switch"], "margins": {"kl_nats": 0.1}}}, "is the baseline itself"),
         ({"test": {"against": ["gkd"], "margins": {"kl_nats": 0}}}, "must be above 0"),
+        ({"cells": {"-a": {}}}, "a letter or digit first"),
+        (
+            {"cells": {"switch": {}, "gkd": {"seeds": [7]}}, "test": {"against": ["gkd"], "margins": {"kl_nats": 1}}},
+            "has other training seeds than switch",
+        ),
+        (
+            {"cells": {"switch": {}, "b": {"settings": {"student.shrink_to_layers": 1}}}},
+            r"starts from another student than switch \(student.shrink_to_layers\)",
+        ),
         ({"evaluate": {"data": ["nowhere.jsonl"]}}, "evaluate.data: nowhere.jsonl does not exist"),
         (
             {"cells": {"switch": {}, "b": {"settings": {"teacher.precision": "bf16"}}}},
@@ -245,6 +254,94 @@ def test_no_verdict_before_every_declared_seed_is_there_and_seeds_meet_their_own
     cells = {"switch": {1: scores([2.0] * 20), 2: scores([3.0] * 20)}, "gkd": {2: scores([4.0] * 20)}}
     (verdict,) = declared_test(test, "switch", cells, {"switch": [1, 2], "gkd": [1, 2]})
     assert verdict["baseline_is"] == "unfinished" and verdict["by_seed"] == [1.0]
+
+
+def test_a_control_meets_every_seed():
+    test = TestSection(against=["untrained"], margins={"kl_nats": 0.01})
+    cells = {
+        "switch": {n: scores([v] * 20) for n, v in ((1, 2.0), (2, 2.45), (3, 2.0))},
+        "untrained": {0: scores([2.4] * 20)},
+    }
+    (verdict,) = declared_test(test, "switch", cells, {"switch": [1, 2, 3], "untrained": []})
+    assert verdict["by_seed"] == pytest.approx([0.4, -0.05, 0.4]) and verdict["baseline_is"] == "undecided"
+    # Student's t with two degrees of freedom: mean 0.25, deviation 0.2598, 4.3027 standard errors.
+    assert verdict["seed_interval"] == pytest.approx((0.25 - 0.6454, 0.25 + 0.6454), abs=1e-3)
+
+
+def test_what_is_measured_against_another_teacher_or_lost_is_measured_anew(tmp_path: Path):
+    path, out = write_comparison(tmp_path), tmp_path / "out"
+    before = compare(path, out, launch=Launcher(), say=lambda _: None)
+    # As if a later cell had been scored against another teacher: its responses are marked, the others' distances not.
+    (out / "eval/models/gkd-seed1/teacher.txt").write_text("another\n")
+    (out / "eval/models/sft-seed1/questions.jsonl").unlink()
+    launcher = Launcher()
+    after = compare(path, out, launch=launcher, say=lambda _: None)
+    assert launcher.kinds() == ["eval gkd-seed1", "eval sft-seed1"] and after["sets"] == before["sets"]
+
+
+def test_another_evaluation_of_the_same_runs_trains_nothing(tmp_path: Path):
+    evaluate = {"data": [str(tmp_path / "questions.jsonl")], "max_new_tokens": 8, "limit": 4}
+    out = tmp_path / "out"
+    compare(write_comparison(tmp_path), out, launch=Launcher(), say=lambda _: None)
+    path = write_comparison(tmp_path, evaluate=evaluate)
+    with pytest.raises(RunDirError, match=r"scored with other settings \(evaluate.limit\).*the runs stay"):
+        compare(path, out, launch=Launcher(), say=lambda _: None)
+    import shutil
+
+    shutil.rmtree(out / "eval")
+    for file in (out / "cells").glob("*.json"):
+        if not file.name.endswith(".start.json"):
+            file.unlink()
+    launcher = Launcher()
+    results = compare(path, out, launch=launcher, say=lambda _: None)
+    assert {c[0] for c in launcher.commands} == {"eval"} and results["sets"]["questions"]["records"] == 4
+
+
+def test_data_without_responses_has_no_sft_row_and_other_failures_stop(tmp_path: Path):
+    path = write_comparison(tmp_path, cells={"switch": {}})
+    lines = [{"prompt": f"tell {i}"} for i in range(len(WORDS))]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = compare(path, tmp_path / "out", launch=Launcher(), say=lambda _: None)
+    assert "sft-seed1 could not start" in results["failed"]["sft-seed1"]
+    assert set(results["sets"]["questions"]["models"]) == {"switch", "teacher", "untrained"}
+
+    class Broken(Launcher):
+        def __call__(self, arguments: Sequence[str]) -> int:
+            code = super().__call__(arguments)
+            return 2 if "sft-seed1" in " ".join(arguments) else code  # as out of memory in its third step
+
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(CellFailed, match="training of sft-seed1 ended with code 2"):
+        compare(write_comparison(other), tmp_path / "out2", launch=Broken(), say=lambda _: None)
+
+
+def test_a_cell_names_its_method_as_a_file_would(tmp_path: Path):
+    settings = {"method": "switch", "rollout.decay_rate": 0.04, "loss.scope": "all", "rollout.reuse": 2}
+    cells = {"switch": {}, "same": {"settings": {"method": "switch"}}, "gkd": {"settings": {"method": "gkd"}}}
+    comparison = read_comparison(write_comparison(tmp_path, settings=settings, cells=cells))
+    configs = {c.name: c.config for c in comparison.cells}
+    assert configs["same"] == configs["switch"] and configs["same"].rollout.decay_rate == 0.04
+    assert configs["gkd"].rollout.decay_rate == 0.1 and configs["sft"].rollout.reuse == 1, "others forget this one's"
+
+
+def test_two_commands_do_not_write_into_one_folder(tmp_path: Path, capsys):
+    from qswitch.run_dir import locked
+
+    path, out = write_comparison(tmp_path), tmp_path / "out"
+    out.mkdir()
+    with locked(out):
+        assert cli.run(["compare", str(path), "--output-dir", str(out)]) == 2
+    assert "Another qswitch command is writing to" in capsys.readouterr().err
+    run_path = tmp_path / "run"
+    train = ["distill", "--config", str(tmp_path / "base.yaml"), "--set", "train.max_steps=2", "--set",
+             "train.eval_steps=2"]  # fmt: skip
+    assert cli.run([*train, "--output-dir", str(run_path)]) == 0
+    asked = ["eval", str(run_path), "--data", str(tmp_path / "questions.jsonl"), "--no-teacher", "--limit", "1"]
+    assert cli.run(asked) == 0
+    with locked(run_path), locked(run_path / "eval/greedy"):
+        assert cli.run(["distill", "--resume", str(run_path)]) == 2 and cli.run(asked) == 2
+    assert cli.run(asked) == 0
 
 
 def test_finished_cells_without_their_runs_keep_their_controls(tmp_path: Path, capsys):

@@ -229,6 +229,51 @@ def test_a_teacher_with_other_weights_under_the_same_name_is_measured_anew(tmp_p
     assert changed == {"questions.teacher.jsonl", "teacher.txt"}, "the student's own responses stay"
 
 
+def test_a_template_with_other_content_is_another_evaluation(made, tmp_path, capsys):
+    run_path, data = made
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages[-1]['content'] }}:")
+    arguments = ["eval", str(run_path), "--data", str(data), "--no-teacher", "--limit", "1", "--max-new-tokens", "2",
+                 "--template", str(template), "--output-dir", str(tmp_path / "out")]  # fmt: skip
+    assert run(arguments) == 0
+    template.write_text("{{ messages[-1]['content'] }}?")
+    assert run(arguments) == 2 and "template_content was" in capsys.readouterr().err
+
+
+def test_models_of_one_family_answer_the_same_text_and_others_have_their_own_template(made, tmp_path):
+    from transformers import AutoTokenizer
+
+    run_path, _ = made
+    merge_run(run_path, tmp_path / "merged", dtype="fp32")
+    for name in ("merged", "other"):
+        if name == "other":
+            import shutil
+
+            shutil.copytree(tmp_path / "merged", tmp_path / "other")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        tokenizer.chat_template = "{{ messages[-1]['content'] }} of its own"
+        if name == "other":
+            tokenizer.add_tokens(["elsewhere"])
+        tokenizer.save_pretrained(tmp_path / name)
+    models = [str(run_path), str(tmp_path / "merged"), str(tmp_path / "other")]
+    asked: dict[str, list[list[int]]] = {}
+    real = evaluate_module.rollout
+    with pytest.MonkeyPatch.context() as patch:
+
+        def remember(requests, *, student, **options):
+            asked.setdefault(len(asked), []).extend(r.prompt_ids for r in requests)
+            return real(requests, student=student, **options)
+
+        patch.setattr(evaluate_module, "rollout", remember)
+        run_eval(
+            request(made, tmp_path / "out", models=models, protocol="greedy", seeds=None, precision="fp32",
+                    device="cpu", no_teacher=True, batch_size=16),
+            say=lambda _: None,
+        )  # fmt: skip
+    first, same, other = asked.values()
+    assert sorted(first) == sorted(same) and sorted(first) != sorted(other)
+
+
 def test_a_student_on_the_hub_has_a_mark_of_its_own(tmp_path, monkeypatch):
     import yaml
 
