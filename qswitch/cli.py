@@ -425,7 +425,10 @@ def evaluate(
     ] = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option(help="Default: RUN/eval/<protocol>, or evals/<model>-<protocol>. Goes on where it was."),
+        typer.Option(
+            help="Default: RUN/eval/<protocol>, or evals/<model>-<hash>-<protocol>. Goes on where it was; other sets or "
+            "settings need another folder."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -4,7 +4,8 @@
         --teacher TEACHER_FOLDER --student STUDENT_FOLDER
 
 Both files are JSON lines with instruction, input, output (databricks-dolly-15k, CC BY-SA 3.0). The models are linked,
-not copied. Everything goes to benchmarks/study/data/, which git ignores; docs/study.md says which pair it uses.
+not copied; the student may come in a second call, since heal.yaml makes one from the teacher and the data. Everything
+goes to benchmarks/study/data/, which git ignores; docs/study.md says which pair it uses.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def without_recurring(train: list[dict], held_out: list[dict]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("train", "eval", "teacher", "student"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+        parser.add_argument(f"--{name}", type=Path, required=name != "student")
     parser.add_argument("--output-dir", type=Path, default=HERE / "data")
     arguments = parser.parse_args()
     out = arguments.output_dir
@@ -50,6 +51,8 @@ def main() -> None:
         print(f"{name}: {len(records)} records, sha256 {digest}")
     print(f"left out {len(train) - len(kept)} training records that recur in the evaluation set")
     for name in ("teacher", "student"):
+        if getattr(arguments, name) is None:
+            continue
         link = out / name
         link.unlink(missing_ok=True)
         link.symlink_to(getattr(arguments, name).resolve(), target_is_directory=True)

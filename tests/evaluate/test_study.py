@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qswitch.evaluate.comparison import read_comparison
+from qswitch.presets import load_run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = ROOT / "benchmarks/study"
@@ -47,6 +48,15 @@ def test_every_ablation_changes_what_it_says():
     texts = {name: config.model_dump_json() for name, config in configs.items()}
     assert len(set(texts.values())) == len(texts), "no two cells are the same"
     assert configs["sft"].method == "sft", "the control is there"
+
+
+def test_the_recipe_of_the_student_makes_what_the_page_describes():
+    config = load_run_config(STUDY / "heal.yaml")
+    assert (config.method, config.loss.divergence, config.student.adapter) == ("kd", "forward_kl", "none")
+    assert config.student.shrink_to_layers == 16 and config.train.max_steps == 550
+    assert config.student.model == config.teacher.model, "cut out of the teacher"
+    page = (ROOT / "docs/study.md").read_text(encoding="utf-8")
+    assert "benchmarks/study/heal.yaml" in page and "550 steps of forward KL" in page
 
 
 def test_recurring_records_are_left_out_however_they_are_written():
