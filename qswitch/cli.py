@@ -426,8 +426,8 @@ def evaluate(
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Default: RUN/eval/<protocol>, or evals/<model>-<hash>-<protocol>. Goes on where it was; other sets or "
-            "settings need another folder."
+            help="Default: RUN/eval/<protocol>, or evals/<model>-<hash>-<protocol>. Goes on where it was; other sets "
+            "or settings need another folder."
         ),
     ] = None,
     as_json: AsJson = False,
