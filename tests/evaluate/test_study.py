@@ -50,6 +50,17 @@ def test_every_ablation_changes_what_it_says():
     assert configs["sft"].method == "sft", "the control is there"
 
 
+def test_the_follow_up_takes_the_cores_rivals_as_they_are():
+    core, followup = read_comparison(STUDY / "core.yaml"), read_comparison(STUDY / "followup.yaml")
+    ours = {c.label: c.settings for c in followup.cells}
+    for cell in core.cells:
+        if cell.name != "distillm":
+            assert ours[cell.label] == cell.settings
+    alone = next(c for c in read_comparison(STUDY / "ablations.yaml").cells if c.name == "all-alone")
+    assert ours[alone.label] == alone.settings
+    assert followup.section.test == core.section.test
+
+
 def test_the_recipe_of_the_student_makes_what_the_page_describes():
     config = load_run_config(STUDY / "heal.yaml")
     assert (config.method, config.loss.divergence, config.student.adapter) == ("kd", "forward_kl", "none")
