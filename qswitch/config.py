@@ -124,7 +124,8 @@ class TeacherSection(Section):
     precision: Literal["nf4", "int8", "bf16", "fp32"] = "nf4"
     """How weights are stored: nf4 is 4-bit with double quantisation, about 0.52 byte per parameter."""
     adapter: str | None = None
-    """A run of `qswitch sft --model teacher`, or a PEFT folder: attached to nf4 or int8 weights, merged into others."""
+    """A run of `qswitch sft --model teacher`, or a PEFT folder: attached to nf4 or int8 weights, merged into others. With a
+    method that loads no teacher it is what `qswitch eval` measures the distance from."""
     residency: Literal["resident", "swap"] = "resident"
     """resident: always on the device. swap: it leaves while the student trains; one copy stays in host memory, and each
     round of rollouts begins with an upload. Changes memory and time, never the tokens."""
@@ -511,8 +512,6 @@ def _settings_without_effect(config: RunConfig):
                 "student.init_adapter has no effect with student.adapter=none. Merge it first (qswitch merge) and name "
                 "the result in student.model."
             )
-    if config.teacher.adapter is not None and not config.needs_teacher:
-        yield f"teacher.adapter has no effect with method={config.method}: no teacher is loaded. Remove it."
     if train.warmup_steps >= train.max_steps:
         yield f"train.warmup_steps ({train.warmup_steps}) must be below train.max_steps ({train.max_steps})."
     if train.optimizer == "paged_adamw_8bit" and train.device == "cpu":

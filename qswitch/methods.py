@@ -134,7 +134,7 @@ def contradictions(method: str, values: Mapping[str, Any]) -> Iterator[tuple[str
 
 
 _UNREAD = {
-    "sft": ("rollout.temperature", "rollout.reuse", "loss.temperature"),
+    "sft": ("rollout.temperature", "rollout.reuse", "rollout.round_steps", "loss.temperature", "teacher.residency"),
     "kd": ("rollout.temperature", "rollout.reuse"),
     "distillm": ("rollout.reuse",),
     "seqkd": ("loss.temperature",),

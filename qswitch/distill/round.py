@@ -34,7 +34,7 @@ class PreparedStep:
     def from_state_dict(cls, state: dict[str, Any]) -> PreparedStep:
         """Of a `state_dict`."""
         sequences = [TrainingSequence(**values) for values in state["sequences"]]
-        return cls(state["source"], sequences, state["num_written"])
+        return cls(state["source"], sequences, state.get("num_written", 0))
 
 
 def unique_keys(keys: list[tuple[int, int, int]]) -> Tensor:

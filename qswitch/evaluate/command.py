@@ -15,7 +15,7 @@ from qswitch.evaluate.protocol import Protocol, make_protocol
 from qswitch.evaluate.store import EvaluationDir
 from qswitch.evaluate.subjects import Subject, find_subject
 from qswitch.evaluate.table import render
-from qswitch.run_dir import write_atomically
+from qswitch.run_dir import locked, write_atomically
 
 PRECISIONS = ("auto", "nf4", "int8", "bf16", "fp32")
 
@@ -85,9 +85,10 @@ def run_eval(request: EvalRequest, *, say: Callable[[str], None]) -> tuple[dict[
     results = evaluate(settings, folder, say=say)
     if request.lm_eval is not None:
         tasks = [t.strip() for t in request.lm_eval.split(",") if t.strip()]
-        results["lm_eval"] = {s.name: _lm_eval(request, folder, s, tasks, say) for s in subjects}
-        write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        write_atomically(folder / "results.md", render(results))
+        with locked(folder):
+            results["lm_eval"] = {s.name: _lm_eval(request, folder, s, tasks, say) for s in subjects}
+            write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+            write_atomically(folder / "results.md", render(results))
     return results, folder
 
 
@@ -150,7 +151,7 @@ def _teacher(request: EvalRequest, subjects: list[Subject]) -> Subject | None:
             request.teacher, precision=request.teacher_precision, trust_remote_code=request.trust_remote_code
         )
     run_dir = next((s.run_dir for s in subjects if s.run_dir is not None), None)
-    return None if run_dir is None else find_subject(f"{run_dir.path}:teacher")
+    return None if run_dir is None else find_subject(f"{run_dir.path.resolve()}:teacher")
 
 
 def _default_folder(first: Subject, protocol: str) -> Path:

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from qswitch.config import dump_config
-from qswitch.errors import QSwitchError, RunDirError
+from qswitch.data.records import record_of_row
+from qswitch.data.sources import iter_rows
+from qswitch.errors import DataError, QSwitchError, RunDirError
 from qswitch.evaluate.compare_table import comparison_results, render_comparison
 from qswitch.evaluate.comparison import CONTROLS, SFT, Cell, Comparison, flat_settings, read_comparison
 from qswitch.evaluate.store import EvaluationDir
@@ -152,8 +154,7 @@ def _run_cell(output_dir: Path, comparison: Comparison, cell: Cell, launch: Laun
             write_atomically(_start_path(output_dir, cell), start)
             arguments = ["distill", "--config", str(config_path), "--output-dir", str(run_path)]
         code = launch(arguments)
-        if code == 2 and cell.config.method == SFT and not run_path.exists():
-            # Refused before it began: a run that fails later leaves its folder.
+        if code == 2 and cell.config.method == SFT and not run_path.exists() and _lacks_responses(cell):
             raise NothingToLearnFrom(
                 f"{cell.label} could not start; its message stands above. To see it again: "
                 f"qswitch {' '.join(arguments)}"
@@ -178,6 +179,16 @@ def _run_cell(output_dir: Path, comparison: Comparison, cell: Cell, launch: Laun
         )
         + "\n",
     )
+
+
+def _lacks_responses(cell: Cell) -> bool:
+    """Whether a record of the training data has no response, which a method that learns from them refuses."""
+    data = cell.config.data
+    try:
+        rows = enumerate(iter_rows(data.train, split=data.split))
+        return any(not (record_of_row(row, number, data).response or "").strip() for number, row in rows)
+    except DataError:
+        return False
 
 
 def _evaluate(output_dir: Path, comparison: Comparison, model: str, launch: Launch, cell: Cell | None = None) -> None:

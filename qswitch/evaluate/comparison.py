@@ -24,6 +24,8 @@ CONTROLS = {"teacher": "teacher", "untrained": "base"}
 """Name in the table -> part of a run."""
 START = ("model", "revision", "shrink_to_layers", "init_adapter")
 """Settings of the student that every cell shares."""
+TEACHER = ("model", "revision", "precision", "adapter")
+"""What makes a teacher another one."""
 NO_RESULT = ("about", "train.save_steps", "train.save_total_limit", "train.report_to")
 """Settings, or sections, of a run that change no figure."""
 METRICS = ("rouge_l", "rouge_l_teacher", "kl_nats", "top1_agreement")
@@ -225,7 +227,7 @@ def _unlike_evaluations(cells: list[Cell], section: CompareSection) -> Iterator[
     )
     first = cells[0]
     for cell in {cell.name: cell for cell in cells}.values():  # its seeds differ in nothing else
-        if cell.config.teacher != first.config.teacher:
+        if any(getattr(cell.config.teacher, n) != getattr(first.config.teacher, n) for n in TEACHER):
             yield (
                 f"cells.{cell.name} has another teacher than {first.name} (model, revision, precision or adapter): all "
                 "are measured against one. Set it in settings: for every cell"

@@ -10,6 +10,7 @@ Letters: `T` response tokens, `D` hidden width, `V` shared vocabulary.
 from __future__ import annotations
 
 import gc
+import hashlib
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -225,8 +226,9 @@ def _student(
 ) -> LanguageModel:
     section = config.student
     layers = section.shrink_to_layers
-    cut = f"student-{layers}-layers-of-{resolve_reference(section.model, section.revision).name}"
-    base = run_dir.student_base_path if run_dir is not None else work_dir / re.sub(r"[^\w.-]+", "-", cut)
+    source = resolve_reference(section.model, section.revision)
+    mark = hashlib.blake2b(f"{source.path}@{source.revision}".encode(), digest_size=4).hexdigest()
+    base = run_dir.student_base_path if run_dir is not None else work_dir / f"student-{layers}-layers-{mark}"
     if run_dir is None and layers is not None and not base.exists():
         shrink_to_folder(
             config.student.model,

@@ -168,7 +168,7 @@ def find_subject(
         ModelError: nothing of that name is here or on the hub.
     """
     given, separator, rest = reference.partition("=")
-    if separator and re.fullmatch(r"[\w.-]+", given) and not Path(reference).exists():
+    if separator and re.fullmatch(r"[\w.-]+", given) and not _is_path(reference):
         name, reference = given, rest
     if reference.startswith("~"):  # the shell expands it only where a word begins
         reference = str(Path(reference).expanduser())
@@ -203,6 +203,12 @@ def find_subject(
     )
 
 
+def _is_path(reference: str) -> bool:
+    """Whether a file of that name is there, taken whole or without a run's part."""
+    whole, _, part = reference.rpartition(":")
+    return Path(reference).exists() or (part in PARTS and Path(whole).exists())
+
+
 def trained_weights(run_dir: RunDir) -> Path:
     """RUN/adapter, else that of the newest checkpoint.
 
@@ -218,16 +224,19 @@ def trained_weights(run_dir: RunDir) -> Path:
 
 
 def _student_weights(run_dir: RunDir) -> str:
-    return _folder_fingerprint(trained_weights(run_dir))
+    own = _folder_fingerprint(trained_weights(run_dir))
+    return own if run_dir.config.student.adapter == "none" else f"{own}|{_untrained_weights(run_dir)}"
 
 
 def _base_weights(run_dir: RunDir) -> str:
-    student = run_dir.config.student
-    if run_dir.student_base_path.is_dir():
-        return _folder_fingerprint(run_dir.student_base_path)
-    return f"{_model_weights(resolve_reference(student.model, student.revision))}|{student.precision}" + (
-        _adapter_weights(student.init_adapter, "student.init_adapter")
-    )
+    return _untrained_weights(run_dir) + _adapter_weights(run_dir.config.student.init_adapter, "student.init_adapter")
+
+
+def _untrained_weights(run_dir: RunDir) -> str:
+    student, cut = run_dir.config.student, run_dir.student_base_path
+    if cut.is_dir():
+        return f"{_folder_fingerprint(cut)}|{student.precision}"
+    return f"{_model_weights(resolve_reference(student.model, student.revision))}|{student.precision}"
 
 
 def _teacher_weights(run_dir: RunDir) -> str:

@@ -38,9 +38,8 @@ MAX_MERGE_ERROR = 1e-4
 """Largest logit difference of the fp32 merge against base + adapter, passes in fp64; above it nothing is written."""
 MAX_KL_NATS = 1e-3
 """Of the saved model against base + adapter."""
-BYTES_PER_PARAMETER = 5
-"""Host memory of a merge: the weights in fp32 once, one layer in fp64, and the reading of files. Measured by
-benchmarks/merge_memory.py."""
+MERGE_ALLOWANCE_BYTES = 700 * 2**20
+"""Host memory of a merge beside weights: libraries, logits, kernels; benchmarks/merge_memory.py measures the whole."""
 
 
 HUB_LICENCES = ("Apache-2.0", "MIT")
@@ -79,8 +78,8 @@ def merge_run(
 ) -> MergeReport:
     """Merge RUN/adapter (or the latest checkpoint's) into its unquantised base and save a plain model folder.
 
-    Runs on the CPU and needs about 5 bytes of memory per parameter; where less is free it says so and goes on, since
-    swap may have room.
+    Runs on the CPU and needs 4 bytes of memory per parameter and 8 more for each of the largest tensor; where less is
+    free it says so and goes on, since swap may have room.
 
     Raises:
         RunDirError: run_path is no run directory.
@@ -142,7 +141,8 @@ def merge_run(
 def _warn_of_memory(config: RunConfig) -> None:
     """A host that runs out of memory ends the process without a word, so what it lacks is said before."""
     try:
-        needed = BYTES_PER_PARAMETER * shape_for(config.student).num_parameters
+        shape = shape_for(config.student)
+        needed = 4 * shape.num_parameters + 8 * shape.largest_tensor_parameters + MERGE_ALLOWANCE_BYTES
     except QSwitchError:  # an architecture that cannot be planned merges all the same
         return
     available, source = detect_budget_bytes("cpu")

@@ -55,6 +55,23 @@ def test_a_longer_round_is_written_by_the_student_of_its_beginning(folders, tmp_
     assert [m["fresh"] for m in lines] == [8, 0, 8, 0, 4]  # the last round has one step left
 
 
+def test_a_budget_of_tokens_counts_a_round_step_by_step(folders, tmp_path):  # noqa: F811
+    def lines(name, **changes):
+        config = settings(folders, rollout__block_tokens=2, rollout__round_steps=3, **changes)
+        run_dir = RunDir.create(tmp_path / name, config)
+        distill(config, run_dir)
+        return [m for m in run_dir.read_metrics() if "loss" in m]
+
+    written = lines("whole", train__max_steps=3)[0]["rollout_tokens"]
+    budget = int(0.5 * written)
+    found = lines("budget", train__max_steps=100, train__max_tokens=budget)
+    spent = [m["spent"] for m in found]
+    assert len(found) == 2 and spent[0] < 1 <= spent[1], (
+        "the step that reaches the budget is the last, in mid-round too"
+    )
+    assert found[0]["rollout_tokens"] == written and spent[1] * budget < written
+
+
 @pytest.mark.parametrize("changes", [{"teacher__residency": "swap"}, MIXED])
 def test_a_stop_within_a_round_changes_nothing(folders, tmp_path, changes):  # noqa: F811
     options = {"rollout__round_steps": 4, **changes}

@@ -305,6 +305,18 @@ def test_data_without_responses_has_no_sft_row_and_other_failures_stop(tmp_path:
     assert "sft-seed1 could not start" in results["failed"]["sft-seed1"]
     assert set(results["sets"]["questions"]["models"]) == {"switch", "teacher", "untrained"}
 
+    # Refused before it begins for another reason, it is missed; so is a run that fails later.
+    class Refused(Launcher):
+        def __call__(self, arguments: Sequence[str]) -> int:
+            return 2 if "sft-seed1" in " ".join(arguments) else super().__call__(arguments)
+
+    refused = tmp_path / "refused"
+    refused.mkdir()
+    with pytest.raises(CellFailed, match="training of sft-seed1 ended with code 2"):
+        compare(
+            write_comparison(refused, cells={"switch": {}}), tmp_path / "out3", launch=Refused(), say=lambda _: None
+        )
+
     class Broken(Launcher):
         def __call__(self, arguments: Sequence[str]) -> int:
             code = super().__call__(arguments)
@@ -314,6 +326,15 @@ def test_data_without_responses_has_no_sft_row_and_other_failures_stop(tmp_path:
     other.mkdir()
     with pytest.raises(CellFailed, match="training of sft-seed1 ended with code 2"):
         compare(write_comparison(other), tmp_path / "out2", launch=Broken(), say=lambda _: None)
+
+
+def test_a_fine_tuned_teacher_that_is_swapped_can_be_compared(tmp_path: Path):
+    settings = {"teacher.adapter": "runs/teacher", "teacher.residency": "swap", "rollout.round_steps": 4}
+    cells = {"switch": {}, "gkd": {"settings": {"method": "gkd"}}}
+    comparison = read_comparison(write_comparison(tmp_path, settings=settings, cells=cells))
+    sft = next(c.config for c in comparison.cells if c.name == "sft")
+    assert sft.teacher.adapter == "runs/teacher", "what RUN:teacher is measured with"
+    assert (sft.teacher.residency, sft.rollout.round_steps) == ("resident", 1)
 
 
 def test_a_cell_names_its_method_as_a_file_would(tmp_path: Path):

@@ -292,6 +292,19 @@ def test_a_student_on_the_hub_has_a_mark_of_its_own(tmp_path, monkeypatch):
     assert marks[0] != marks[1] and marks[0] != marks[2] and marks[1] == marks[3]
 
 
+def test_a_run_whose_base_was_replaced_is_asked_again(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = make_run(tmp_path)
+    before = find_subject(str(folder.path)).fingerprint
+    weights = Path(folder.config.student.model) / "model.safetensors"
+    content = load_file(weights)
+    save_file(content, weights, metadata={"format": "pt"})
+    assert find_subject(str(folder.path)).fingerprint == before, "the same content, written anew"
+    save_file({k: v + 1 for k, v in content.items()}, weights, metadata={"format": "pt"})
+    assert find_subject(str(folder.path)).fingerprint != before
+
+
 def test_a_named_model_may_lie_in_the_home_folder_or_have_an_equals_sign_in_its_path(made, tmp_path, monkeypatch):
     run_path, _ = made
     monkeypatch.setenv("HOME", str(run_path.parent))
@@ -300,7 +313,9 @@ def test_a_named_model_may_lie_in_the_home_folder_or_have_an_equals_sign_in_its_
     odd = tmp_path / "r=16"
     odd.symlink_to(run_path)
     monkeypatch.chdir(tmp_path)
-    assert find_subject("r=16").run_dir is not None
+    assert find_subject("r=16").run_dir is not None and find_subject("r=16:teacher").part == "teacher"
+    results, _ = run_eval(request((Path("r=16"), made[1]), tmp_path / "out", limit=1, seeds="10"), say=lambda _: None)
+    assert results["teacher"]
 
 
 @pytest.mark.parametrize(
