@@ -124,8 +124,8 @@ class TeacherSection(Section):
     precision: Literal["nf4", "int8", "bf16", "fp32"] = "nf4"
     """How weights are stored: nf4 is 4-bit with double quantisation, about 0.52 byte per parameter."""
     adapter: str | None = None
-    """A run of `qswitch sft --model teacher`, or a PEFT folder: attached to nf4 or int8 weights, merged into others. With a
-    method that loads no teacher it is what `qswitch eval` measures the distance from."""
+    """A run of `qswitch sft --model teacher`, or a PEFT folder: attached to nf4 or int8 weights, merged into others.
+    With a method that loads no teacher it is what `qswitch eval` measures the distance from."""
     residency: Literal["resident", "swap"] = "resident"
     """resident: always on the device. swap: it leaves while the student trains; one copy stays in host memory, and each
     round of rollouts begins with an upload. Changes memory and time, never the tokens."""
