@@ -42,7 +42,7 @@ class CellFailed(QSwitchError):
 
 
 class NothingToLearnFrom(CellFailed):
-    """The SFT control was refused before it began."""
+    """The SFT control was refused before it began: records of the data have no response."""
 
 
 def compare(

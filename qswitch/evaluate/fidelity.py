@@ -160,7 +160,7 @@ def fidelity(
         try:
             quantised = _teacher(config, runtime, pair, precision)
             views = [_view(quantised, written, pair, batch) for written in (own, mixed)]
-        except (ModelError, RuntimeError, NotImplementedError) as error:
+        except (ModelError, RuntimeError) as error:
             failed[precision] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if quantised is None or views is None:
             say(f"{precision} does not run here: {failed[precision]}")

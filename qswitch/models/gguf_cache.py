@@ -54,7 +54,7 @@ def materialise_gguf(path: Path) -> Path:
             plain_model(loaded).to(torch.bfloat16).save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         publish_folder(partial, folder)
-    except (OSError, ValueError, LookupError, RuntimeError, NotImplementedError, ImportError, struct.error) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, ImportError, struct.error) as error:
         raise ModelError(f"{path} cannot be converted: {first_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

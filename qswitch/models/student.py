@@ -132,7 +132,7 @@ def attach_lora(hf: Any, lora: LoraSection, *, seed: int, dtype: torch.dtype = t
             warnings.filterwarnings("ignore", ".*did not match any targeted module")  # refused below
             torch.manual_seed(seed)
             wrapped = peft.get_peft_model(hf, peft.LoraConfig(**options), autocast_adapter_dtype=False)
-    except (ValueError, TypeError, KeyError, RuntimeError, ImportError, NotImplementedError) as error:
+    except (ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
         raise ModelError(
             f"student.lora does not fit {type(hf).__name__}: {text[:300]} Its linear modules are {', '.join(kinds)}."

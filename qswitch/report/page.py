@@ -258,14 +258,14 @@ def position_charts(rollouts: Sequence[Mapping[str, Any]]) -> list[Chart]:
     lines = [Series("JSD", mean(jsd))]
     if tau:
         lines.append(Series("threshold", mean(tau)))
-    axes = {"x_label": "response token", "y_range": (0.0, 1.0)}
+    axes: dict[str, Any] = {"x_label": "response token", "y_range": (0.0, 1.0)}
     return [
         Chart(
             "Teacher's share by position",
-            line_chart([Series("teacher", mean(share))], y_label="share", **axes),  # type: ignore[arg-type]
+            line_chart([Series("teacher", mean(share))], y_label="share", **axes),
             note,
         ),
-        Chart("Divergence and threshold by position", line_chart(lines, y_label="bits", **axes), note),  # type: ignore[arg-type]
+        Chart("Divergence and threshold by position", line_chart(lines, y_label="bits", **axes), note),
     ]
 
 

@@ -11,6 +11,7 @@ Letters: `R` rows, `J` steps of a block, `V` shared vocabulary, `W` steps of his
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Policy:
+class Policy(ABC):
     """Base of all policies. Subclasses say who writes; the engine draws the tokens."""
 
     uses_teacher = True
@@ -83,9 +84,9 @@ class Policy:
         """First step from which on the student's distribution decides nothing any more; infinite if there is none."""
         return math.inf
 
+    @abstractmethod
     def decide(self, block: Block) -> Decision:
         """The writers of every step of the block."""
-        raise NotImplementedError
 
     def mixture(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
         """Log-probabilities [..., V] of the writer MIXTURE."""
