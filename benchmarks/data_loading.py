@@ -66,9 +66,9 @@ def measure(path: str, tokenizer_folder: str, streaming: bool) -> dict[str, Any]
     from transformers import AutoTokenizer
 
     from qswitch.config import build_config
+    from qswitch.data.gather import gather_prompts
     from qswitch.data.loader import PromptLoader
-    from qswitch.data.prompts import PromptEncoder
-    from qswitch.distill.prompts import gather_prompts
+    from qswitch.data.template import PromptEncoder
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     encoder = PromptEncoder(tokenizer, "teacher")

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.provenance import publish
 from qswitch.config import build_config
-from qswitch.models.export import merge_run
+from qswitch.export.merge import merge_run
 from qswitch.models.runtime import Runtime
 from qswitch.models.student import load_student, save_adapter
 from qswitch.run_dir import RunDir
@@ -65,7 +65,7 @@ def forget_peak() -> None:
 def measure(folder: Path, whole: bool) -> None:
     """In a process of its own: merge, and print the growth of the peak."""
     if whole:
-        import qswitch.models.export as export
+        import qswitch.export.merge as export
 
         export._parts = lambda hf: iter([hf])  # the yardstick: one part, the model
     forget_peak()

@@ -27,8 +27,8 @@ import torch
 
 from benchmarks.provenance import publish
 from qswitch.config import build_config
-from qswitch.data.prompts import PromptEncoder, encode_all
 from qswitch.data.records import load_records
+from qswitch.data.template import PromptEncoder, encode_all
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import TokenizerPair, load_pair_tokenizer, template_tokenizer
 from qswitch.models.runtime import make_runtime

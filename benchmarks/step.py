@@ -33,9 +33,9 @@ from datasets import Dataset
 from benchmarks.provenance import publish
 from benchmarks.rollout import numbers
 from qswitch.config import build_config
-from qswitch.data.prompts import pad_left
+from qswitch.data.gather import load_prompts
+from qswitch.data.template import pad_left
 from qswitch.distill.metrics import StepReport
-from qswitch.distill.prompts import load_prompts
 from qswitch.distill.trainer import Trainer
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer, template_tokenizer

@@ -239,7 +239,7 @@ def _train(settings: Any, resume: Path | None, output_dir: Path | None, name: st
         settings = apply_plan(settings, plan)
 
     from qswitch.distill.progress import Progress, total_steps
-    from qswitch.distill.run import distill as run_distillation
+    from qswitch.run import distill as run_distillation
 
     prepared = prepare(settings, notify=Progress(total_steps=total_steps(settings.train)).loading)
     run_dir = RunDir.open(path) if resume is not None else RunDir.create(path, settings)
@@ -324,8 +324,8 @@ def plan(
         return
     if preset or config or overrides or vram or gpu:
         raise ConfigError("--all plans every preset against fixed budgets; leave the other options out.")
+    from qswitch.plan.render import render_overview
     from qswitch.plan.scheduler import plan_overview
-    from qswitch.plan.table import render_overview
     from qswitch.presets import load_run_config, preset_names
 
     overview = plan_overview({name: load_run_config(name) for name in preset_names()})
@@ -342,7 +342,7 @@ def merge(
     """Merge the adapter into the unquantised student: a model that runs anywhere, compared with the adapter."""
     from dataclasses import asdict
 
-    from qswitch.models.export import merge_run
+    from qswitch.export.merge import merge_run
 
     report = merge_run(run_path, output_dir, dtype=dtype)
     if as_json:
@@ -466,13 +466,13 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Train several methods from one start at one budget, and put them into one table."""
-    from qswitch.evaluate.comparison import read_comparison
+    from qswitch.compare.spec import read_comparison
 
     if dry_run:
         cells = read_comparison(path).cells
         print(json.dumps([c.label for c in cells]) if as_json else "\n".join(c.label for c in cells))
         return
-    from qswitch.evaluate.compare import compare as run_comparison
+    from qswitch.compare.cells import compare as run_comparison
 
     folder = output_dir or Path("compare") / path.stem
     results = run_comparison(path, folder, say=_say)

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from qswitch.config import RunConfig, StudentSection, TeacherSection
 from qswitch.errors import ConfigError, DataError, ModelError, QSwitchError
+from qswitch.units import GIB
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qswitch.data.prompts import PromptEncoder
-    from qswitch.distill.prompts import RunPrompts
+    from qswitch.data.gather import RunPrompts
+    from qswitch.data.template import PromptEncoder
     from qswitch.models.pair import TokenizerPair
     from qswitch.plan.shapes import ModelShape
 
-GIB = 2**30
 NF4_CPU_BLOCK = 64
 """bitsandbytes on CPU reads NF4 in blocks of this many inputs."""
 PROBED_RECORDS = 20_000
@@ -268,7 +268,7 @@ def prepare(
     Raises:
         PreflightError: `known` and every problem of models, tokenizers, template and data, in one list.
     """
-    from qswitch.distill.prompts import gather_prompts, make_encoder
+    from qswitch.data.gather import gather_prompts, make_encoder
     from qswitch.models.pair import load_pair_tokenizer
     from qswitch.models.runtime import make_runtime
 

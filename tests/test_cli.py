@@ -109,7 +109,7 @@ def test_a_stopped_run_names_its_directory(tmp_path, capsys, monkeypatch):
     def stopped(config, run_dir, **_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qswitch.distill.run.distill", stopped)
+    monkeypatch.setattr("qswitch.run.distill", stopped)
     path = tmp_path / "run"
     assert run(["distill", "--preset", "smollm2-demo", "--output-dir", str(path)]) == 130
     assert f"qswitch distill --resume {path}" in capsys.readouterr().err
@@ -125,7 +125,7 @@ def test_the_console_script_ends_with_the_same_codes():
     import sys
 
     for arguments, code in [(["--version"], 0), (["presets", "show", "nothing"], 2), (["plan", "--bogus"], 2)]:
-        result = subprocess.run([sys.executable, "-m", "qswitch.cli", *arguments], capture_output=True, text=True)
+        result = subprocess.run([sys.executable, "-m", "qswitch", *arguments], capture_output=True, text=True)
         assert result.returncode == code
         assert "Traceback" not in result.stderr
         assert bool(result.stderr) == (code != 0)

@@ -17,11 +17,13 @@ HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate", "bitsandbyte
 
 # Higher may import lower and its equals; docs/architecture.md has the same list.
 LAYERS = [
+    ["__main__"],
     ["cli"],
     ["doctor"],
     ["report"],
-    ["evaluate"],
-    ["distill.run"],
+    ["compare"],
+    ["evaluate", "export"],
+    ["run"],
     ["preflight"],
     ["distill.trainer"],
     ["rollout", "distill"],
@@ -31,7 +33,7 @@ LAYERS = [
     ["config"],
     ["methods"],
     ["yaml_file", "hub", "inheritance"],
-    ["errors"],
+    ["errors", "units"],
 ]
 # Pure mathematics, for anyone.
 ANYWHERE = {"distill.divergence"}
@@ -48,6 +50,7 @@ COLD = [
     "preset_info.py",
     "presets.py",
     "run_dir.py",
+    "units.py",
     "yaml_file.py",
     "plan",
 ]

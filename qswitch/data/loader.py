@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from qswitch.data.prompts import Prompt
 from qswitch.data.sources import iter_rows
+from qswitch.data.template import Prompt
 from qswitch.errors import DataError
 
 if TYPE_CHECKING:

@@ -25,9 +25,9 @@ import numpy as np
 from qswitch.config import DataSection
 from qswitch.data.compression import compression_of, data_suffix
 from qswitch.data.loader import held_out_rank
-from qswitch.data.prompts import Prompt, PromptEncoder, fit_prompt
 from qswitch.data.records import Record, record_of_row
 from qswitch.data.sources import Notify, data_files, iter_rows, parse_json_line, reference_path
+from qswitch.data.template import Prompt, PromptEncoder, fit_prompt
 from qswitch.errors import DataError
 
 _LINES_PER_NOTE = 20_000

@@ -13,8 +13,6 @@ from qswitch.distill.batch_source import Source
 from qswitch.rollout.policy import TEACHER
 from qswitch.rollout.records import Rollout, RolloutStats
 
-GIB = 2**30
-
 
 @dataclass(slots=True)
 class StepReport:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qswitch.config import LossSection
-from qswitch.data.prompts import Prompt
+from qswitch.data.template import Prompt
 from qswitch.distill.logit_cache import Targets
 from qswitch.distill.loss import chunked_divergence, language_model_loss
 from qswitch.models.language_model import LanguageModel

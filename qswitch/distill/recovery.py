@@ -17,10 +17,10 @@ import torch
 from qswitch.config import RunConfig
 from qswitch.errors import TrainingError
 from qswitch.models.host_memory import release_memory, resident_bytes
+from qswitch.units import GIB
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
 T = TypeVar("T")
 
 MIN_CHUNK_TOKENS = 32

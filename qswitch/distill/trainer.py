@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from qswitch.config import RunConfig
+from qswitch.data.gather import Prompts
 from qswitch.data.loader import BlockLoader, PromptLoader
-from qswitch.data.prompts import Prompt
+from qswitch.data.template import Prompt
 from qswitch.distill.batch_source import AdaptiveShare, Source
 from qswitch.distill.budget import spent_share
 from qswitch.distill.checkpoint import (
@@ -33,7 +34,7 @@ from qswitch.distill.checkpoint import (
 )
 from qswitch.distill.decoding import Decoding
 from qswitch.distill.logit_cache import LogitCache
-from qswitch.distill.metrics import GIB, Clock, StepReport, peak_bytes
+from qswitch.distill.metrics import Clock, StepReport, peak_bytes
 from qswitch.distill.objective import (
     StudentObjective,
     TrainingSequence,
@@ -43,7 +44,6 @@ from qswitch.distill.objective import (
 )
 from qswitch.distill.optimizer import make_accelerator, make_lr_scheduler, make_optimizer
 from qswitch.distill.progress import Progress, total_steps
-from qswitch.distill.prompts import Prompts
 from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes
 from qswitch.distill.replay import ReplayBuffer, ReplayEntry, split_step, staleness_nats
 from qswitch.distill.round import PreparedStep, unique_keys
@@ -58,6 +58,7 @@ from qswitch.rollout.policy import TEACHER, make_policy
 from qswitch.rollout.sampling import row_keys, uniform
 from qswitch.rollout.transcript import rollout_record
 from qswitch.run_dir import RunDir
+from qswitch.units import GIB
 
 ROLLOUTS_LOGGED_PER_STEP = 2
 _GROUND_TRUTH_COIN = -1

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from qswitch.data.prompts import Prompt
+from qswitch.data.template import Prompt
 from qswitch.distill.logit_cache import Targets
 from qswitch.distill.loss import chunked_divergence_values
 from qswitch.distill.objective import (

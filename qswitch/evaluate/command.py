@@ -12,9 +12,9 @@ from typing import Any
 from qswitch.errors import ConfigError
 from qswitch.evaluate.evaluate import EvaluationSettings, evaluate
 from qswitch.evaluate.protocol import Protocol, make_protocol
+from qswitch.evaluate.score_table import render
 from qswitch.evaluate.store import EvaluationDir
 from qswitch.evaluate.subjects import Subject, find_subject
-from qswitch.evaluate.table import render
 from qswitch.run_dir import locked, write_atomically
 
 PRECISIONS = ("auto", "nf4", "int8", "bf16", "fp32")

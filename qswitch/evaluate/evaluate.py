@@ -19,15 +19,15 @@ import torch
 
 from qswitch.config import DataSection
 from qswitch.data.overlap import seen_in_training
-from qswitch.data.prompts import Prompt, PromptEncoder, template_source
+from qswitch.data.template import Prompt, PromptEncoder, template_source
 from qswitch.distill.recovery import BatchRows
 from qswitch.errors import ConfigError, DataError
 from qswitch.evaluate.protocol import Protocol
 from qswitch.evaluate.rouge import rouge_l
+from qswitch.evaluate.score_table import render
 from qswitch.evaluate.scores import SetScores, compare_scores, score_set
 from qswitch.evaluate.store import EvaluationDir, Lines
 from qswitch.evaluate.subjects import LoadedSubject, Subject
-from qswitch.evaluate.table import render
 from qswitch.evaluate.teacher_distance import TeacherView, distances, view_of_teacher
 from qswitch.evaluate.testset import TestSet, encode_test_set, load_test_set
 from qswitch.evaluate.versions import versions

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from qswitch.config import DataSection
-from qswitch.data.prompts import Prompt, PromptEncoder
 from qswitch.data.records import Record, load_records
 from qswitch.data.sources import iter_rows
+from qswitch.data.template import Prompt, PromptEncoder
 from qswitch.errors import DataError
 
 BUCKETS = (("1-10", 1, 10), ("11-50", 11, 50), ("51+", 51, None))

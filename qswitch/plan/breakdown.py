@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from qswitch.config import RunConfig, StudentSection
 from qswitch.plan import memory
-from qswitch.plan.machine import GIB, Machine
+from qswitch.plan.machine import Machine
 from qswitch.plan.shapes import ModelShape, shape_for
+from qswitch.units import GIB
 
 PHASES = ("load", "rollout", "train", "validate")
 

@@ -16,8 +16,7 @@ from typing import Literal
 
 from qswitch.config import TrainSection
 from qswitch.errors import ConfigError
-
-GIB = 2**30
+from qswitch.units import GIB
 
 Device = Literal["cuda", "cpu"]
 

@@ -18,8 +18,8 @@ from typing import Literal
 from qswitch.config import LoraSection, TeacherSection
 from qswitch.plan.adapters import adapter_settings, find_adapter
 from qswitch.plan.shapes import LinearShape, ModelShape
+from qswitch.units import GIB
 
-GIB = 2**30
 FP32_BYTES = 4
 
 NF4_BLOCK = 64

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 from qswitch.config import RunConfig
 from qswitch.errors import ConfigError, PlanError
-from qswitch.plan import memory, table
+from qswitch.plan import memory, render
 from qswitch.plan.breakdown import Breakdown, break_down
 from qswitch.plan.cost import step_seconds
-from qswitch.plan.machine import GIB, Gpu, Machine, describe_machine
+from qswitch.plan.machine import Gpu, Machine, describe_machine
 from qswitch.plan.shapes import ModelShape, shape_for
+from qswitch.units import GIB
 
 MIN_CHUNK_TOKENS = 32
 """Smaller loss chunks save little and starve the matrix product."""
@@ -96,7 +97,7 @@ class Plan:
 
     def render(self) -> str:
         """A plain table: parts, phases, choices, verdict, notes."""
-        return table.render(self)
+        return render.render(self)
 
 
 def _gib(size_bytes: int) -> float:
@@ -277,7 +278,7 @@ def explain_no_fit(plan: Plan) -> str:
     if not remedies:
         remedies = [f"choose a smaller teacher or give at least {plan.total_gib:.1f} GiB"]
     text = ", or ".join(remedies)
-    return f"{table.shortage(plan)}\n{text[0].upper()}{text[1:]}."
+    return f"{render.shortage(plan)}\n{text[0].upper()}{text[1:]}."
 
 
 def _remedies(plan: Plan) -> Iterator[str]:

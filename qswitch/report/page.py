@@ -138,7 +138,7 @@ def facts(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], run_di
 
 def evaluations(run_dir: RunDir) -> list[dict[str, Any]]:
     """Results of `qswitch eval` in RUN/eval, one table a set."""
-    from qswitch.evaluate.table import COLUMNS, estimate
+    from qswitch.evaluate.score_table import COLUMNS, estimate
 
     tables = []
     for path in sorted(run_dir.path.glob("eval/*/results.json")):
@@ -164,7 +164,7 @@ def evaluations(run_dir: RunDir) -> list[dict[str, Any]]:
 
 def fidelity_tables(run_dir: RunDir) -> list[dict[str, Any]]:
     """RUN/fidelity.json as a table, where `qswitch fidelity` was run."""
-    from qswitch.evaluate.table import estimate
+    from qswitch.evaluate.score_table import estimate
 
     result = _read_json(run_dir.path / "fidelity.json")
     if result is None:

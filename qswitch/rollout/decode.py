@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from qswitch.data.prompts import pad_left
+from qswitch.data.template import pad_left
 from qswitch.models.language_model import LanguageModel
 from qswitch.rollout.block_length import BlockLength, FixedBlock
 from qswitch.rollout.engine import Engine, Sampling

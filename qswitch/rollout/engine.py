@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qswitch.data.prompts import pad_left
+from qswitch.data.template import pad_left
 from qswitch.models.language_model import LanguageModel
 from qswitch.rollout import sampling
 from qswitch.rollout.block_length import TEACHER_ONLY, BlockLength, RowsAhead

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qswitch.data.prompts import PromptEncoder
 from qswitch.data.records import Message, Record
+from qswitch.data.template import PromptEncoder
 from qswitch.errors import RunDirError
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer, template_tokenizer

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qswitch.data.loader import BlockLoader, PromptLoader, load_corpus_tokens, split_validation
-from qswitch.data.prompts import Prompt
+from qswitch.data.template import Prompt
 from qswitch.errors import DataError
 
 

@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from qswitch.config import DataSection, build_config
+from qswitch.data.gather import gather_prompts
 from qswitch.data.loader import LARGEST_SHUFFLED_LIST, Mixture, Permutation, PromptLoader, PromptsInMemory
-from qswitch.data.prompts import Prompt, PromptEncoder
 from qswitch.data.streaming import StreamedPrompts, build_index, json_lines_files
-from qswitch.distill.prompts import gather_prompts
+from qswitch.data.template import Prompt, PromptEncoder
 from qswitch.errors import DataError
 from tests.tiny import tiny_tokenizer
 

@@ -6,8 +6,8 @@ import pytest
 
 from qswitch.distill import batch_source
 from qswitch.distill.batch_source import AdaptiveShare
-from qswitch.distill.run import Interrupted, distill
 from qswitch.distill.trainer import Trainer
+from qswitch.run import Interrupted, distill
 from qswitch.run_dir import RunDir
 from tests.distill.test_trainer import adapter_bytes, folders
 from tests.distill.test_training_by_method import with_method

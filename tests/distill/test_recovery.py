@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 from qswitch.config import RunConfig
 from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes, is_out_of_memory
-from qswitch.distill.run import distill
 from qswitch.distill.trainer import Trainer
 from qswitch.models.host_memory import resident_bytes
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer
 from qswitch.models.runtime import make_runtime
 from qswitch.models.student import load_student, trainable_state
+from qswitch.run import distill
 from qswitch.run_dir import RunDir
 from tests.distill.test_trainer import folders, load_prompts, settings  # noqa: F401
 

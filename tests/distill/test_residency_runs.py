@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from qswitch.config import build_config
-from qswitch.distill.run import Interrupted, distill
 from qswitch.distill.trainer import Trainer
 from qswitch.errors import ConfigError
-from qswitch.plan.machine import GIB
 from qswitch.plan.scheduler import plan_run
+from qswitch.run import Interrupted, distill
 from qswitch.run_dir import RunDir
+from qswitch.units import GIB
 from tests.distill.test_trainer import adapter_bytes, folders, settings  # noqa: F401
 
 MIXED = {"data__ground_truth_mix": 0.5, "student__lora": {"r": 4, "alpha": 8, "dropout": 0.2}}

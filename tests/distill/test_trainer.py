@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from qswitch.config import RunConfig, build_config
+from qswitch.data.gather import load_prompts
 from qswitch.distill.divergence import divergence
-from qswitch.distill.prompts import load_prompts
 from qswitch.distill.replay import staleness_nats
-from qswitch.distill.run import Interrupted, distill
 from qswitch.distill.trainer import Trainer
 from qswitch.errors import DataError, TrainingError
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer
 from qswitch.models.runtime import make_runtime
 from qswitch.models.student import load_student, trainable_state
+from qswitch.run import Interrupted, distill
 from qswitch.run_dir import RunDir
 from tests.tiny import save_tiny_pair
 

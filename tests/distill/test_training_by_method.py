@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qswitch.data.prompts import Prompt
+from qswitch.data.template import Prompt
 from qswitch.distill.objective import ground_truth_sequence
-from qswitch.distill.run import distill
+from qswitch.run import distill
 from qswitch.run_dir import RunDir
 from tests.distill.test_trainer import folders, make_trainer, settings
 
@@ -67,7 +67,7 @@ def test_sft_loads_no_teacher_and_lowers_the_loss_on_held_out_responses(folders,
     def refuse(*_args, **_kwargs):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("qswitch.distill.run.load_teacher", refuse)
+    monkeypatch.setattr("qswitch.run.load_teacher", refuse)
     config = with_method(folders, "sft", train__max_steps=20, train__eval_steps=20, train__learning_rate=2e-2)
     run_dir = RunDir.create(tmp_path / "run", config)
     summary = distill(config, run_dir)

@@ -10,12 +10,12 @@ import torch
 
 from qswitch.cli import run
 from qswitch.config import build_config, sft_config
-from qswitch.distill.run import distill
 from qswitch.errors import ConfigError, ModelError
 from qswitch.models.load import load_teacher
 from qswitch.models.runtime import make_runtime
 from qswitch.plan.adapters import find_adapter, init_adapter_problem
 from qswitch.plan.scheduler import plan_run
+from qswitch.run import distill
 from qswitch.run_dir import RunDir
 from tests.distill.test_trainer import folders, settings
 

@@ -13,7 +13,7 @@ import qswitch.evaluate.evaluate as evaluate_module
 from qswitch.cli import run
 from qswitch.evaluate.command import EvalRequest, run_eval
 from qswitch.evaluate.subjects import find_subject
-from qswitch.models.export import merge_run
+from qswitch.export.merge import merge_run
 from qswitch.models.references import ResolvedModel
 from tests.evaluate.runs import make_run, write_test_set
 

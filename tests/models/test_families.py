@@ -15,14 +15,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qswitch.config import LoraSection, RunConfig, build_config
-from qswitch.distill.run import Interrupted, distill
 from qswitch.distill.trainer import Trainer
 from qswitch.errors import ModelError
-from qswitch.models.export import merge_run
+from qswitch.export.merge import merge_run
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer
 from qswitch.models.runtime import make_runtime
 from qswitch.models.student import attach_lora
+from qswitch.run import Interrupted, distill
 from qswitch.run_dir import RunDir
 from tests.tiny import VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 

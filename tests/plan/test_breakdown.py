@@ -18,13 +18,13 @@ from qswitch.models.student import load_student
 from qswitch.plan import memory
 from qswitch.plan.breakdown import PHASES, break_down
 from qswitch.plan.machine import GPUS, Machine, find_budget
+from qswitch.plan.render import render_overview
 from qswitch.plan.scheduler import model_shapes, plan_overview, plan_run
 from qswitch.plan.shapes import shape_from_config
-from qswitch.plan.table import render_overview
 from qswitch.presets import load_run_config, preset_names
+from qswitch.units import GIB
 from tests.tiny import ARCHITECTURES, save_tiny_pair
 
-GIB = 2**30
 CPU = Machine("cpu", 4, 4)
 GPU = Machine("cuda", 2, 4)
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from qswitch.config import LoraSection
 from qswitch.plan import memory
 from qswitch.plan.shapes import shape_from_config
+from qswitch.units import GIB
 
-GIB = 2**30
 TINY = {"model_type": "llama", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 320,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
         "max_position_embeddings": 128}  # fmt: skip

@@ -13,8 +13,8 @@ from qswitch.errors import ConfigError, PlanError
 from qswitch.plan import machine, scheduler
 from qswitch.plan.machine import describe_machine, detect_budget_bytes, parse_size
 from qswitch.plan.scheduler import apply_plan, explain_no_fit, model_shapes, plan_run, require_fit
+from qswitch.units import GIB
 
-GIB = 2**30
 TEACHER = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}  # fmt: skip
 STUDENT = {**TEACHER, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qswitch.plan.machine import GIB
+from qswitch.units import GIB
 
 if TYPE_CHECKING:
     from qswitch.plan.scheduler import Plan

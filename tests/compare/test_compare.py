@@ -12,9 +12,9 @@ import yaml
 
 from qswitch import cli
 from qswitch.errors import ConfigError, RunDirError
-from qswitch.evaluate.compare import CellFailed, compare
-from qswitch.evaluate.compare_table import declared_test
-from qswitch.evaluate.comparison import TestSection, read_comparison
+from qswitch.compare.cells import CellFailed, compare
+from qswitch.compare.table import declared_test
+from qswitch.compare.spec import TestSection, read_comparison
 from qswitch.evaluate.scores import Metric, SetScores
 from tests.evaluate.runs import WORDS, write_test_set
 from tests.tiny import save_tiny_pair
@@ -398,7 +398,7 @@ def test_what_evaluate_says_reaches_every_evaluation(tmp_path: Path):
 
 def test_a_cell_is_a_process_of_its_own(tmp_path: Path, monkeypatch):
     """The default launcher starts `qswitch` itself and hands its exit code back."""
-    from qswitch.evaluate.compare import launch_process
+    from qswitch.compare.cells import launch_process
 
     assert launch_process(["presets", "list"]) == 0
     assert launch_process(["presets", "show", "nothing"]) == 2
@@ -409,6 +409,6 @@ def test_the_process_that_waits_holds_no_gpu():
     import subprocess
     import sys
 
-    code = "import qswitch.evaluate.compare, sys; print('torch' in sys.modules)"
+    code = "import qswitch.compare.cells, sys; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == "False", result.stderr

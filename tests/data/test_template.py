@@ -7,8 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qswitch.data.prompts import PromptEncoder, encode_all, pad_left, template_source
 from qswitch.data.records import Message, Record
+from qswitch.data.template import PromptEncoder, encode_all, pad_left, template_source
 from qswitch.errors import DataError
 
 CHAT = (

@@ -12,11 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qswitch.evaluate.comparison import Cell, Comparison, TestSection
+from qswitch.compare.spec import Cell, Comparison, TestSection
 from qswitch.evaluate.intervals import Estimate, paired_difference, standard_deviation
 from qswitch.evaluate.scores import SetScores, combine_scores, compare_scores, score_set
 from qswitch.evaluate.store import Lines
-from qswitch.evaluate.table import COLUMNS, LOWER_IS_BETTER, estimate, markdown_table, protocol_line
+from qswitch.evaluate.score_table import COLUMNS, LOWER_IS_BETTER, estimate, markdown_table, protocol_line
 from qswitch.evaluate.versions import versions
 
 

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 
 from qswitch.config import RunConfig
 from qswitch.data.loader import Mixture, PromptSet, PromptsInMemory, split_validation
-from qswitch.data.prompts import EncodeCounts, Prompt, PromptEncoder, encode_all
 from qswitch.data.records import Record, check_columns, load_records
 from qswitch.data.sources import Notify
 from qswitch.data.streaming import Counts, Index, StreamedPrompts, build_index, content_digest, json_lines_files
+from qswitch.data.template import EncodeCounts, Prompt, PromptEncoder, encode_all
 from qswitch.errors import DataError
 from qswitch.methods import FIXED
 from qswitch.models.gguf_cache import cache_folder

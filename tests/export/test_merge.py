@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qswitch.config import RunConfig, build_config
 from qswitch.errors import ModelError
-from qswitch.models.export import _exact_logits, _trained, merge_run, model_card
+from qswitch.export.merge import _exact_logits, _trained, merge_run, model_card
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
 from qswitch.models.student import load_student, save_adapter
@@ -174,7 +174,7 @@ def test_fp64_passes_layer_by_layer_are_those_of_the_whole_model_in_fp64(tmp_pat
 
 def test_a_host_too_small_for_the_merge_is_told_before_anything_is_read(tmp_path, monkeypatch, caplog):
     run_dir, _ = trained_run(tmp_path)
-    monkeypatch.setattr("qswitch.models.export.detect_budget_bytes", lambda device: (1000, "available host memory"))
+    monkeypatch.setattr("qswitch.export.merge.detect_budget_bytes", lambda device: (1000, "available host memory"))
     merge_run(run_dir.path, tmp_path / "out", prompts=TEXTS)
     assert "0.0 are free (available host memory)" in caplog.text and "on a machine with more memory" in caplog.text
     caplog.clear()

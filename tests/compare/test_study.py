@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qswitch.evaluate.compare import compare
-from qswitch.evaluate.comparison import read_comparison
+from qswitch.compare.cells import compare
+from qswitch.compare.spec import read_comparison
 from qswitch.presets import load_run_config
 
 ROOT = Path(__file__).resolve().parents[2]

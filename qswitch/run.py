@@ -19,11 +19,11 @@ from typing import Any
 from transformers import GenerationConfig
 
 from qswitch.config import RunConfig
-from qswitch.data.prompts import PromptEncoder, template_source
+from qswitch.data.gather import RunPrompts
+from qswitch.data.template import PromptEncoder, template_source
 from qswitch.distill.checkpoint import checkpoint_name
-from qswitch.distill.metrics import GIB, peak_bytes
+from qswitch.distill.metrics import peak_bytes
 from qswitch.distill.progress import Progress, total_steps
-from qswitch.distill.prompts import RunPrompts
 from qswitch.distill.recovery import Recovery, Sizes, limit_device_memory
 from qswitch.distill.trainer import Trainer
 from qswitch.models.host_memory import bound_kernel_cache, release_memory, return_freed_memory
@@ -39,6 +39,7 @@ from qswitch.plan.scheduler import Plan, plan_run, require_fit
 from qswitch.preflight import Prepared, prepare
 from qswitch.rollout.kv_cache import verify_kv
 from qswitch.run_dir import RunDir
+from qswitch.units import GIB
 
 logger = logging.getLogger(__name__)
 
@@ -269,7 +270,7 @@ def _name(reference: str | list[str]) -> str:
 
 def _commit() -> str | None:
     """The commit of a source checkout; None for an installed package."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     try:

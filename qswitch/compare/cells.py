@@ -26,8 +26,8 @@ from qswitch.config import dump_config
 from qswitch.data.records import record_of_row
 from qswitch.data.sources import iter_rows
 from qswitch.errors import DataError, QSwitchError, RunDirError
-from qswitch.evaluate.compare_table import comparison_results, render_comparison
-from qswitch.evaluate.comparison import CONTROLS, SFT, Cell, Comparison, flat_settings, read_comparison
+from qswitch.compare.table import comparison_results, render_comparison
+from qswitch.compare.spec import CONTROLS, SFT, Cell, Comparison, flat_settings, read_comparison
 from qswitch.evaluate.store import EvaluationDir
 from qswitch.run_dir import RunDir, locked, write_atomically
 
@@ -122,7 +122,7 @@ def _has_run(output_dir: Path, cell: Cell) -> bool:
 
 def launch_process(arguments: Sequence[str]) -> int:
     """Run a qswitch command in a process of its own; what stops this process stops it first, and it may finish."""
-    process = subprocess.Popen([sys.executable, "-m", "qswitch.cli", *arguments], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "qswitch", *arguments], stdout=subprocess.DEVNULL)
     stopped = False
 
     def forward(signum: int, _frame: Any) -> None:

@@ -28,9 +28,10 @@ from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
 from qswitch.models.shrink import CALIBRATION_PROMPTS, refuse_non_empty, write_model_folder
 from qswitch.models.student import attach_lora, load_adapter
-from qswitch.plan.machine import GIB, detect_budget_bytes
+from qswitch.plan.machine import detect_budget_bytes
 from qswitch.plan.shapes import shape_for
 from qswitch.run_dir import RunDir
+from qswitch.units import GIB
 
 logger = logging.getLogger(__name__)
 

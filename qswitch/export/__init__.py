@@ -1,0 +1,1 @@
+"""A trained student as other programs want it: a merged folder."""
