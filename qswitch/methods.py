@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "gkd": {
         "rollout": {"policy": "student"},
-        "loss": {"objective": "divergence", "divergence": "jsd", "beta": 0.9, "scope": "all"},
+        "loss": {"objective": "divergence", "divergence": "jsd", "beta": 0.1, "scope": "all"},
         "data": {"ground_truth_mix": 0.5},
     },
     "imitkd": {

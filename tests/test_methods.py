@@ -44,7 +44,7 @@ def test_a_method_fills_in_its_settings(method: str):
 
 
 def test_gkd_weighs_its_jsd_like_the_published_code():
-    assert build("method=gkd").loss.beta == 0.9
+    assert build("method=gkd").loss.beta == 0.1
 
 
 def test_only_sft_needs_no_teacher():

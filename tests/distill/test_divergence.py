@@ -15,6 +15,7 @@ from qswitch.distill.divergence import (
     jsd_bits_from_log_probs,
     topk_divergence,
 )
+from qswitch.methods import METHODS
 
 ALL = pytest.mark.parametrize("name", DIVERGENCES)
 
@@ -88,6 +89,18 @@ def test_zero_on_equal_inputs_with_zero_gradient(name, dtype):
     value.sum().backward()
     assert student.grad is not None and student.grad.dtype == dtype
     assert student.grad.abs().max() < 1e-6
+
+
+def test_gkd_is_distillms_published_formula_at_its_own_weight():
+    """js_distance of that code: weight times KL(student || mixture), the rest times KL(teacher || mixture)."""
+    weight = 0.9
+    teacher, student = logits(5, 6, 30), logits(6, 6, 30)
+    own = METHODS["gkd"]["loss"]
+    value = divergence(own["divergence"], teacher, student, beta=own["beta"])
+    for row, teacher_row, student_row in zip(value.tolist(), teacher.tolist(), student.tolist(), strict=True):
+        p, q = probabilities(teacher_row, 1.0), probabilities(student_row, 1.0)
+        mixture = [(1 - weight) * a + weight * b for a, b in zip(p, q, strict=True)]
+        assert row == pytest.approx(weight * plain_kl(q, mixture) + (1 - weight) * plain_kl(p, mixture), rel=1e-10)
 
 
 @ALL
