@@ -21,8 +21,8 @@ from torch import Tensor
 
 from benchmarks.provenance import publish
 from qswitch.distill.cache_format import FORMATS, LogitTargets
-from qswitch.distill.divergence import divergence, topk_divergence
 from qswitch.distill.logit_cache import LogitCache
+from qswitch.divergence import divergence, topk_divergence
 
 PROMPTS = Path(__file__).resolve().parents[1] / "qswitch" / "data" / "demo_prompts.jsonl"
 DIVERGENCES = ("forward_kl", "skew_reverse_kl")

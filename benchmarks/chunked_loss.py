@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from benchmarks.live_bytes import LiveBytes
 from benchmarks.provenance import publish
-from qswitch.distill.divergence import DIVERGENCES, divergence
 from qswitch.distill.logit_cache import Targets
 from qswitch.distill.loss import chunked_divergence
+from qswitch.divergence import DIVERGENCES, divergence
 
 Loss = Callable[[Tensor], Tensor]
 

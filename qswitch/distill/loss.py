@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qswitch.distill.cache_format import LogitTargets
-from qswitch.distill.divergence import divergence, topk_divergence
 from qswitch.distill.logit_cache import Targets
+from qswitch.divergence import divergence, topk_divergence
 
 ChunkLoss = Callable[[Tensor, int, int], Tensor]
 """(student hidden states [n, D], start, stop) -> loss per position [n], for positions start..stop."""

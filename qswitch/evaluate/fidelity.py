@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qswitch.config import RolloutSection, RunConfig
 from qswitch.data.gather import load_prompts
-from qswitch.distill.divergence import divergence, jsd_bits
+from qswitch.divergence import divergence, jsd_bits
 from qswitch.errors import ConfigError, ModelError
 from qswitch.evaluate.intervals import Estimate, mean_interval
 from qswitch.evaluate.score_table import markdown_table

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qswitch.distill.divergence import divergence
+from qswitch.divergence import divergence
 from qswitch.models.language_model import Head, LanguageModel
 from qswitch.rollout.decode import score_responses
 

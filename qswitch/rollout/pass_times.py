@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from qswitch.distill.divergence import jsd_bits_from_log_probs
+from qswitch.divergence import jsd_bits_from_log_probs
 from qswitch.models.language_model import LanguageModel
 from qswitch.rollout import sampling
 from qswitch.rollout.block_length import MAX_BLOCK_TOKENS, PassTimes

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qswitch.config import RolloutSection
-from qswitch.distill.divergence import jsd_bits_from_log_probs
+from qswitch.divergence import jsd_bits_from_log_probs
 from qswitch.rollout.sampling import REDRAW_STREAM, TOKEN_STREAM
 
 STUDENT, TEACHER, MIXTURE = 0, 1, 2

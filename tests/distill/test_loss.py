@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qswitch.distill.divergence import divergence, topk_divergence
 from qswitch.distill.logit_cache import LogitCache, Targets
 from qswitch.distill.loss import (
     chunked_divergence,
@@ -17,6 +16,7 @@ from qswitch.distill.loss import (
     head_parameters,
     language_model_loss,
 )
+from qswitch.divergence import divergence, topk_divergence
 from qswitch.models.language_model import Head
 
 N, D, V, ROWS = 11, 8, 20, 24  # the student's head has padding rows beyond the shared vocabulary

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from benchmarks.live_bytes import LiveBytes
 from qswitch.config import LoraSection
-from qswitch.distill.divergence import divergence
 from qswitch.distill.logit_cache import LogitCache, Targets
 from qswitch.distill.loss import chunked_divergence
+from qswitch.divergence import divergence
 from qswitch.errors import ModelError
 from qswitch.models.language_model import Head, LanguageModel
 from qswitch.models.student import attach_lora

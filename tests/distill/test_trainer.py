@@ -13,9 +13,9 @@ import torch
 
 from qswitch.config import RunConfig, build_config
 from qswitch.data.gather import load_prompts
-from qswitch.distill.divergence import divergence
 from qswitch.distill.replay import staleness_nats
 from qswitch.distill.trainer import Trainer
+from qswitch.divergence import divergence
 from qswitch.errors import DataError, TrainingError
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer

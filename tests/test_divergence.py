@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qswitch.distill.divergence import (
+from qswitch.divergence import (
     DIVERGENCES,
     divergence,
     jsd_bits,
