@@ -65,10 +65,10 @@ def measure(path: str, tokenizer_folder: str, streaming: bool) -> dict[str, Any]
     """One case, in this process."""
     from transformers import AutoTokenizer
 
-    from qswitch.config import build_config
     from qswitch.data.gather import gather_prompts
     from qswitch.data.loader import PromptLoader
     from qswitch.data.template import PromptEncoder
+    from qswitch.layers import build_config
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     encoder = PromptEncoder(tokenizer, "teacher")

@@ -22,8 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.provenance import publish
-from qswitch.config import build_config
 from qswitch.export.merge import merge_run
+from qswitch.layers import build_config
 from qswitch.models.runtime import Runtime
 from qswitch.models.student import load_student, save_adapter
 from qswitch.run_dir import RunDir

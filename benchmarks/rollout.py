@@ -26,9 +26,9 @@ import numpy as np
 import torch
 
 from benchmarks.provenance import publish
-from qswitch.config import build_config
 from qswitch.data.records import load_records
 from qswitch.data.template import PromptEncoder, encode_all
+from qswitch.layers import build_config
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import TokenizerPair, load_pair_tokenizer, template_tokenizer
 from qswitch.models.runtime import make_runtime

@@ -32,11 +32,11 @@ from datasets import Dataset
 
 from benchmarks.provenance import publish
 from benchmarks.rollout import numbers
-from qswitch.config import build_config
 from qswitch.data.gather import load_prompts
 from qswitch.data.template import pad_left
 from qswitch.distill.metrics import StepReport
 from qswitch.distill.trainer import Trainer
+from qswitch.layers import build_config
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer, template_tokenizer
 from qswitch.models.runtime import make_runtime

@@ -202,7 +202,7 @@ def sft(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune the teacher or the student on the responses in the data, as a warm start for distill."""
-    from qswitch.config import sft_config
+    from qswitch.layers import sft_config
     from qswitch.preflight import check_settings
 
     settings = sft_config(_load(preset, config, overrides), model)
@@ -591,7 +591,7 @@ def presets_list(as_json: AsJson = False) -> None:
 @presets_app.command("show", epilog="Example: qswitch presets show smollm2-demo")
 def presets_show(name: Annotated[str, typer.Argument(help="Name of a preset.")], as_json: AsJson = False) -> None:
     """What a preset is for, then its full configuration, defaults included."""
-    from qswitch.config import dump_config
+    from qswitch.layers import dump_config
     from qswitch.preset_info import describe, render_head
     from qswitch.presets import load_run_config
 
@@ -616,7 +616,7 @@ def presets_copy(
     target: Annotated[Path, typer.Argument(help="File to write; must not exist.")],
 ) -> None:
     """Write the full configuration of a preset to a file of your own."""
-    from qswitch.config import dump_config
+    from qswitch.layers import dump_config
     from qswitch.presets import load_run_config
 
     config = load_run_config(name)

@@ -61,7 +61,7 @@ def load_run_config(source: str | Path, overrides: list[str] | None = None) -> R
     Raises:
         ConfigError: every problem found.
     """
-    from qswitch.config import apply_overrides, build_config  # pydantic costs 0.2 s; listing presets needs none
+    from qswitch.layers import apply_overrides, build_config  # pydantic costs 0.2 s; listing presets needs none
 
     name = f"{source} with --set" if overrides else str(source)
     return build_config(apply_overrides(load_preset(source), overrides or []), source=name)
@@ -81,7 +81,7 @@ def _load(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     parent_path = path.parent / parent if parent.endswith((".yaml", ".yml")) else preset_path(parent)
     below = _load(parent_path, (*seen, resolved))
     if "method" in values:
-        from qswitch.config import ALIASES  # pydantic costs 0.2 s; listing presets needs none
+        from qswitch.layers import ALIASES  # pydantic costs 0.2 s; listing presets needs none
 
         below = forget_method(below, values["method"], ALIASES)
     shipped = path.parent.resolve() == presets_folder().resolve()

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qswitch.config import RunConfig, build_config, dump_config
+from qswitch.config import RunConfig
 from qswitch.errors import RunDirError
+from qswitch.layers import build_config, dump_config
 from qswitch.yaml_file import read_yaml
 
 

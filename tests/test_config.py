@@ -10,8 +10,9 @@ import yaml
 
 import qswitch
 from qswitch import config as config_module
-from qswitch.config import ALIASES, RunConfig, apply_overrides, build_config, dump_config, known_keys
+from qswitch.config import RunConfig
 from qswitch.errors import ConfigError
+from qswitch.layers import ALIASES, apply_overrides, build_config, dump_config, known_keys
 
 PACKAGE = Path(qswitch.__file__).parent
 MINIMAL = {"teacher": {"model": "big"}, "student": {"model": "small"}, "data": {"train": "prompts.jsonl"}}

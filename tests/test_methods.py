@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qswitch.config import RunConfig, apply_overrides, build_config, dump_config
+from qswitch.config import RunConfig
 from qswitch.errors import ConfigError
+from qswitch.layers import apply_overrides, build_config, dump_config
 from qswitch.methods import FIXED, METHODS, OWNED, bundle_values
 from qswitch.presets import load_run_config
 

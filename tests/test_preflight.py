@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from qswitch import preflight
-from qswitch.config import RunConfig, build_config
+from qswitch.config import RunConfig
+from qswitch.layers import build_config
 from qswitch.preflight import PreflightError, check_settings, prepare, settings_problems
 from tests.tiny import CHARACTERS, save_tiny_pair, tiny_tokenizer
 

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from qswitch.cli import run
-from qswitch.config import build_config
 from qswitch.errors import ConfigError
+from qswitch.layers import build_config
 from qswitch.preset_info import describe, render_page
 from qswitch.presets import load_preset, load_run_config, preset_names
 from qswitch.yaml_file import read_yaml

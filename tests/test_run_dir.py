@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qswitch.config import build_config
 from qswitch.errors import RunDirError
+from qswitch.layers import build_config
 from qswitch.run_dir import RunDir, write_atomically
 
 

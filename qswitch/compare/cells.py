@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qswitch.config import dump_config
+from qswitch.layers import dump_config
 from qswitch.data.records import record_of_row
 from qswitch.data.sources import iter_rows
 from qswitch.errors import DataError, QSwitchError, RunDirError

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from qswitch.config import RunConfig, Section, apply_overrides, build_config
+from qswitch.config import RunConfig, Section
+from qswitch.layers import apply_overrides, build_config
 from qswitch.data.sources import reference_path
 from qswitch.errors import ConfigError, DataError
 from qswitch.evaluate.protocol import PROTOCOLS, make_protocol

@@ -8,12 +8,13 @@ import sys
 
 import pytest
 
-from qswitch.config import DataSection, build_config
+from qswitch.config import DataSection
 from qswitch.data.gather import gather_prompts
 from qswitch.data.loader import LARGEST_SHUFFLED_LIST, Mixture, Permutation, PromptLoader, PromptsInMemory
 from qswitch.data.streaming import StreamedPrompts, build_index, json_lines_files
 from qswitch.data.template import Prompt, PromptEncoder
 from qswitch.errors import DataError
+from qswitch.layers import build_config
 from tests.tiny import tiny_tokenizer
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from qswitch.config import build_config
 from qswitch.distill.trainer import Trainer
 from qswitch.errors import ConfigError
+from qswitch.layers import build_config
 from qswitch.plan.scheduler import plan_run
 from qswitch.run import Interrupted, distill
 from qswitch.run_dir import RunDir

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from qswitch.config import RunConfig, build_config
+from qswitch.config import RunConfig
 from qswitch.data.gather import load_prompts
 from qswitch.distill.replay import staleness_nats
 from qswitch.distill.trainer import Trainer
 from qswitch.divergence import divergence
 from qswitch.errors import DataError, TrainingError
+from qswitch.layers import build_config
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer
 from qswitch.models.runtime import make_runtime

@@ -18,7 +18,7 @@ __all__ = ["folders"]
 
 
 def with_method(folders, method: str, **changes):
-    from qswitch.config import build_config
+    from qswitch.layers import build_config
 
     values = settings(folders).model_dump(mode="json", exclude_unset=True)
     values["method"] = method

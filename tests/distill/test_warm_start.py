@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from qswitch.cli import run
-from qswitch.config import build_config, sft_config
 from qswitch.errors import ConfigError, ModelError
+from qswitch.layers import build_config, sft_config
 from qswitch.models.load import load_teacher
 from qswitch.models.runtime import make_runtime
 from qswitch.plan.adapters import find_adapter, init_adapter_problem
@@ -123,7 +123,7 @@ def test_settings_of_other_methods_do_not_stand_in_the_way(folders):
 
 
 def test_the_command_fine_tunes_and_says_how_to_go_on(folders, tmp_path, capsys):
-    from qswitch.config import dump_config
+    from qswitch.layers import dump_config
 
     file = tmp_path / "mine.yaml"
     file.write_text(dump_config(settings(folders, train__max_steps=2)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qswitch.config import build_config
+from qswitch.layers import build_config
 from qswitch.models.runtime import Runtime
 from qswitch.models.student import load_student, save_adapter
 from qswitch.run_dir import RunDir

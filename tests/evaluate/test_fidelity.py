@@ -129,7 +129,7 @@ def test_kl_and_interventions_are_those_of_whole_logits(made):
 
 
 def test_another_cut_of_the_student_is_another_student(tmp_path):
-    from qswitch.config import build_config
+    from qswitch.layers import build_config
 
     run_dir = make_run(tmp_path, rollout__max_new_tokens=8)
     values = run_dir.config.model_dump(exclude_unset=True)

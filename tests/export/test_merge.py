@@ -9,9 +9,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from qswitch.config import RunConfig, build_config
+from qswitch.config import RunConfig
 from qswitch.errors import ModelError
 from qswitch.export.merge import _exact_logits, _trained, merge_run, model_card
+from qswitch.layers import build_config
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
 from qswitch.models.student import load_student, save_adapter

@@ -14,10 +14,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qswitch.config import LoraSection, RunConfig, build_config
+from qswitch.config import LoraSection, RunConfig
 from qswitch.distill.trainer import Trainer
 from qswitch.errors import ModelError
 from qswitch.export.merge import merge_run
+from qswitch.layers import build_config
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer
 from qswitch.models.runtime import make_runtime

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qswitch.config import RunConfig, build_config
+from qswitch.config import RunConfig
 from qswitch.errors import ModelError
+from qswitch.layers import build_config
 from qswitch.models.runtime import Runtime
 from qswitch.models.student import (
     load_adapter,

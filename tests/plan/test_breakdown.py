@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qswitch.config import RunConfig, build_config
+from qswitch.config import RunConfig
+from qswitch.layers import build_config
 from qswitch.models.load import load_teacher
 from qswitch.models.residency import SwappedModel, _own_storages, _tensors
 from qswitch.models.runtime import Runtime

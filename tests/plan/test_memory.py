@@ -243,7 +243,7 @@ def test_cache_rows_have_their_published_sizes():
 
 
 def test_the_longest_block_is_that_of_the_engine():
-    from qswitch.config import build_config
+    from qswitch.layers import build_config
     from qswitch.plan.breakdown import _round_steps
     from qswitch.rollout import block_length
 

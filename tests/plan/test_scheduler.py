@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qswitch.config import build_config
 from qswitch.errors import ConfigError, PlanError
+from qswitch.layers import build_config
 from qswitch.plan import machine, scheduler
 from qswitch.plan.machine import describe_machine, detect_budget_bytes, parse_size
 from qswitch.plan.scheduler import apply_plan, explain_no_fit, model_shapes, plan_run, require_fit

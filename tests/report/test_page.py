@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from qswitch.cli import run
-from qswitch.config import build_config
 from qswitch.errors import RunDirError
+from qswitch.layers import build_config
 from qswitch.report.page import position_charts, write_report
 from qswitch.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Series, line_chart
 from qswitch.run_dir import RunDir
