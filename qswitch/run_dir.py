@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qswitch.aside import file_aside
 from qswitch.config import RunConfig
 from qswitch.errors import RunDirError
 from qswitch.layers import build_config, dump_config
@@ -185,12 +185,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text`, UTF-8: readers see the old or the new file, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
+    with file_aside(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:

@@ -34,10 +34,11 @@ LAYERS = [
     ["config"],
     ["methods"],
     ["yaml_file", "hub", "inheritance"],
-    ["errors", "units", "divergence"],
+    ["aside", "errors", "units", "divergence"],
 ]
 COLD = [
     "__init__.py",
+    "aside.py",
     "cli.py",
     "config.py",
     "doctor.py",

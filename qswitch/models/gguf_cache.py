@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import logging
 import os
-import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from qswitch.aside import folder_aside
 from qswitch.errors import ModelError
 from qswitch.models.messages import first_line, quiet
 
@@ -43,21 +43,16 @@ def materialise_gguf(path: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     logger.info("Converting %s to %s (once)", path, folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        with quiet(), _no_gguf_bar():
+        with folder_aside(folder) as partial, quiet(), _no_gguf_bar():
             tokenizer = AutoTokenizer.from_pretrained(**source)
             loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
             plain_model(loaded).to(torch.bfloat16).save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-        publish_folder(partial, folder)
     except (OSError, ValueError, LookupError, RuntimeError, ImportError, struct.error) as error:
-        raise ModelError(f"{path} cannot be converted: {first_line(error)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not (folder / "config.json").is_file():  # else another process was first, and its folder is as good
+            raise ModelError(f"{path} cannot be converted: {first_line(error)}") from error
     return folder
 
 
@@ -80,15 +75,6 @@ def plain_model(loaded: Any) -> Any:
     if getattr(loaded, "generation_config", None) is not None:
         fresh.generation_config = loaded.generation_config
     return fresh
-
-
-def publish_folder(partial: Path, folder: Path) -> None:
-    """Rename a finished folder into place; if another process was first, keep that one."""
-    try:
-        os.replace(partial, folder)
-    except OSError:
-        if not (folder / "config.json").is_file():
-            raise
 
 
 @contextlib.contextmanager

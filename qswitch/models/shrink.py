@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qswitch.aside import folder_aside
 from qswitch.config import ModelReference
 from qswitch.errors import ModelError
 from qswitch.models.load import read_model, read_tokenizer
@@ -298,19 +297,12 @@ def refuse_non_empty(output_dir: Path) -> None:
 
 def write_model_folder(hf: Any, tokenizer: Any, output_dir: Path, extra: dict[str, str] | None = None) -> None:
     """Save model, tokenizer, chat template, generation config and `extra` text files, complete or not at all."""
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        with quiet():
-            hf.save_pretrained(partial, safe_serialization=True)
-            tokenizer.save_pretrained(partial)
-        for name, text in (extra or {}).items():
-            (partial / name).write_text(text, encoding="utf-8")
-        if output_dir.is_dir():
-            output_dir.rmdir()  # empty: checked before
-        os.replace(partial, output_dir)
+        with folder_aside(output_dir) as partial:
+            with quiet():
+                hf.save_pretrained(partial, safe_serialization=True)
+                tokenizer.save_pretrained(partial)
+            for name, text in (extra or {}).items():
+                (partial / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ModelError(f"{output_dir} cannot be written: {error}. Check the path and the free space.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
