@@ -44,9 +44,10 @@ from qswitch.rollout.block_length import (
     drafts_within_scratch,
 )
 from qswitch.rollout.decode import Rollout, RolloutRequest, RolloutStats, inference, rollout
+from qswitch.rollout.graph_trial import try_graphs
 from qswitch.rollout.pass_times import measure_pass_times
 from qswitch.rollout.policy import TEACHER, StudentPolicy, SwitchPolicy, Threshold
-from qswitch.rollout.step_graph import StepGraphs, try_graphs
+from qswitch.rollout.step_graph import StepGraphs
 
 
 class Bench:

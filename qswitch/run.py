@@ -37,7 +37,7 @@ from qswitch.plan.machine import detect_budget_bytes
 from qswitch.plan.memory import CUDA_CONTEXT_BYTES
 from qswitch.plan.scheduler import Plan, plan_run, require_fit
 from qswitch.preflight import Prepared, prepare
-from qswitch.rollout.kv_cache import verify_kv
+from qswitch.rollout.kv_probe import verify_kv
 from qswitch.run_dir import RunDir
 from qswitch.units import GIB
 

@@ -16,8 +16,9 @@ from qswitch.rollout.block_length import (
     PassTimes,
     drafts_within_scratch,
 )
+from qswitch.rollout.graph_trial import try_graphs
 from qswitch.rollout.pass_times import measure_pass_times
-from qswitch.rollout.step_graph import StepGraphs, try_graphs
+from qswitch.rollout.step_graph import StepGraphs
 from qswitch.run_dir import RunDir
 
 

@@ -11,7 +11,7 @@ import torch
 
 from qswitch.distill.batch_source import Source
 from qswitch.rollout.policy import TEACHER
-from qswitch.rollout.records import Rollout, RolloutStats
+from qswitch.rollout.requests import Rollout, RolloutStats
 
 
 @dataclass(slots=True)

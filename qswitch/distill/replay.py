@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qswitch.distill.objective import StudentObjective, TrainingSequence, collate
 from qswitch.rollout.decode import inference
-from qswitch.rollout.sampling import row_keys, step_keys, uniform
+from qswitch.rollout.noise import row_keys, step_keys, uniform
 
 _DRAW_STREAM = 3
 """Coins of the random draw, independent of those of the rollouts."""

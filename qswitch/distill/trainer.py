@@ -54,8 +54,8 @@ from qswitch.models.language_model import LanguageModel
 from qswitch.models.pair import TokenizerPair
 from qswitch.models.residency import SwappedModel
 from qswitch.rollout.decode import Rollout, RolloutRequest, RolloutStats, rollout, score_responses
+from qswitch.rollout.noise import row_keys, uniform
 from qswitch.rollout.policy import TEACHER, make_policy
-from qswitch.rollout.sampling import row_keys, uniform
 from qswitch.rollout.transcript import rollout_record
 from qswitch.run_dir import RunDir
 from qswitch.units import GIB

@@ -18,9 +18,9 @@ from torch import Tensor
 from qswitch.data.template import pad_left
 from qswitch.models.language_model import LanguageModel
 from qswitch.rollout.block_length import BlockLength, FixedBlock
-from qswitch.rollout.engine import Engine, Sampling
+from qswitch.rollout.engine import Engine
 from qswitch.rollout.policy import Policy
-from qswitch.rollout.records import Keep, Rollout, RolloutRequest, RolloutStats
+from qswitch.rollout.requests import Keep, Rollout, RolloutRequest, RolloutStats, Sampling
 from qswitch.rollout.step_graph import StepGraphs
 
 __all__ = ["Rollout", "RolloutRequest", "RolloutStats", "inference", "rollout", "score_responses"]

@@ -11,95 +11,20 @@ Letters: `R` rows, `n` tokens of a pass, `S` slots in use, `D` hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from qswitch.errors import ModelError
 from qswitch.models.language_model import LanguageModel
+from qswitch.rollout.slot_layer import SlotLayer
+from qswitch.rollout.step_graph import StepGraphs
 
-if TYPE_CHECKING:
-    from qswitch.rollout.step_graph import StepGraphs
-
-GROWTH_SLOTS = 64
-"""Buffers grow by whole chunks of this many slots: a pass writes its own slots and seldom copies the others."""
 EMPTY = -1
 """Position of a slot that no query may see: padding, or a draft that was taken back."""
 MAX_HOLE_SHARE = 0.25
 """Holes, as a share of the live slots, beyond which a state is packed anew."""
-
-
-class SlotLayer(DynamicLayer):
-    """Keys and values of one attention layer, as views [R, heads, S, width] into larger buffers."""
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self.keys, self._keys = _room(key_states, key_states.shape[0], 0)
-        self.values, self._values = _room(value_states, value_states.shape[0], 0)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [R, heads, n, width] and return everything in use."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys, self._keys = _append(self.keys, self._keys, key_states)
-        self.values, self._values = _append(self.values, self._values, value_states)
-        return self.keys, self.values
-
-    def advance(self, num_slots: int) -> None:
-        """Take slots into use that were written into the buffers directly."""
-        end = self.keys.shape[2] + num_slots
-        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
-
-    def move_to(self, keys: Tensor, values: Tensor) -> None:
-        """Live on in the first rows of other buffers [>= R, heads, >= S, width]; nothing happens if it does already."""
-        if self._keys.data_ptr() == keys.data_ptr():
-            return
-        num_rows, _, filled, _ = self.keys.shape
-        keys[:num_rows, :, :filled] = self.keys
-        values[:num_rows, :, :filled] = self.values
-        self._keys, self._values = keys[:num_rows], values[:num_rows]
-        self.keys, self.values = self._keys[:, :, :filled], self._values[:, :, :filled]
-
-    def repacked(self, sources: Sequence[tuple[SlotLayer | None, Tensor, Tensor]], width: int) -> SlotLayer:
-        """A layer of the rows of several, each given as (layer, rows [r], slots [r, w]); slots end at `width`."""
-        result = SlotLayer()
-        result.dtype, result.device, result.is_initialized = self.dtype, self.device, True
-        num_rows = sum(len(rows) for _, rows, _ in sources)
-        for name in ("keys", "values"):
-            view, buffer = _room(getattr(self, name), num_rows, width)
-            start = 0
-            for layer, rows, slots in sources:
-                part = view[start : start + len(rows)]
-                start += len(rows)
-                padding = width - slots.shape[1]
-                part[:, :, :padding] = 0  # masked, but a stray NaN would survive a weight of zero
-                if layer is not None:
-                    heads = torch.arange(view.shape[1], device=rows.device)[None, :, None]
-                    part[:, :, padding:] = getattr(layer, name)[rows[:, None, None], heads, slots[:, None, :]]
-            setattr(result, name, view)
-            setattr(result, f"_{name}", buffer)
-        return result
-
-
-def _room(like: Tensor, rows: int, filled: int) -> tuple[Tensor, Tensor]:
-    """(view of the first `filled` slots, buffer) of `like`'s heads and width, with room to grow."""
-    slots = -(-max(filled, 1) // GROWTH_SLOTS) * GROWTH_SLOTS
-    buffer = like.new_empty((rows, like.shape[1], slots, like.shape[3]))
-    return buffer[:, :, :filled], buffer
-
-
-def _append(used: Tensor, buffer: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
-    filled, end = used.shape[2], used.shape[2] + states.shape[2]
-    if end > buffer.shape[2]:
-        larger = _room(buffer, buffer.shape[0], end)[1]
-        larger[:, :, :filled] = used
-        buffer = larger
-    buffer[:, :, filled:end] = states
-    return buffer[:, :, :end], buffer
 
 
 class KVState:
@@ -184,14 +109,14 @@ class KVState:
 
     def repack(self, rows: np.ndarray, newcomers: KVState | None = None) -> None:
         """Keep only `rows` (indices, in that order), append the rows of `newcomers`, and leave no holes."""
-        sources: list[tuple[KVState, np.ndarray]] = [(self, rows)]
+        parts: list[tuple[KVState, np.ndarray]] = [(self, rows)]
         if newcomers is not None:
-            sources.append((newcomers, np.arange(newcomers.num_rows)))
-        live = np.concatenate([state._live[kept] for state, kept in sources])
+            parts.append((newcomers, np.arange(newcomers.num_rows)))
+        live = np.concatenate([state._live[kept] for state, kept in parts])
         width = int(live.max(initial=0))
         device = self._slots.device
         slots, indices = [], []
-        for state, kept in sources:
+        for state, kept in parts:
             index = torch.from_numpy(kept).to(device)
             held = state._slots[index]
             # A stable sort by "is live" puts the live slots last and keeps their order.
@@ -203,14 +128,14 @@ class KVState:
             slots.append(packed)
             indices.append((index, order))
         cache = Cache(layer_class_to_replicate=SlotLayer)
-        for i in range(max(len(state._cache.layers) for state, _ in sources)):
-            held = [state._cache.layers[i] if state._cache.layers else None for state, _ in sources]
+        for i in range(max(len(state._cache.layers) for state, _ in parts)):
+            held = [state._cache.layers[i] if state._cache.layers else None for state, _ in parts]
             like = next(layer for layer in held if layer is not None)
             layer = like.repacked(
                 [(layer, index, order) for layer, (index, order) in zip(held, indices, strict=True)], width
             )
             # One by one: the old layer's bytes go before the next new one's come.
-            for state, _ in sources:
+            for state, _ in parts:
                 if state._cache.layers:
                     state._cache.layers[i] = None
             del held, like
@@ -220,7 +145,7 @@ class KVState:
         self._cache = cache
         self._slots = torch.cat(slots)
         self._lengths = torch.cat(
-            [state._lengths[index] for (state, _), (index, _) in zip(sources, indices, strict=True)]
+            [state._lengths[index] for (state, _), (index, _) in zip(parts, indices, strict=True)]
         )
         self._live, self._first = live, width - live
 
@@ -272,62 +197,3 @@ def attention_windows(model: LanguageModel) -> dict[str, int | None]:
             "Use a model with full or sliding-window attention."
         )
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(kinds)}
-
-
-@torch.no_grad()
-def verify_kv(model: LanguageModel, *, blocks: bool) -> None:
-    """Prove on a probe that rows of different length can share a batch and, with `blocks`, take back what they read.
-
-    Raises:
-        ModelError: the states differ from plain passes over each row; says what to do instead.
-    """
-    training = model.training
-    model.eval()
-    try:
-        difference = _probe(model, blocks)
-    finally:
-        model.train(training)
-    tolerance = 5e-2 if model.compute_dtype in (torch.bfloat16, torch.float16) else 1e-4
-    if difference <= tolerance:
-        return
-    name = type(model.causal_model).__name__
-    if blocks:
-        raise ModelError(
-            f"{name} cannot take back tokens it has read (its states differ by {difference:.3g} of their size on a "
-            "probe), so drafts cannot be tried on it. Set rollout.block_tokens=0, the sequential engine."
-        )
-    raise ModelError(
-        f"{name} does not give the rows of a left-padded batch the states that it gives them alone (they differ by "
-        f"{difference:.3g} of their size on a probe), so batched rollouts would be wrong. Use another model family."
-    )
-
-
-def _probe(model: LanguageModel, blocks: bool) -> float:
-    """Largest difference of the last states of two rows from plain passes, relative to their size."""
-    device = model.device
-    texts = [[1, 2, 3, 4, 5, 6], [7, 5, 3, 2]]
-    texts = [[i % model.vocab_size for i in text] for text in texts]
-    state = KVState(model, 2)
-
-    def read(block: list[list[int | None]]) -> Tensor:
-        ids = torch.tensor([[i or 0 for i in row] for row in block], device=device)
-        live = torch.tensor([[i is not None for i in row] for row in block], device=device)
-        return state.append(ids, live, live.sum(dim=1).cpu().numpy())
-
-    read([[*texts[0][:3]], [None, *texts[1][:2]]])
-    if blocks:
-        # Row 0 keeps two of three drafts, row 1 none of them but the first token.
-        read([[texts[0][3], texts[0][4], 0], [texts[1][2], 0, 0]])
-        state.take_back(3, torch.tensor([2, 1], device=device), np.array([2, 1]), np.array([3, 3]))
-    else:
-        read([[texts[0][3]], [texts[1][2]]])
-        read([[texts[0][4]], [None]])
-    last = read([[texts[0][5]], [texts[1][3]]])[:, -1].double()
-    worst = 0.0
-    for row, text in enumerate(texts):
-        ids = torch.tensor([text], device=device)
-        alone = model.hidden(
-            ids, attention_mask=torch.ones_like(ids), position_ids=torch.arange(len(text), device=device)[None]
-        )[0, -1].double()
-        worst = max(worst, ((last[row] - alone).norm() / alone.norm().clamp_min(1e-12)).item())
-    return worst if np.isfinite(worst) else float("inf")

@@ -1,11 +1,14 @@
 """Which tokens would repeat an n-gram that the sequence already holds (`no_repeat_ngram_size` of transformers).
 
-The evaluation protocol of the SWITCH paper's code bans repeated 6-grams; training never does. Pure, over token ids.
+The evaluation protocol of the SWITCH paper's code bans repeated 6-grams; training never does.
+Knows token ids and nothing else.
 
 Letters: `R` rows, `L` padded length, `V` vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,3 +38,31 @@ def banned_tokens(sequences: Tensor, lengths: Tensor, ngram_size: int, vocab_siz
         completions = torch.where(repeats, windows[..., -1], vocab_size).clamp_max(vocab_size)
         banned.scatter_(1, completions, True)
     return banned[:, :vocab_size]
+
+
+class NoRepeat:
+    """Prompt and response of up to `num_places` rows, from the first column on, and what they must not write next."""
+
+    def __init__(
+        self, num_places: int, longest_prompt: int, longest_response: int, ngram_size: int, device: torch.device
+    ) -> None:
+        self._ngram_size, self._longest_prompt = ngram_size, longest_prompt
+        width = longest_prompt + longest_response + 1
+        self._sequences = torch.zeros((num_places, width), dtype=torch.int64, device=device)
+        self._prompt_lengths = torch.zeros(num_places, dtype=torch.int64, device=device)
+
+    def open(self, places: Tensor, prompts: Sequence[list[int]]) -> None:
+        """Begin anew at `places` int64 [R] with these prompts."""
+        padded = [prompt + [0] * (self._longest_prompt - len(prompt)) for prompt in prompts]
+        self._sequences[places, : self._longest_prompt] = torch.tensor(padded, device=places.device)
+        self._prompt_lengths[places] = torch.tensor([len(prompt) for prompt in prompts], device=places.device)
+
+    def write(self, places: Tensor, steps: Tensor, tokens: Tensor) -> None:
+        """Remember the tokens of these response steps: int64 [R] each."""
+        self._sequences[places, self._prompt_lengths[places] + steps] = tokens
+
+    def without_repeats(self, log_probs: Tensor, places: Tensor, steps: Tensor) -> Tensor:
+        """Log-probabilities [R, V] of these steps, tokens that would repeat an n-gram made impossible."""
+        lengths = self._prompt_lengths[places] + steps
+        banned = banned_tokens(self._sequences[places], lengths, self._ngram_size, log_probs.shape[-1])
+        return log_probs.masked_fill(banned, float("-inf"))

@@ -14,7 +14,7 @@ import torch
 
 from qswitch.divergence import jsd_bits_from_log_probs
 from qswitch.models.language_model import LanguageModel
-from qswitch.rollout import sampling
+from qswitch.rollout import noise
 from qswitch.rollout.block_length import MAX_BLOCK_TOKENS, PassTimes
 from qswitch.rollout.decode import inference
 from qswitch.rollout.engine import log_probs
@@ -88,18 +88,18 @@ class _Probe:
 
     def student_pass(self) -> None:
         distribution = log_probs(self.model, self._read(1))
-        sampling.draw(distribution, self._noise(1), 1.0)
+        noise.draw(distribution, self._noise(1), 1.0)
         self._take_back(1)
 
     def teacher_pass(self, n: int) -> None:
         distribution = log_probs(self.model, self._read(n))
         jsd_bits_from_log_probs(distribution, distribution)
-        sampling.draw(distribution, distribution, 1.0)  # the noise is already there from the drafts
+        noise.draw(distribution, distribution, 1.0)  # the noise is already there from the drafts
         self._take_back(n)
 
     def _noise(self, n: int) -> torch.Tensor:
         keys = torch.arange(self.num_rows * n, device=self.device)
-        return sampling.gumbel(keys, self.model.vocab_size).view(self.num_rows, n, -1)
+        return noise.gumbel(keys, self.model.vocab_size).view(self.num_rows, n, -1)
 
 
 def _least(run: Callable[[], None], repeats: int, device: torch.device) -> float:

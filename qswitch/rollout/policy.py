@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qswitch.config import RolloutSection
 from qswitch.divergence import jsd_bits_from_log_probs
-from qswitch.rollout.sampling import REDRAW_STREAM, TOKEN_STREAM
+from qswitch.rollout.noise import REDRAW_STREAM, TOKEN_STREAM
 
 STUDENT, TEACHER, MIXTURE = 0, 1, 2
 WRITER_NAMES = ("student", "teacher", "mixture")

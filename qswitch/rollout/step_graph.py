@@ -11,20 +11,18 @@ Letters: `R` rows, `C` slots of the buffers, `S` slots in use, `D` hidden width.
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.messages import first_line
-from qswitch.rollout.kv_cache import KVState, SlotLayer
+from qswitch.rollout.slot_layer import SlotLayer
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +30,6 @@ CAPACITY_SLOTS = 128
 """Buffers grow by whole chunks of this many slots; a larger buffer has to be recorded anew."""
 EAGER_PASSES = 3
 """Passes of a size that run as usual before one is recorded: recording costs about that many."""
-WORTHWHILE = 0.9
-"""Share of a usual pass's time that a replayed one must stay below."""
 
 Replay = Callable[[], Tensor]
 Record = Callable[[Callable[[], Tensor]], Replay]
@@ -202,66 +198,3 @@ def _fill(places: _Recorded, tokens: Tensor, positions: Tensor, masks: Mapping[s
         place = places.masks[kind].fill_(closed)
         place[:num_rows, :, :, :num_slots] = mask
         place[num_rows:, :, :, num_slots - 1] = opened
-
-
-# ------------------------------------------------------------------------------------------------------ do they pay?
-
-
-@dataclass(frozen=True)
-class GraphTrial:
-    """RUN/student_graphs.json: whether recorded passes are right and faster on this machine."""
-
-    used: bool
-    reason: str
-    rows: int
-    usual_seconds: float | None = None
-    """A pass of one token per row as usual, its noise and draw apart."""
-    replayed_seconds: float | None = None
-    difference: float | None = None
-    """Largest difference of the states, relative to their size."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@torch.no_grad()
-def try_graphs(model: LanguageModel, num_rows: int, *, record: Record | None = None, repeats: int = 8) -> GraphTrial:
-    """Compare and time recorded passes against usual ones on a probe; leaves nothing behind."""
-    if record is None and model.device.type != "cuda":
-        return GraphTrial(False, f"no CUDA graphs on {model.device.type}", num_rows)
-    training = model.training
-    model.eval()
-    graphs = StepGraphs(model, num_rows, record)
-    usual, replayed = KVState(model, num_rows), KVState(model, num_rows, graphs=graphs)
-    prompt = torch.arange(num_rows * 8, device=model.device).view(num_rows, 8) % model.vocab_size
-    ones, counts = torch.ones_like(prompt, dtype=torch.bool), np.full(num_rows, 1)
-    worst, seconds = 0.0, {"usual": float("inf"), "replayed": float("inf")}
-    try:
-        for state in (usual, replayed):
-            state.append(prompt, ones, np.full(num_rows, 8))
-        for step in range(EAGER_PASSES + 1 + repeats):
-            token = prompt[:, step % 8, None]
-            states = {}
-            for name, state in (("usual", usual), ("replayed", replayed)):
-                started = time.perf_counter()
-                states[name] = state.append(token, ones[:, :1], counts)
-                if model.device.type == "cuda":
-                    torch.cuda.synchronize(model.device)
-                if step > EAGER_PASSES:  # that one was recorded
-                    seconds[name] = min(seconds[name], time.perf_counter() - started)
-            plain = states["usual"].double()
-            size = plain.norm(dim=-1).clamp_min(1e-12)
-            worst = max(worst, ((states["replayed"].double() - plain).norm(dim=-1) / size).max().item())
-    except torch.OutOfMemoryError:
-        return GraphTrial(False, "recorded passes do not fit beside the rest", num_rows)
-    finally:
-        model.train(training)
-    if graphs.failure is not None:
-        return GraphTrial(False, graphs.failure, num_rows)
-    tolerance = 5e-2 if model.compute_dtype in (torch.bfloat16, torch.float16) else 1e-4
-    figures = {"usual_seconds": seconds["usual"], "replayed_seconds": seconds["replayed"], "difference": worst}
-    if not worst <= tolerance:
-        return GraphTrial(False, f"recorded passes differ by {worst:.3g} of the states' size", num_rows, **figures)
-    if seconds["replayed"] > WORTHWHILE * seconds["usual"]:
-        return GraphTrial(False, "recorded passes are not faster here", num_rows, **figures)
-    return GraphTrial(True, "recorded passes are faster and the same", num_rows, **figures)

@@ -11,7 +11,7 @@ from qswitch.distill import decoding
 from qswitch.distill.decoding import Decoding
 from qswitch.layers import build_config
 from qswitch.rollout.block_length import FixedBlock
-from qswitch.rollout.step_graph import GraphTrial
+from qswitch.rollout.graph_trial import GraphTrial
 from qswitch.run_dir import RunDir
 
 

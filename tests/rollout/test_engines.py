@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qswitch.models.language_model import LanguageModel
-from qswitch.rollout import sampling
+from qswitch.rollout import noise
 from qswitch.rollout.block_length import TEACHER_ONLY, FixedBlock, RowsAhead
 from qswitch.rollout.decode import Rollout, RolloutRequest, rollout
 from qswitch.rollout.policy import (
@@ -113,18 +113,18 @@ def oracle_jsd(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
 def oracle(pair, name: str, request: RolloutRequest, seed: int = 11) -> tuple[list[int], list[int]]:
     """(tokens, writers) of one response, written out by hand from DESIGN-level definitions, one step at a time."""
     policy = POLICIES[name]
-    row = sampling.row_keys(seed, torch.tensor([request.example_id]), torch.tensor([request.visit]))
+    row = noise.row_keys(seed, torch.tensor([request.example_id]), torch.tensor([request.visit]))
     tokens: list[int] = []
     writers: list[int] = []
     divergences: list[float] = []
     for t in range(request.max_new_tokens):
         p, q = (plain(m, request.prompt_ids + tokens) for m in pair)
         step = torch.tensor([t])
-        noise, redraw = (
-            sampling.gumbel(sampling.step_keys(row, step, s), VOCAB)[0].double()
-            for s in (sampling.TOKEN_STREAM, sampling.REDRAW_STREAM)
+        token_noise, redraw = (
+            noise.gumbel(noise.step_keys(row, step, s), VOCAB)[0].double()
+            for s in (noise.TOKEN_STREAM, noise.REDRAW_STREAM)
         )
-        students, teachers = int((q + noise).argmax()), int((p + noise).argmax())
+        students, teachers = int((q + token_noise).argmax()), int((p + token_noise).argmax())
         jsd = oracle_jsd(p, q)
         divergences.append(jsd)
         if name.startswith("switch"):
@@ -136,7 +136,7 @@ def oracle(pair, name: str, request: RolloutRequest, seed: int = 11) -> tuple[li
             }[policy.threshold.schedule]
             writer = TEACHER if jsd > tau or tau < TAU_FLOOR_BITS else STUDENT
         elif name == "random":
-            coin = float(sampling.uniform(sampling.step_keys(row, step, sampling.COIN_STREAM)))
+            coin = float(noise.uniform(noise.step_keys(row, step, noise.COIN_STREAM)))
             writer = TEACHER if coin < 0.5 else STUDENT
         elif name == "mixture":
             writer = MIXTURE
@@ -149,7 +149,7 @@ def oracle(pair, name: str, request: RolloutRequest, seed: int = 11) -> tuple[li
             writer = TEACHER if unusual or (writers and writers[-1] == TEACHER) else STUDENT
         else:
             writer = STUDENT if name == "student" else TEACHER
-        mixed = int((torch.log(0.2 * p.exp() + 0.8 * q.exp()) + noise).argmax())
+        mixed = int((torch.log(0.2 * p.exp() + 0.8 * q.exp()) + token_noise).argmax())
         tokens.append({STUDENT: students, TEACHER: teachers, MIXTURE: mixed}[writer])
         writers.append(writer)
         if tokens[-1] == EOS:

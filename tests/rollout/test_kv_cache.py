@@ -8,7 +8,9 @@ import torch
 
 from qswitch.errors import ModelError
 from qswitch.models.language_model import LanguageModel
-from qswitch.rollout.kv_cache import GROWTH_SLOTS, KVState, attention_windows, verify_kv
+from qswitch.rollout.kv_cache import KVState, attention_windows
+from qswitch.rollout.kv_probe import verify_kv
+from qswitch.rollout.slot_layer import GROWTH_SLOTS
 from tests.tiny import ARCHITECTURES, tiny_model
 
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from qswitch.models.language_model import LanguageModel
-from qswitch.rollout import step_graph
+from qswitch.rollout import graph_trial, step_graph
 from qswitch.rollout.block_length import FixedBlock
 from qswitch.rollout.decode import rollout
+from qswitch.rollout.graph_trial import try_graphs
 from qswitch.rollout.kv_cache import KVState
-from qswitch.rollout.step_graph import EAGER_PASSES, StepGraphs, try_graphs
+from qswitch.rollout.step_graph import EAGER_PASSES, StepGraphs
 from tests.rollout.test_engines import ARCHITECTURES, EOS, PAD, POLICIES, draw_requests, make_pair, same, write
 from tests.tiny import tiny_model
 
@@ -123,19 +124,19 @@ def test_the_trial_uses_graphs_that_are_right_and_fast_and_no_others(monkeypatch
     model = LanguageModel(tiny_model("llama", dtype=torch.float64).eval())
     model.train()
     assert try_graphs(model, 2).reason == "no CUDA graphs on cpu"
-    monkeypatch.setattr(step_graph, "WORTHWHILE", 100.0)  # whatever this machine's timing says
+    monkeypatch.setattr(graph_trial, "WORTHWHILE", 100.0)  # whatever this machine's timing says
     trial = try_graphs(model, 3, record=Repeater())
     assert trial.used and trial.difference is not None and trial.difference < 1e-12
     assert trial.usual_seconds is not None and 0 < trial.usual_seconds < 1
     assert model.training
-    monkeypatch.setattr(step_graph, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(graph_trial, "WORTHWHILE", 0.0)
     assert try_graphs(model, 3, record=Repeater()).reason == "recorded passes are not faster here"
 
     def stale(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         place = run()
         return lambda: place
 
-    monkeypatch.setattr(step_graph, "WORTHWHILE", 100.0)
+    monkeypatch.setattr(graph_trial, "WORTHWHILE", 100.0)
     wrong = try_graphs(model, 3, record=stale)
     assert not wrong.used and "differ by" in wrong.reason
 

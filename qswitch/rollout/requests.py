@@ -1,4 +1,4 @@
-"""What goes into a rollout and what comes out: requests, written responses, and what they cost."""
+"""What goes into a rollout and what comes out: requests, the sampling contract, written responses, what they cost."""
 
 from __future__ import annotations
 
@@ -20,6 +20,18 @@ class RolloutRequest:
     visit: int
     prompt_ids: list[int]
     max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Everything besides weights and prompts on which the tokens depend, and what ends a response."""
+
+    seed: int
+    temperature: float
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    no_repeat_ngram_size: int = 0
+    """Above 0: no n-gram of prompt and response is written twice. For one writer without drafts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from qswitch.rollout.sampling import COIN_STREAM, TOKEN_STREAM, draw, gumbel, row_keys, step_keys, uniform
+from qswitch.rollout.noise import COIN_STREAM, TOKEN_STREAM, draw, gumbel, row_keys, step_keys, uniform
 
 
 def splitmix64(state: int) -> int:
