@@ -15,6 +15,7 @@ from qswitch.config import RunConfig, Section
 from qswitch.layers import apply_overrides, build_config
 from qswitch.data.sources import reference_path
 from qswitch.errors import ConfigError, DataError
+from qswitch.evaluate.metrics import METRICS
 from qswitch.evaluate.protocol import PROTOCOLS, make_protocol
 from qswitch.presets import load_preset
 from qswitch.yaml_file import read_yaml
@@ -29,7 +30,6 @@ TEACHER = ("model", "revision", "precision", "adapter")
 """What makes a teacher another one."""
 NO_RESULT = ("about", "train.save_steps", "train.save_total_limit", "train.report_to")
 """Settings, or sections, of a run that change no figure."""
-METRICS = ("rouge_l", "rouge_l_teacher", "kl_nats", "top1_agreement")
 MAX_STEPS = 1_000_000
 """train.max_steps where the budget is tokens or seconds."""
 
@@ -92,7 +92,7 @@ class TestSection(Section):
     against: list[str] = Field(min_length=1)
     """Cells that the baseline is tested against; the error level of 5 % is shared among them (Bonferroni)."""
     margins: dict[str, float] = Field(min_length=1)
-    """Metric -> smallest difference that matters: kl_nats, top1_agreement, rouge_l, rouge_l_teacher."""
+    """Metric -> smallest difference that matters, for instance kl_nats, rouge_l_teacher, own_reverse_kl_nats."""
 
 
 class CompareSection(Section):

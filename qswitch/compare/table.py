@@ -16,7 +16,8 @@ from qswitch.compare.spec import Cell, Comparison, TestSection
 from qswitch.evaluate.intervals import Estimate, paired_difference, standard_deviation
 from qswitch.evaluate.scores import SetScores, combine_scores, compare_scores, score_set
 from qswitch.evaluate.store import Lines
-from qswitch.evaluate.score_table import COLUMNS, LOWER_IS_BETTER, estimate, markdown_table, protocol_line
+from qswitch.evaluate.metrics import COLUMNS, LOWER_IS_BETTER, OWN_COLUMNS
+from qswitch.evaluate.score_table import estimate, markdown_table, own_tables, protocol_line
 from qswitch.evaluate.versions import versions
 
 
@@ -184,18 +185,22 @@ def _cost(members: Sequence[tuple[Cell, Mapping[str, Any]]], section: Any) -> di
 
 
 def _scores(eval_dir: Path, set_name: str, label: str, content: Mapping[str, Any]) -> SetScores | None:
-    responses = Lines(eval_dir / "models" / label / f"{set_name}.jsonl", ("id", "seed")).rows.values()
-    distances = Lines(eval_dir / "models" / label / f"{set_name}.teacher.jsonl", ("id",)).rows.values()
-    teacher = Lines(eval_dir / "teacher" / f"{set_name}.jsonl", ("id",)).rows
     asked = set(content["ids"])
-    kept = [r for r in responses if r["id"] in asked]
-    if not kept:
+
+    def rows(path: str, *key: str) -> list[dict[str, Any]]:
+        return [row for row in Lines(eval_dir / path, key).rows.values() if row["id"] in asked]
+
+    model = f"models/{label}/{set_name}"
+    answers = rows(f"{model}.jsonl", "id", "seed")
+    if not answers:
         return None
     return score_set(
-        kept,
-        [r for r in distances if r["id"] in asked],
+        answers,
+        rows(f"{model}.teacher.jsonl", "id"),
         reference_tokens={int(i): n for i, n in content["reference_tokens"].items()},
-        teacher_texts={key[0]: row["response"] for key, row in teacher.items()},
+        teacher_responses={row["id"]: row for row in rows(f"teacher/{set_name}.jsonl", "id")},
+        own_responses=rows(f"{model}.own.jsonl", "id"),
+        own_distances=rows(f"{model}.own.teacher.jsonl", "id"),
     )
 
 
@@ -233,6 +238,7 @@ def render_comparison(results: Mapping[str, Any]) -> str:
             for model, v in models.items()
         ]
         parts.append(f"## {name} ({one['records']} records)\n\n" + markdown_table(header, rows))
+        parts += filter(None, [own_tables(models)])
         buckets = list(dict.fromkeys(b for v in one["differences"].values() for m in v.values() for b in m))
         rows = [
             [
@@ -287,7 +293,7 @@ def _test_table(verdicts: Sequence[Mapping[str, Any]], baseline: str) -> str:
               f"{baseline} is"]  # fmt: skip
     rows = [
         [
-            COLUMNS[v["metric"]],
+            (COLUMNS | OWN_COLUMNS)[v["metric"]],
             v["against"],
             estimate(v["difference"]),
             ", ".join(f"{d:.3f}" for d in v["by_seed"]),

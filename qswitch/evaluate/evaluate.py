@@ -23,26 +23,23 @@ from qswitch.data.template import Prompt, PromptEncoder, template_source
 from qswitch.distill.recovery import BatchRows
 from qswitch.errors import ConfigError, DataError
 from qswitch.evaluate.protocol import Protocol
-from qswitch.evaluate.rouge import rouge_l
 from qswitch.evaluate.score_table import render
 from qswitch.evaluate.scores import SetScores, compare_scores, score_set
 from qswitch.evaluate.store import EvaluationDir, Lines
 from qswitch.evaluate.subjects import LoadedSubject, Subject
-from qswitch.evaluate.teacher_distance import TeacherView, distances, view_of_teacher
+from qswitch.evaluate.teacher_distance import ModelView, distances, own_distances, view_of
 from qswitch.evaluate.testset import TestSet, encode_test_set, load_test_set
 from qswitch.evaluate.versions import versions
+from qswitch.evaluate.write import YARDSTICK_SEED, write_responses
 from qswitch.models.language_model import output_rows
 from qswitch.models.vocab import check_tokenizers
-from qswitch.rollout.decode import RolloutRequest, rollout
-from qswitch.rollout.policy import Policy, StudentPolicy, TeacherPolicy
 from qswitch.run_dir import locked
+from qswitch.units import GIB
 
 logger = logging.getLogger(__name__)
 
-TEACHER_SEED = 20_250_429
-"""Seed of the teacher's own responses, temperature 1: the same for every protocol."""
-CHUNK_ROWS = 8
-"""Responses written between two saves, in batches."""
+VIEWS_HELD_BYTES = 2 * GIB
+"""Hidden states of models' own responses that wait in host memory before the teacher is loaded to read them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,8 +111,13 @@ def _evaluate(
 
     rows = BatchRows(settings.batch_size, say=say)
     views = _teacher_views(settings, folder, sets, prompts, rows, say) if settings.teacher is not None else {}
+    waiting: list[OwnView] = []
     for subject in settings.subjects:
-        _answer(settings, folder, subject, sets, prompts, views, template, rows, say)
+        waiting += _answer(settings, folder, subject, sets, prompts, views, template, rows, say)
+        if sum(one.num_bytes for one in waiting) > VIEWS_HELD_BYTES:
+            _read_by_teacher(settings, waiting, rows, say)
+            waiting.clear()
+    _read_by_teacher(settings, waiting, rows, say)
     results = _results(settings, folder, sets, prompts, template)
     results["overlaps_with_training"] = overlaps
     folder.write(results, render(results))
@@ -146,8 +148,8 @@ def _load_sets(settings: EvaluationSettings) -> list[TestSet]:
         )
         sets.append(load_test_set(data, reference, limit=settings.limit))
     names = {s.name for s in sets}
-    if any(f"{name}.teacher" in names for name in names):
-        raise ConfigError("One set's file name is another's with .teacher, which names our own files. Rename one.")
+    if any(f"{name}.{own}" in names for name in names for own in ("teacher", "own")):
+        raise ConfigError("One set's file name is another's with .teacher or .own, which name our files. Rename one.")
     if len(names) < len(sets):
         raise ConfigError("Two of the sets have the same file name. Evaluate them one after the other.")
     return sets
@@ -202,7 +204,7 @@ def _teacher_views(
     encoded: Mapping[str, EncodedSet],
     rows: BatchRows,
     say: Callable[[str], None],
-) -> dict[str, TeacherView]:
+) -> dict[str, ModelView]:
     """The teacher's own responses, written where they are missing, and its outputs on them."""
     teacher = settings.teacher
     assert teacher is not None
@@ -223,11 +225,13 @@ def _teacher_views(
     views = {}
     for test_set in sets:
         store, prompts = stores[test_set.name], encoded[test_set.name].prompts
-        missing = [(p, TEACHER_SEED) for i, p in prompts.items() if (i,) not in store]
-        _write(settings, loaded, missing, store, rows, say, f"{test_set.name}: teacher", teacher=True)
+        missing = [(p, YARDSTICK_SEED) for i, p in prompts.items() if (i,) not in store]
+        write_responses(
+            loaded, missing, store, rows, settings.protocol, f"{test_set.name}: teacher", role="teacher", say=say
+        )
         sequences = [(prompts[i].prompt_ids, store.rows[(i,)]["response_ids"]) for i in prompts]
         views[test_set.name] = rows.attempt(
-            loaded.model.device, partial(view_of_teacher, loaded.model, sequences, pad_id=loaded.pad_id)
+            loaded.model.device, partial(view_of, loaded.model, sequences, pad_id=loaded.pad_id)
         )
     del loaded
     _free()
@@ -242,53 +246,107 @@ def _check_vocabulary(teacher: Subject, loaded: LoadedSubject, subject: Subject)
 # ------------------------------------------------------------------------------------------------------------ answers
 
 
+@dataclass(frozen=True, slots=True)
+class OwnView:
+    """What a model makes of its own responses to a set, until the teacher reads them."""
+
+    what: str
+    ids: list[int]
+    view: ModelView
+    pad_id: int
+    store: Lines
+    """Where the distances go."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Host memory that it holds."""
+        return sum(h.numel() * h.element_size() for h in self.view.hidden)
+
+
 def _answer(
     settings: EvaluationSettings,
     folder: EvaluationDir,
     subject: Subject,
     sets: Sequence[TestSet],
     encoded: Mapping[str, EncodedSet],
-    views: Mapping[str, TeacherView],
+    views: Mapping[str, ModelView],
     template: str,
     rows: BatchRows,
     say: Callable[[str], None],
-) -> None:
-    """Responses and distances of one model; it is loaded only if something is missing."""
+) -> list[OwnView]:
+    """Responses and distances of one model, which is loaded only if something is missing.
+
+    Returns what the teacher has yet to read: the model's own responses of the sets where that distance is missing.
+    """
     jobs = []
     for test_set in sets:
         responses = folder.responses(subject.name, test_set.name, subject.fingerprint)
-        measured = _distances(settings, folder, subject, test_set)
+        measured, own_measured = _distances(settings, folder, subject, test_set)
         ids = encoded[test_set.name].prompts
         unwritten = [(i, seed) for seed in settings.protocol.seeds for i in ids if (i, seed) not in responses]
         unmeasured = measured is not None and any((i,) not in measured for i in ids)
-        jobs.append((test_set, responses, measured, unwritten, unmeasured))
-    if not any(unwritten or unmeasured for *_, unwritten, unmeasured in jobs):
-        return
+        unread = own_measured is not None and any((i,) not in own_measured for i in ids)
+        jobs.append((test_set, responses, measured, own_measured, unwritten, unmeasured, unread))
+    if not any(unwritten or unmeasured or unread for *_, unwritten, unmeasured, unread in jobs):
+        return []
     say(f"loading {subject.name}")
     loaded = subject.load(settings.device)
-    for test_set, responses, measured, unwritten, unmeasured in jobs:
+    waiting = []
+    for test_set, responses, measured, own_measured, unwritten, unmeasured, unread in jobs:
+        what = f"{test_set.name}: {subject.name}"
         prompts = _own_prompts(settings, subject, test_set, encoded[test_set.name], template)
         references = {t.record.id: t.references for t in test_set.records}
-        _write(
-            settings, loaded, [(prompts[i], seed) for i, seed in unwritten], responses, rows, say,
-            f"{test_set.name}: {subject.name}", references=references,
+        write_responses(
+            loaded, [(prompts[i], seed) for i, seed in unwritten], responses, rows, settings.protocol, what,
+            references=references, say=say,
         )  # fmt: skip
         if measured is not None and unmeasured:
             measure = partial(distances, views[test_set.name], loaded.model, pad_id=loaded.pad_id)
             found = rows.attempt(loaded.model.device, measure)
             lines = [{"id": i} | asdict(d) for i, d in zip(encoded[test_set.name].prompts, found, strict=True)]
             measured.add([line for line in lines if (line["id"],) not in measured])
+        if own_measured is not None and unread:
+            own = folder.own_responses(subject.name, test_set.name, subject.fingerprint)
+            missing = [(p, YARDSTICK_SEED) for i, p in prompts.items() if (i,) not in own]
+            write_responses(
+                loaded, missing, own, rows, settings.protocol, f"{what}, own responses", role="own", say=say
+            )
+            unread_ids = [i for i in prompts if (i,) not in own_measured]
+            sequences = [(prompts[i].prompt_ids, own.rows[(i,)]["response_ids"]) for i in unread_ids]
+            read = partial(view_of, loaded.model, sequences, pad_id=loaded.pad_id)
+            view = rows.attempt(loaded.model.device, read)
+            waiting.append(OwnView(what, unread_ids, view, loaded.pad_id, own_measured))
+    del loaded
+    _free()
+    return waiting
+
+
+def _read_by_teacher(
+    settings: EvaluationSettings, waiting: Sequence[OwnView], rows: BatchRows, say: Callable[[str], None]
+) -> None:
+    """Let the teacher read what models have written, and store how far it is from it."""
+    if not waiting:
+        return
+    assert settings.teacher is not None
+    say(f"loading the teacher {settings.teacher.identity}, to read the models' own responses")
+    loaded = settings.teacher.load(settings.device)
+    for one in waiting:
+        measure = partial(own_distances, one.view, loaded.model, pad_id=one.pad_id)
+        found = rows.attempt(loaded.model.device, measure)
+        one.store.add([{"id": i} | asdict(d) for i, d in zip(one.ids, found, strict=True)])
+        say(f"{one.what}: the teacher read {len(found)} own responses")
     del loaded
     _free()
 
 
 def _distances(
     settings: EvaluationSettings, folder: EvaluationDir, subject: Subject, test_set: TestSet
-) -> Lines | None:
-    """The stored distances of a model; None where no teacher is measured against."""
+) -> tuple[Lines, Lines] | tuple[None, None]:
+    """The stored distances of a model, on the teacher's responses and on its own; None where there is no teacher."""
     if settings.teacher is None:
-        return None
-    return folder.distances(subject.name, test_set.name, subject.fingerprint, settings.teacher.fingerprint)
+        return None, None
+    which = (subject.name, test_set.name, subject.fingerprint, settings.teacher.fingerprint)
+    return folder.distances(*which), folder.own_distances(*which)
 
 
 def _own_prompts(
@@ -308,56 +366,6 @@ def _own_prompts(
     encoder = PromptEncoder(tokenizer, template)
     records = [t.record for t in test_set.records if t.record.id in encoded.prompts]
     return {p.example_id: p for p in encoder.encode_batch(records)}
-
-
-def _write(
-    settings: EvaluationSettings,
-    loaded: LoadedSubject,
-    missing: Sequence[tuple[Prompt, int]],
-    store: Lines,
-    rows: BatchRows,
-    say: Callable[[str], None],
-    what: str,
-    *,
-    references: Mapping[int, Sequence[str]] | None = None,
-    teacher: bool = False,
-) -> None:
-    """Write responses chunk by chunk, so that an interruption loses one chunk at most."""
-    protocol = settings.protocol
-    size = CHUNK_ROWS * settings.batch_size
-    policy: Policy = TeacherPolicy() if teacher else StudentPolicy()
-    for seed in dict.fromkeys(seed for _, seed in missing):
-        # Long prompts first: a set that does not fit the memory says so at once.
-        prompts = sorted((p for p, s in missing if s == seed), key=lambda p: (-len(p.prompt_ids), p.example_id))
-        for start in range(0, len(prompts), size):
-            chunk = prompts[start : start + size]
-            write = partial(
-                rollout,
-                [RolloutRequest(p.example_id, 0, p.prompt_ids, protocol.max_new_tokens) for p in chunk],
-                teacher=loaded.model if teacher else None,
-                student=None if teacher else loaded.model,
-                policy=policy,
-                seed=seed,
-                temperature=1.0 if teacher else protocol.temperature,
-                eos_ids=loaded.eos_ids,
-                pad_id=loaded.pad_id,
-                keep="nothing",
-                no_repeat_ngram_size=0 if teacher else protocol.no_repeat_ngram_size,
-            )
-            written, stats = rows.attempt(loaded.model.device, write)
-            lines = []
-            for r in written:
-                text = loaded.tokenizer.decode(r.response_ids, skip_special_tokens=True).strip()
-                row = {"id": r.example_id, "seed": seed, "response": text, "tokens": len(r.response_ids),
-                       "ended": r.ended}  # fmt: skip
-                if teacher:
-                    row["response_ids"] = r.response_ids
-                elif references is not None and references[r.example_id]:
-                    row["rouge_l"] = rouge_l(text, references[r.example_id])
-                lines.append(row)
-            store.add(lines)
-            speed = stats.tokens / stats.seconds if stats.seconds else 0.0
-            say(f"{what}: {start + len(chunk)}/{len(prompts)} responses, seed {seed}, {speed:.0f} tokens/s")
 
 
 def _free() -> None:
@@ -386,20 +394,26 @@ def _results(
     }
     for test_set in sets:
         one = encoded[test_set.name]
-        teacher_texts = {}
+        teacher_rows: dict[int, Any] = {}
         if settings.teacher is not None:
             stored = folder.teacher_responses(test_set.name, settings.teacher.fingerprint).rows
-            teacher_texts = {key[0]: row["response"] for key, row in stored.items()}
+            teacher_rows = {key[0]: row for key, row in stored.items()}
         scores: dict[str, SetScores] = {}
         for subject in settings.subjects:
-            rows = folder.responses(subject.name, test_set.name, subject.fingerprint).rows.values()
-            distant = _distances(settings, folder, subject, test_set)
-            measured = [] if distant is None else distant.rows.values()
+            answers = folder.responses(subject.name, test_set.name, subject.fingerprint)
+            measured, own_measured = _distances(settings, folder, subject, test_set)
+            own = folder.own_responses(subject.name, test_set.name, subject.fingerprint)
+
+            def asked(lines: Lines | None, ids: Mapping[int, Prompt] = one.prompts) -> list[dict[str, Any]]:
+                return [] if lines is None else [row for row in lines.rows.values() if row["id"] in ids]
+
             scores[subject.name] = score_set(
-                [r for r in rows if r["id"] in one.prompts and r["seed"] in settings.protocol.seeds],
-                [r for r in measured if r["id"] in one.prompts],
+                [row for row in asked(answers) if row["seed"] in settings.protocol.seeds],
+                asked(measured),
                 reference_tokens=one.reference_tokens,
-                teacher_texts=teacher_texts,
+                teacher_responses=teacher_rows,
+                own_responses=asked(own),
+                own_distances=asked(own_measured),
             )
         first = settings.subjects[0].name
         results["sets"][test_set.name] = {

@@ -29,7 +29,7 @@ from qswitch.errors import ConfigError, ModelError
 from qswitch.evaluate.intervals import Estimate, mean_interval
 from qswitch.evaluate.score_table import markdown_table
 from qswitch.evaluate.subjects import trained_weights
-from qswitch.evaluate.teacher_distance import CHUNK_TOKENS, TeacherView, detached_head
+from qswitch.evaluate.teacher_distance import CHUNK_TOKENS, ModelView, detached_head
 from qswitch.evaluate.versions import versions
 from qswitch.models.language_model import Head, LanguageModel
 from qswitch.models.load import load_teacher
@@ -253,11 +253,11 @@ def _switch_policy(config: RunConfig, limit: int) -> SwitchPolicy:
     return policy
 
 
-def _view(model: LanguageModel, written: Sequence[Rollout], pair: TokenizerPair, batch_size: int) -> TeacherView:
+def _view(model: LanguageModel, written: Sequence[Rollout], pair: TokenizerPair, batch_size: int) -> ModelView:
     """Hidden states of whole responses by parallel passes, so that every precision is read in the same way."""
     sequences = [(r.prompt_ids, r.response_ids) for r in written]
     hidden = score_responses(model, sequences, pad_id=pair.pad_id, batch_size=batch_size)
-    return TeacherView(sequences, [h.cpu() for h in hidden], detached_head(model.head))
+    return ModelView(sequences, [h.cpu() for h in hidden], detached_head(model.head))
 
 
 def _gib(model: LanguageModel) -> float:

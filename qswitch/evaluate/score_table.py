@@ -6,15 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qswitch.evaluate.intervals import Estimate
-
-COLUMNS = {
-    "rouge_l": "ROUGE-L",
-    "rouge_l_teacher": "ROUGE-L to teacher",
-    "kl_nats": "KL to teacher, nats/token",
-    "top1_agreement": "top-1 agreement",
-}
-"""Metric -> heading."""
-LOWER_IS_BETTER = ("kl_nats",)
+from qswitch.evaluate.metrics import COLUMNS, OWN_COLUMNS
 
 
 def estimate(values: Mapping[str, Any] | None) -> str:
@@ -88,6 +80,8 @@ def _render_set(name: str, one: Mapping[str, Any]) -> str:
             for bucket in buckets
         ]
         text.append(markdown_table(["model", "bucket", "records", *(COLUMNS[m] for m in present)], rows))
+    if own := own_tables(models):
+        text.append(own)
     if one["differences"]:
         first = next(iter(models))
         text.append(f"Paired differences from {first} (below zero: lower than {first}):\n")
@@ -98,6 +92,33 @@ def _render_set(name: str, one: Mapping[str, Any]) -> str:
         ]
         text.append(markdown_table(["model", "bucket", *(COLUMNS[m] for m in present)], rows))
     return "\n".join(text)
+
+
+def own_tables(models: Mapping[str, Any]) -> str:
+    """What the models write themselves, as a whole and by position; nothing where it was not measured."""
+    own = {name: values["own"] for name, values in models.items() if values.get("own")}
+    if not own:
+        return ""
+    header = ["model", *OWN_COLUMNS.values(), "tokens", "of the teacher's length", "ended", "repeated 4-grams"]
+    rows = [
+        [
+            name,
+            *(estimate(models[name]["metrics"].get(m, {}).get("all")) for m in OWN_COLUMNS),
+            f"{one['response_tokens']:.1f}",
+            "" if one["length_ratio"] is None else f"{one['length_ratio']:.0%}",
+            f"{one['ended_share']:.0%}",
+            f"{one['repetition']:.1%}",
+        ]
+        for name, one in own.items()
+    ]
+    whole = "On the model's own responses, temperature 1, one a record:\n\n" + markdown_table(header, rows)
+    rows = [
+        [name, position, str(figures["own_reverse_kl_nats"]["records"]), *(estimate(figures[m]) for m in OWN_COLUMNS)]
+        for name, one in own.items()
+        for position, figures in one["positions"].items()
+    ]
+    header = ["model", "response tokens", "records", *OWN_COLUMNS.values()]
+    return whole + "\nThe same by position in the response:\n\n" + markdown_table(header, rows)
 
 
 def _keys(models: Mapping[str, Any], present: Sequence[str]) -> list[str]:

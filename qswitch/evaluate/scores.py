@@ -1,22 +1,22 @@
 """Scores of one model on one set, and the paired difference of two models. Pure: rows in, figures out.
 
-A record's score is the mean over its seeds; intervals are over records. KL and agreement are token means, so a record
-weighs as many tokens as the teacher wrote.
+A record's score is the mean over its seeds; intervals are over records. KL and agreement on the teacher's responses are
+token means, so a record weighs as many tokens as the teacher wrote. On a model's own responses every record weighs the
+same, since models write responses of different lengths; by position it weighs the tokens that it has there.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from qswitch.evaluate.intervals import Estimate, mean_interval, paired_difference, standard_deviation
+from qswitch.evaluate.metrics import OWN_COLUMNS, POSITIONS
 from qswitch.evaluate.rouge import rouge_l
 from qswitch.evaluate.testset import BUCKETS, bucket_of
-
-METRICS = ("rouge_l", "rouge_l_teacher", "kl_nats", "top1_agreement")
-"""rouge_l: against the references; rouge_l_teacher: against the teacher's response; both x 100."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,8 @@ class SetScores:
     distinct_1: float
     distinct_2: float
     """Distinct words and pairs of words / all of them, within a seed, mean over seeds (Li et al. 2016)."""
+    own: OwnScores | None = None
+    """Of the model's own responses at temperature 1, where a teacher was measured against."""
 
     def to_dict(self) -> dict[str, Any]:
         """For results.json."""
@@ -72,7 +74,69 @@ class SetScores:
             "ended_share": self.ended_share,
             "distinct_1": self.distinct_1,
             "distinct_2": self.distinct_2,
+            "own": None if self.own is None else self.own.to_dict(),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class OwnScores:
+    """A model's own responses, one a record, beside the teacher's."""
+
+    response_tokens: float
+    """Mean, end token included."""
+    length_ratio: float | None
+    """Mean length / mean length of the teacher's own responses; None where the teacher's are not at hand."""
+    ended_share: float
+    """Responses that ended before the limit."""
+    repetition: float
+    """Share of a response's 4-grams of token ids that stood in it before, mean over responses."""
+    positions: dict[str, dict[str, Metric]]
+    """Response positions, for instance `32-63` -> metric -> one figure per record that is so long."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For results.json."""
+        return {
+            "response_tokens": self.response_tokens,
+            "length_ratio": self.length_ratio,
+            "ended_share": self.ended_share,
+            "repetition": self.repetition,
+            "positions": {
+                name: {metric: asdict(one.estimate(sorted(one.values))) for metric, one in metrics.items()}
+                for name, metrics in self.positions.items()
+            },
+        }
+
+
+def score_own(
+    responses: Sequence[Mapping[str, Any]], distances: Sequence[Mapping[str, Any]], *, teacher_tokens: float | None
+) -> tuple[dict[str, Metric], OwnScores]:
+    """Metrics per record, and the rest, of a model's own responses and the teacher's distances from them.
+
+    Args:
+        teacher_tokens: mean length of the teacher's own responses.
+    """
+    metrics: dict[str, Metric] = {}
+    positions: dict[str, dict[str, Metric]] = {}
+    for metric in OWN_COLUMNS:
+        key = metric.removeprefix("own_")
+        metrics[metric] = Metric({row["id"]: sum(row[key]) / sum(row["tokens"]) for row in distances}, None)
+        for k, (first, last) in enumerate(POSITIONS):
+            reached = [row for row in distances if row["tokens"][k]]
+            if reached:
+                name = f"{first}+" if last is None else f"{first}-{last - 1}"
+                positions.setdefault(name, {})[metric] = Metric(
+                    {row["id"]: row[key][k] / row["tokens"][k] for row in reached},
+                    {row["id"]: float(row["tokens"][k]) for row in reached},
+                )
+    count = len(responses)
+    tokens = sum(row["tokens"] for row in responses) / count
+    return metrics, OwnScores(
+        response_tokens=tokens,
+        length_ratio=None if teacher_tokens is None else tokens / teacher_tokens,
+        ended_share=sum(bool(row["ended"]) for row in responses) / count,
+        repetition=_mean([repeated_share(row["response_ids"], 4) for row in responses]),
+        positions=positions,
+    )
 
 
 def score_set(
@@ -80,9 +144,15 @@ def score_set(
     distances: Sequence[Mapping[str, Any]],
     *,
     reference_tokens: Mapping[int, int],
-    teacher_texts: Mapping[int, str],
+    teacher_responses: Mapping[int, Mapping[str, Any]],
+    own_responses: Sequence[Mapping[str, Any]] = (),
+    own_distances: Sequence[Mapping[str, Any]] = (),
 ) -> SetScores:
-    """Scores from the stored rows of a model: responses, and distances from the teacher where it was measured."""
+    """Scores from the stored rows of a model: responses, and distances from the teacher where it was measured.
+
+    Args:
+        teacher_responses: record id -> the stored row of the teacher's own response.
+    """
     by_seed: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
     for row in responses:
         by_seed[row["seed"]].append(row)
@@ -90,14 +160,22 @@ def score_set(
     scored = [row for row in responses if "rouge_l" in row]
     if scored:
         metrics["rouge_l"] = Metric(_mean_by_record(scored, lambda row: row["rouge_l"]), None)
-    if teacher_texts:
+    if teacher_responses:
         metrics["rouge_l_teacher"] = Metric(
-            _mean_by_record(responses, lambda row: rouge_l(row["response"], [teacher_texts[row["id"]]])), None
+            _mean_by_record(
+                responses, lambda row: rouge_l(row["response"], [teacher_responses[row["id"]]["response"]])
+            ),
+            None,
         )
     if distances:
         tokens = {row["id"]: float(row["tokens"]) for row in distances}
         for name in ("kl_nats", "top1_agreement"):
             metrics[name] = Metric({row["id"]: row[name] for row in distances}, tokens)
+    own = None
+    if own_distances:
+        lengths = [row["tokens"] for i, row in teacher_responses.items() if i in {r["id"] for r in own_responses}]
+        own_metrics, own = score_own(own_responses, own_distances, teacher_tokens=_mean(lengths) if lengths else None)
+        metrics |= own_metrics
     seed_means = [
         sum(r["rouge_l"] for r in rows if "rouge_l" in r) / max(1, sum("rouge_l" in r for r in rows))
         for rows in by_seed.values()
@@ -112,6 +190,7 @@ def score_set(
         ended_share=sum(bool(row["ended"]) for row in responses) / count,
         distinct_1=_mean([distinct_n([r["response"] for r in rows], 1) for rows in by_seed.values()]),
         distinct_2=_mean([distinct_n([r["response"] for r in rows], 2) for rows in by_seed.values()]),
+        own=own,
     )
 
 
@@ -139,7 +218,37 @@ def combine_scores(scores: Sequence[SetScores]) -> SetScores:
         ended_share=_mean([one.ended_share for one in scores]),
         distinct_1=_mean([one.distinct_1 for one in scores]),
         distinct_2=_mean([one.distinct_2 for one in scores]),
+        own=_combine_own([one.own for one in scores if one.own is not None]),
     )
+
+
+def _combine_own(own: Sequence[OwnScores]) -> OwnScores | None:
+    if not own:
+        return None
+    ratios = [one.length_ratio for one in own if one.length_ratio is not None]
+    names = sorted({name for one in own for name in one.positions}, key=lambda name: int(re.split(r"[-+]", name)[0]))
+    return OwnScores(
+        response_tokens=_mean([one.response_tokens for one in own]),
+        length_ratio=_mean(ratios) if ratios else None,
+        ended_share=_mean([one.ended_share for one in own]),
+        repetition=_mean([one.repetition for one in own]),
+        positions={
+            name: {m: _pool([one.positions[name][m] for one in own if name in one.positions]) for m in OWN_COLUMNS}
+            for name in names
+        },
+    )
+
+
+def _pool(metrics: Sequence[Metric]) -> Metric:
+    """Token means over several responses to a record."""
+    values: dict[int, float] = defaultdict(float)
+    weights: dict[int, float] = defaultdict(float)
+    for metric in metrics:
+        for i, value in metric.values.items():
+            weight = 1.0 if metric.weights is None else metric.weights[i]
+            values[i] += value * weight
+            weights[i] += weight
+    return Metric({i: value / weights[i] for i, value in values.items()}, dict(weights))
 
 
 def compare_scores(ours: SetScores, first: SetScores) -> dict[str, Any]:
@@ -169,6 +278,12 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     """Distinct n-grams of words / all n-grams of the texts together, in [0, 1]; 0 where there is none."""
     grams = [tuple(words[i : i + n]) for words in (text.split() for text in texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repeated_share(ids: Sequence[int], n: int) -> float:
+    """Share of the n-grams of token ids that stood before in the same response, in [0, 1]; 0 where there is none."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _by_bucket(metric: Metric, buckets: Mapping[int, str]) -> list[tuple[str, list[int]]]:

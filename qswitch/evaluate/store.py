@@ -5,6 +5,8 @@
     DIR/teacher/SET.jsonl                 the teacher's responses
     DIR/models/MODEL/SET.jsonl            responses of a model, one line per record and seed
     DIR/models/MODEL/SET.teacher.jsonl    its distance from the teacher, one line per record
+    DIR/models/MODEL/SET.own.jsonl        a response of the model to every record at temperature 1, with its token ids
+    DIR/models/MODEL/SET.own.teacher.jsonl    how far the teacher is from those responses, by position
     DIR/models/MODEL/lm_eval.scores.jsonl    its scores of lm-evaluation-harness
     DIR/results.json, results.md          scores of the last call
 
@@ -65,6 +67,14 @@ class EvaluationDir:
         self._mark(folder / "teacher.txt", teacher_fingerprint, "*.teacher.jsonl")
         return Lines(folder / f"{set_name}.teacher.jsonl", ("id",))
 
+    def own_responses(self, model: str, set_name: str, fingerprint: str) -> Lines:
+        """A model's responses that the teacher reads, to measure the distance; forgotten when its weights changed."""
+        return Lines(self._folder(f"models/{model}", fingerprint) / f"{set_name}.own.jsonl", ("id",))
+
+    def own_distances(self, model: str, set_name: str, fingerprint: str, teacher_fingerprint: str) -> Lines:
+        """The teacher's distances from a model's own responses; forgotten when the weights of either changed."""
+        return self.distances(model, f"{set_name}.own", fingerprint, teacher_fingerprint)
+
     def harness_scores(self, model: str, fingerprint: str) -> Lines:
         """What lm-evaluation-harness found of a model, one line per list of tasks and limit."""
         return Lines(self._folder(f"models/{model}", fingerprint) / "lm_eval.scores.jsonl", ("tasks", "limit"))
@@ -88,7 +98,8 @@ class EvaluationDir:
             distances = Lines(folder / f"{path.stem}.teacher.jsonl", ("id",))
             if any((i, seed) not in responses for i in ids for seed in seeds):
                 return False
-            if teacher.is_file() and any((i,) not in distances for i in ids):
+            own_distances = Lines(folder / f"{path.stem}.own.teacher.jsonl", ("id",))
+            if teacher.is_file() and any((i,) not in found for i in ids for found in (distances, own_distances)):
                 return False
         return True
 

@@ -1,7 +1,12 @@
-"""How far a model is from the teacher on the teacher's own responses: KL(p || q) and top-1 agreement, per token.
+"""How far a model is from the teacher: on the teacher's own responses, and on the model's own.
 
-The teacher's responses are read once and its final hidden states kept in host memory, so that it need not stay loaded
-while the models are measured. Knows nothing of files or references.
+On the teacher's responses: KL(teacher || model) and top-1 agreement, per token. Supervised training lowers this.
+On the model's responses: KL(model || teacher), Jensen-Shannon divergence and the teacher's log-probability of the
+model's text less the model's own, by position. This is what a model meets when it is used: one that has strayed from
+what the teacher would write shows it there, more and more along the response.
+
+One model reads the responses first and its final hidden states are kept in host memory, so that it need not stay loaded
+while the other is measured. Knows nothing of files or references.
 
 Letters: `T` response tokens, `D` hidden width, `N` positions, `V` shared vocabulary.
 """
@@ -14,8 +19,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from qswitch.divergence import divergence
+from qswitch.divergence import divergence, jsd_bits
+from qswitch.evaluate.metrics import POSITIONS
 from qswitch.models.language_model import Head, LanguageModel
 from qswitch.rollout.decode import score_responses
 
@@ -24,8 +31,8 @@ CHUNK_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherView:
-    """What the teacher makes of its responses."""
+class ModelView:
+    """What a model makes of responses."""
 
     sequences: list[tuple[list[int], list[int]]]
     """(prompt ids, response ids), no response empty."""
@@ -45,16 +52,16 @@ class Distance:
     """Share of tokens at which both find the same token likeliest."""
 
 
-def view_of_teacher(
-    teacher: LanguageModel, sequences: Sequence[tuple[list[int], list[int]]], *, pad_id: int, batch_size: int
-) -> TeacherView:
-    """Score responses with the teacher and keep what is needed to compare others with it, off the device at once."""
+def view_of(
+    model: LanguageModel, sequences: Sequence[tuple[list[int], list[int]]], *, pad_id: int, batch_size: int
+) -> ModelView:
+    """Score responses with a model and keep what is needed to compare another with it, off the device at once."""
     sequences = list(sequences)
     hidden: dict[int, Tensor] = {}
     for members in _by_length(sequences, batch_size):
-        scored = score_responses(teacher, [sequences[i] for i in members], pad_id=pad_id, batch_size=batch_size)
+        scored = score_responses(model, [sequences[i] for i in members], pad_id=pad_id, batch_size=batch_size)
         hidden |= {i: h.cpu() for i, h in zip(members, scored, strict=True)}
-    return TeacherView(sequences, [hidden[i] for i in range(len(sequences))], detached_head(teacher.head))
+    return ModelView(sequences, [hidden[i] for i in range(len(sequences))], detached_head(model.head))
 
 
 def _by_length(sequences: Sequence[tuple[list[int], list[int]]], batch_size: int) -> Iterator[list[int]]:
@@ -75,26 +82,66 @@ def detached_head(head: Head) -> Head:
     )
 
 
-def distances(view: TeacherView, model: LanguageModel, *, pad_id: int, batch_size: int) -> list[Distance]:
-    """KL and agreement of every response in `view`, in its order."""
-    results: list[Distance | None] = [None] * len(view.sequences)
+def distances(view: ModelView, model: LanguageModel, *, pad_id: int, batch_size: int) -> list[Distance]:
+    """KL and agreement of every response in the teacher's `view`, in its order."""
+    found: dict[int, Distance] = {}
+    for i, chunks in _both(view, model, pad_id=pad_id, batch_size=batch_size):
+        kl = agree = 0.0
+        for p, q in chunks:
+            kl += float(divergence("forward_kl", p, q).double().sum())
+            agree += float((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
+        tokens = len(view.hidden[i])
+        found[i] = Distance(tokens, kl / tokens, agree / tokens)
+    return [found[i] for i in range(len(view.sequences))]
+
+
+@dataclass(frozen=True, slots=True)
+class OwnDistance:
+    """One response of a model, measured against the teacher; sums over the tokens of each entry of POSITIONS."""
+
+    tokens: list[int]
+    reverse_kl_nats: list[float]
+    """KL(model || teacher), temperature 1."""
+    jsd_bits: list[float]
+    log_ratio_nats: list[float]
+    """The teacher's log-probability of the written token less the model's own; its mean estimates -KL(model || teacher)
+    from the written tokens alone."""
+
+
+def own_distances(view: ModelView, teacher: LanguageModel, *, pad_id: int, batch_size: int) -> list[OwnDistance]:
+    """The teacher's distance from every response in the `view` of the model that wrote it, in its order."""
+    found: dict[int, OwnDistance] = {}
+    for i, chunks in _both(view, teacher, pad_id=pad_id, batch_size=batch_size):
+        written = torch.tensor(view.sequences[i][1], device=teacher.device)
+        columns: list[Tensor] = []
+        for start, (q, p) in zip(range(0, len(written), CHUNK_TOKENS), chunks, strict=True):
+            tokens = written[start : start + CHUNK_TOKENS]
+            own, teachers = (cross_entropy(logits.float(), tokens, reduction="none") for logits in (q, p))
+            reverse = divergence("reverse_kl", p, q)
+            columns.append(torch.stack([reverse.float(), jsd_bits(p, q).float(), own - teachers]).double())  # (3, N)
+        figures = torch.cat(columns, dim=1).cpu()  # (3, T)
+        parts = [figures[:, first:last].sum(dim=1).tolist() for first, last in POSITIONS]
+        counts = [figures[:, first:last].shape[1] for first, last in POSITIONS]
+        found[i] = OwnDistance(counts, *(list(values) for values in zip(*parts, strict=True)))
+    return [found[i] for i in range(len(view.sequences))]
+
+
+@torch.no_grad()
+def _both(
+    view: ModelView, model: LanguageModel, *, pad_id: int, batch_size: int
+) -> Iterator[tuple[int, Iterator[tuple[Tensor, Tensor]]]]:
+    """Of every sequence: its index, and the logits [N, V] of the viewed and the given model, chunk by chunk."""
     vocab_size = min(view.head.vocab_size, model.vocab_size)
-    with torch.no_grad():
-        for members in _by_length(view.sequences, batch_size):
-            scored = score_responses(
-                model, [view.sequences[i] for i in members], pad_id=pad_id, batch_size=batch_size
-            )  # in the order of members
-            for i, hidden in zip(members, scored, strict=True):
-                results[i] = _distance(view.hidden[i], view.head, hidden, model.head, vocab_size)
-    return [r for r in results if r is not None]
+    for members in _by_length(view.sequences, batch_size):
+        scored = score_responses(
+            model, [view.sequences[i] for i in members], pad_id=pad_id, batch_size=batch_size
+        )  # in the order of members
+        for i, hidden in zip(members, scored, strict=True):
+            yield i, _logits(view, i, hidden, model.head, vocab_size)
 
 
-def _distance(teacher_hidden: Tensor, teacher_head: Head, hidden: Tensor, head: Head, vocab_size: int) -> Distance:
-    kl = agree = 0.0
+def _logits(view: ModelView, i: int, hidden: Tensor, head: Head, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(hidden), CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)
-        p = teacher_head(teacher_hidden[chunk].to(hidden.device))[..., :vocab_size]  # (N, V)
-        q = head(hidden[chunk])[..., :vocab_size]
-        kl += float(divergence("forward_kl", p, q).double().sum())
-        agree += float((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
-    return Distance(len(hidden), kl / len(hidden), agree / len(hidden))
+        viewed = view.head(view.hidden[i][chunk].to(hidden.device))[..., :vocab_size]
+        yield viewed, head(hidden[chunk])[..., :vocab_size]

@@ -138,7 +138,8 @@ def facts(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], run_di
 
 def evaluations(run_dir: RunDir) -> list[dict[str, Any]]:
     """Results of `qswitch eval` in RUN/eval, one table a set."""
-    from qswitch.evaluate.score_table import COLUMNS, estimate
+    from qswitch.evaluate.metrics import COLUMNS
+    from qswitch.evaluate.score_table import estimate
 
     tables = []
     for path in sorted(run_dir.path.glob("eval/*/results.json")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from rouge_score import rouge_scorer
 
 import qswitch.evaluate.evaluate as evaluate_module
+import qswitch.evaluate.write as write_module
 from qswitch.cli import run
 from qswitch.evaluate.command import EvalRequest, run_eval
 from qswitch.evaluate.subjects import find_subject
@@ -85,7 +87,35 @@ def test_figures_are_those_of_a_direct_computation(made, tmp_path):
     assert found["kl_nats"]["all"]["mean"] == pytest.approx(total / tokens, rel=1e-4)
     assert found["top1_agreement"]["all"]["mean"] == pytest.approx(agree / tokens)
 
+    # The student's own responses from whole logits, one at a time: the teacher reads what the student wrote.
+    reverse, ratios, jsd = [], [], []
+    for row in lines(folder / "models/run/questions.own.jsonl"):
+        record = records[row["id"]]
+        extra = f"\n\n{record['input']}" if record["input"] else ""
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": record["instruction"] + extra}], add_generation_prompt=True, tokenize=False
+        )
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        written = torch.tensor(row["response_ids"])
+        whole = torch.tensor([ids + row["response_ids"]])
+        with torch.no_grad():
+            p, q = (
+                m.model.hf(input_ids=whole).logits[0, len(ids) - 1 : -1].double().log_softmax(-1)
+                for m in (teacher, student)
+            )
+        m = ((p.exp() + q.exp()) / 2).log()
+        reverse.append(float((q.exp() * (q - p)).sum(-1).mean()))
+        jsd.append(float(((p.exp() * (p - m) + q.exp() * (q - m)).sum(-1) / 2).mean()) / math.log(2))
+        ratios.append(float((p - q).gather(1, written[:, None]).mean()))
+    for name, values in (
+        ("own_reverse_kl_nats", reverse), ("own_jsd_bits", jsd), ("own_log_ratio_nats", ratios),
+    ):  # fmt: skip
+        assert found[name]["all"]["mean"] == pytest.approx(sum(values) / 6, rel=1e-3), name
+    own = results["sets"]["questions"]["models"]["run"]["own"]
+    assert 0 < own["response_tokens"] <= 12 and list(own["positions"]) == ["0-31"]
+
     against = results["sets"]["questions"]["models"]["run-teacher"]["metrics"]
+    assert abs(against["own_reverse_kl_nats"]["all"]["mean"]) < 1e-6
     assert abs(against["kl_nats"]["all"]["mean"]) < 1e-6 and against["top1_agreement"]["all"]["mean"] == 1.0
     paired = results["sets"]["questions"]["differences"]["run-base"]
     base = results["sets"]["questions"]["models"]["run-base"]["metrics"]
@@ -102,8 +132,8 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_fewer_rows_and_the_s
     expected, _ = run_eval(request(made, tmp_path / "roomy"), say=lambda _: None)
     tried: dict[str, list[int]] = {}
 
-    def with_room_for(rows: int, name: str) -> None:
-        real = getattr(evaluate_module, name)
+    def with_room_for(rows: int, module, name: str) -> None:
+        real = getattr(module, name)
 
         def limited(*arguments, batch_size, **options):
             tried.setdefault(name, []).append(batch_size)
@@ -111,21 +141,23 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_fewer_rows_and_the_s
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return real(*arguments, batch_size=batch_size, **options)
 
-        monkeypatch.setattr(evaluate_module, name, limited)
+        monkeypatch.setattr(module, name, limited)
 
-    with_room_for(2, "rollout")
-    with_room_for(2, "view_of_teacher")
-    with_room_for(1, "distances")
+    with_room_for(2, write_module, "rollout")
+    with_room_for(2, evaluate_module, "view_of")
+    with_room_for(1, evaluate_module, "distances")
     said: list[str] = []
     found, _ = run_eval(request(made, tmp_path / "tight"), say=said.append)
-    assert tried["rollout"][:2] == [4, 2] and set(tried["rollout"][1:]) == {2}, "it does not try the larger again"
-    assert tried["view_of_teacher"] == [2] and tried["distances"] == [2, 1]
+    rows = tried["rollout"]
+    assert rows[:2] == [4, 2] and rows == sorted(rows, reverse=True), "it does not try the larger again"
+    assert tried["distances"] == [2, 1]
+    assert tried["view_of"] == [2, 1], "of the teacher's responses, and then of the student's own"
     assert "out of memory: 4 -> 2 rows at a time" in said and "out of memory: 2 -> 1 rows at a time" in said
     ours, theirs = (r["sets"]["questions"]["models"]["run"]["metrics"] for r in (found, expected))
     assert ours["rouge_l"] == theirs["rouge_l"]
     assert ours["kl_nats"]["all"]["mean"] == pytest.approx(theirs["kl_nats"]["all"]["mean"], rel=1e-5)
 
-    with_room_for(0, "rollout")
+    with_room_for(0, write_module, "rollout")
     with pytest.raises(torch.OutOfMemoryError):
         run_eval(request(made, tmp_path / "none"), say=lambda _: None)
 
@@ -133,9 +165,9 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_fewer_rows_and_the_s
 def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(made, tmp_path, monkeypatch):
     run_eval(request(made, tmp_path / "whole"), say=lambda _: None)
 
-    monkeypatch.setattr(evaluate_module, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(write_module, "CHUNK_ROWS", 1)
     written: list[int] = []
-    real = evaluate_module.rollout
+    real = write_module.rollout
 
     def stop_at_third(requests, **options):
         if len(written) == 2:
@@ -144,7 +176,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(made, tm
         return real(requests, **options)
 
     small = request(made, tmp_path / "parts", batch_size=2)
-    monkeypatch.setattr(evaluate_module, "rollout", stop_at_third)
+    monkeypatch.setattr(write_module, "rollout", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         run_eval(small, say=lambda _: None)
     saved = tmp_path / "parts/teacher/questions.jsonl"
@@ -158,9 +190,9 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(made, tm
         asked.extend(r.example_id for r in requests)
         return real(requests, **options)
 
-    monkeypatch.setattr(evaluate_module, "rollout", count)
+    monkeypatch.setattr(write_module, "rollout", count)
     run_eval(small, say=lambda _: None)
-    assert len(asked) == 2 + 6 * 2, "two teacher responses were missing, and all of the student's"
+    assert len(asked) == 2 + 6 * 3, "two teacher responses were missing, and all of the student's and its own"
 
     def contents(folder: Path) -> dict[str, list]:
         return {
@@ -171,10 +203,13 @@ def test_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(made, tm
     assert contents(tmp_path / "parts").keys() == contents(tmp_path / "whole").keys()
     for name, rows in contents(tmp_path / "parts").items():
         for ours, theirs in zip(rows, contents(tmp_path / "whole")[name], strict=True):
-            assert ours == pytest.approx(theirs) if "kl_nats" in ours else ours == theirs
+            if "reverse_kl_nats" in ours:
+                assert all(ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-4) for key in theirs)
+            else:
+                assert ours == pytest.approx(theirs) if "kl_nats" in ours else ours == theirs
 
     # Finished: nothing is loaded any more.
-    monkeypatch.setattr(evaluate_module, "rollout", None)
+    monkeypatch.setattr(write_module, "rollout", None)
     monkeypatch.setattr("qswitch.evaluate.subjects.Subject.load", None)
     run_eval(small, say=lambda _: None)
 
@@ -226,7 +261,8 @@ def test_a_teacher_with_other_weights_under_the_same_name_is_measured_anew(tmp_p
     run_eval(request(here, tmp_path / "out"), say=lambda _: None)
     after = {p.name: p.read_bytes() for p in model.iterdir()}
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"questions.teacher.jsonl", "teacher.txt"}, "the student's own responses stay"
+    own = "questions.own.teacher.jsonl"
+    assert changed == {"questions.teacher.jsonl", own, "teacher.txt"}, "the student's responses stay"
 
 
 def test_a_template_with_other_content_is_another_evaluation(made, tmp_path, capsys):
@@ -257,14 +293,14 @@ def test_models_of_one_family_answer_the_same_text_and_others_have_their_own_tem
         tokenizer.save_pretrained(tmp_path / name)
     models = [str(run_path), str(tmp_path / "merged"), str(tmp_path / "other")]
     asked: dict[str, list[list[int]]] = {}
-    real = evaluate_module.rollout
+    real = write_module.rollout
     with pytest.MonkeyPatch.context() as patch:
 
         def remember(requests, *, student, **options):
             asked.setdefault(len(asked), []).extend(r.prompt_ids for r in requests)
             return real(requests, student=student, **options)
 
-        patch.setattr(evaluate_module, "rollout", remember)
+        patch.setattr(write_module, "rollout", remember)
         run_eval(
             request(made, tmp_path / "out", models=models, protocol="greedy", seeds=None, precision="fp32",
                     device="cpu", no_teacher=True, batch_size=16),

@@ -14,7 +14,7 @@ from qswitch.errors import ConfigError
 from qswitch.evaluate.intervals import CONFIDENCE, Estimate, mean_interval, paired_difference, standard_deviation
 from qswitch.evaluate.protocol import make_protocol
 from qswitch.evaluate.rouge import rouge_l
-from qswitch.evaluate.scores import compare_scores, distinct_n, score_set
+from qswitch.evaluate.scores import combine_scores, compare_scores, distinct_n, repeated_share, score_set
 from qswitch.evaluate.testset import bucket_of
 
 
@@ -115,7 +115,12 @@ def test_scores_average_seeds_within_a_record_and_weigh_kl_by_tokens():
         {"id": 2, "tokens": 4, "kl_nats": 2.0, "top1_agreement": 0.5},
     ]
     lengths = {0: 5, 1: 20, 2: 12}
-    scores = score_set(rows, measured, reference_tokens=lengths, teacher_texts={0: "a b", 1: "x", 2: "e"})
+    scores = score_set(
+        rows,
+        measured,
+        reference_tokens=lengths,
+        teacher_responses={0: {"response": "a b"}, 1: {"response": "x"}, 2: {"response": "e"}},
+    )
     result = scores.to_dict()["metrics"]
     assert result["rouge_l"]["all"]["mean"] == pytest.approx((15 + 60 + 0) / 3)
     assert result["rouge_l"]["1-10"]["mean"] == 15.0 and result["rouge_l"]["1-10"]["records"] == 1
@@ -128,7 +133,7 @@ def test_scores_average_seeds_within_a_record_and_weigh_kl_by_tokens():
     assert scores.distinct_1 == pytest.approx((4 / 4 + 4 / 4) / 2)
 
     worse = score_set(
-        [r | {"rouge_l": r["rouge_l"] + 5} for r in rows], measured, reference_tokens=lengths, teacher_texts={}
+        [r | {"rouge_l": r["rouge_l"] + 5} for r in rows], measured, reference_tokens=lengths, teacher_responses={}
     )
     difference = compare_scores(worse, scores)
     assert difference["rouge_l"]["all"] == {"mean": 5.0, "low": 5.0, "high": 5.0, "records": 3}
@@ -149,3 +154,39 @@ def test_protocols_say_what_was_changed():
     ]:
         with pytest.raises(ConfigError, match=message):
             make_protocol(name, **values)
+
+
+def test_own_responses_are_scored_by_record_by_position_and_over_seeds():
+    def own(scale: float, long: bool) -> dict:
+        first, second = [32, 8 if long else 0, 0, 0, 0, 0], [4, 0, 0, 0, 0, 0]
+        rows = [{"id": i, "seed": 1, "response": "", "tokens": sum(n), "ended": i == 0, "response_ids": [1, 2, 3]}
+                for i, n in enumerate((first, second))]  # fmt: skip
+        distances = [
+            {"id": i, "tokens": n, "reverse_kl_nats": [scale * x for x in n], "jsd_bits": [x / 2 for x in n],
+             "log_ratio_nats": [-scale * x * (1 + k) for k, x in enumerate(n)]}
+            for i, n in enumerate((first, second))
+        ]  # fmt: skip
+        return {"own_responses": rows, "own_distances": distances}
+
+    answers = [response(0, 1, "a", 1.0), response(1, 1, "b", 1.0)]
+    teachers = {0: {"response": "a", "tokens": 10}, 1: {"response": "b", "tokens": 30}}
+    scored = [
+        score_set(answers, [], reference_tokens={}, teacher_responses=teachers, **own(scale, long))
+        for scale, long in ((1.0, True), (3.0, False))
+    ]
+    assert scored[0].metrics["own_reverse_kl_nats"].values == {0: 1.0, 1: 1.0}
+    assert scored[0].metrics["own_log_ratio_nats"].values[0] == pytest.approx(-(32 + 2 * 8) / 40)
+    result = scored[0].to_dict()["own"]
+    assert (result["response_tokens"], result["length_ratio"], result["ended_share"]) == (22.0, 1.1, 0.5)
+    assert list(result["positions"]) == ["0-31", "32-63"]
+    assert result["positions"]["32-63"]["own_log_ratio_nats"] == {"mean": -2.0, "low": None, "high": None, "records": 1}
+    both = combine_scores(scored)
+    assert both.metrics["own_reverse_kl_nats"].values == {0: 2.0, 1: 2.0}
+    assert both.own.positions["32-63"]["own_reverse_kl_nats"].values == {0: 1.0}, "one seed wrote so far"
+    assert both.own.positions["0-31"]["own_reverse_kl_nats"].weights == {0: 64.0, 1: 8.0}
+
+
+def test_a_repeated_share_counts_what_stood_before():
+    assert repeated_share([1, 2, 3, 4, 5], 4) == 0.0
+    assert repeated_share([1, 2, 3, 4] * 3, 4) == pytest.approx(1 - 4 / 9)
+    assert repeated_share([1, 2], 4) == 0.0
