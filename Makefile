@@ -1,6 +1,6 @@
 # Starts from a bare Python 3.10 or later: every target makes .venv itself.
 #   make demo     distil SmolLM2-135M on the CPU, real weights, minutes
-#   make test     the tests that need neither a GPU nor a network
+#   make test     the tests that need neither a GPU nor a network, one process per core
 #   make lint     ruff and mypy
 #   make presets  write presets/README.md anew
 #   make clean    remove .venv and what tools left behind; runs/ stays
@@ -10,6 +10,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_ARGS ?=
+# One file stays in one process, so that what its tests share is made once.
+WORKERS ?= auto
 
 .PHONY: install demo test lint format presets clean
 .DELETE_ON_ERROR:
@@ -29,7 +31,7 @@ demo: $(STAMP)
 	$(BIN)/qswitch distill --preset smollm2-demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(TEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check qswitch tests
