@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,8 +35,25 @@ def make_accelerator(config: RunConfig, run_dir: RunDir, student: LanguageModel)
             "launch, or with --num_processes 1."
         )
     if report_to:
-        accelerator.init_trackers("qswitch")
+        name = run_dir.path.resolve().name
+        accelerator.init_trackers(
+            "qswitch",
+            config=_flat(config.model_dump(mode="json")),
+            # Where a tracker takes a name; tensorboard's is its folder, which lies in the run's.
+            init_kwargs={"wandb": {"name": name}},
+        )
     return accelerator
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Settings by their dotted names, lists as text: trackers take numbers, texts and truth values only."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{above}{key}.")
+        elif value is not None:
+            flat[above + key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
 
 
 def make_optimizer(train: TrainSection, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -162,7 +162,7 @@ class Engine:
                 teacher_log_probs = self._without_repeats(teacher_log_probs[:, 0])[:, None]
 
         decision = self._policy.decide(self._view(steps, teacher_log_probs, drafts))
-        tokens = self._draw(decision.writers, teacher_log_probs, drafts, steps, token_noise)
+        tokens, by_teacher = self._draw(decision.writers, teacher_log_probs, drafts, steps, token_noise)
         agrees = torch.zeros_like(live) if drafts is None else tokens == drafts.tokens
         if unasked is not None:
             agrees = agrees & ~unasked
@@ -177,7 +177,9 @@ class Engine:
         finished = ended | is_last.gather(1, last)[:, 0]
         teacher_wrote_last = decision.writers.gather(1, last)[:, 0] == TEACHER
         self._responses.write(
-            device.place, steps, num_written, tokens, agrees, decision,
+            device.place, steps, num_written, tokens, decision,
+            by_student=None if drafts is None else drafts.tokens,
+            by_teacher=by_teacher,
             unasked=unasked,
             teacher_hidden=teacher_hidden,
             student_hidden=None if drafts is None else drafts.hidden,
@@ -278,19 +280,20 @@ class Engine:
         drafts: _Drafts | None,
         steps: Tensor,
         token_noise: Tensor | None,
-    ) -> Tensor:
-        """The chosen writers' tokens, int64 [R, J]."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """The chosen writers' tokens, and the teacher's (None where it does not write alone): int64 [R, J] each."""
         temperature = self._sampling.temperature
         if teacher_log_probs is None:
             assert drafts is not None
-            return drafts.tokens
+            return drafts.tokens, None
         if self._policy.mixes:
             assert drafts is not None
-            return noise.draw(self._policy.mixture(teacher_log_probs, drafts.log_probs), token_noise, temperature)
+            mixed = self._policy.mixture(teacher_log_probs, drafts.log_probs)
+            return noise.draw(mixed, token_noise, temperature), None
         stream = self._policy.teacher_stream
         own_noise = token_noise if stream == noise.TOKEN_STREAM else self._noise(steps, stream)
         tokens = noise.draw(teacher_log_probs, own_noise, temperature)
-        return tokens if drafts is None else torch.where(writers == STUDENT, drafts.tokens, tokens)
+        return (tokens if drafts is None else torch.where(writers == STUDENT, drafts.tokens, tokens)), tokens
 
     def _count(self, num_drafts: int, answer: _Answer, *, student_asked: bool) -> None:
         stats, rows = self.stats, self._rows.host
@@ -355,7 +358,7 @@ class Engine:
     def _land(self) -> Iterator[tuple[int, Rollout]]:
         for landing in self._landing:
             request = self._requests[landing.request]
-            yield landing.request, landing.rollout(request, student_asked=self._student is not None)
+            yield landing.request, landing.rollout(request)
         self._landing = []
 
     def _tidy(self, stays: np.ndarray) -> None:

@@ -57,8 +57,17 @@ class Rollout:
     student_hidden: Tensor | None = None
     """[T, D'] final hidden states of the student when it wrote; None unless asked for. Steps at which it was not asked
     hold nothing of meaning."""
-    student_agrees: list[bool] | None = None
-    """Per token, whether the student would have written the same; None where it was not asked at all."""
+    student_ids: list[int | None] | None = None
+    """Per token, what the student would have written; None at steps where it was not asked, or for all of them."""
+    teacher_ids: list[int | None] | None = None
+    """Per token, what the teacher would have written; None where it was not asked, or does not write alone."""
+
+    @property
+    def student_agrees(self) -> list[bool] | None:
+        """Per token, whether the student would have written the same; None where it was not asked at all."""
+        if self.student_ids is None:
+            return None
+        return [ours == written for ours, written in zip(self.student_ids, self.response_ids, strict=True)]
 
 
 @dataclass(slots=True)

@@ -17,6 +17,9 @@ from torch import Tensor
 from qswitch.rollout.policy import STUDENT, TEACHER, Decision
 from qswitch.rollout.requests import Keep, Rollout, RolloutRequest
 
+NOT_ASKED = -1
+"""In place of a token id: the model was not asked at this step."""
+
 
 class Responses:
     """Tokens, writers, divergences, thresholds and kept states of up to `num_places` rows of `longest` steps."""
@@ -26,7 +29,8 @@ class Responses:
         self._bin = longest + 1
         self._tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         self._writers = torch.zeros(shape, dtype=torch.int8, device=device)
-        self._agrees = torch.zeros(shape, dtype=torch.int8, device=device)
+        self._by_student = torch.full(shape, NOT_ASKED, dtype=torch.int64, device=device)
+        self._by_teacher = torch.full(shape, NOT_ASKED, dtype=torch.int64, device=device)
         self._jsd = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
         self._threshold = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
         self._keep, self._keep_student = keep, keep_student
@@ -37,6 +41,7 @@ class Responses:
         """Begin anew at `places`, after the prompts' last tokens: int64 [R], [R]."""
         self._tokens[places, 0] = last_prompt_tokens
         self._writers[places, 0] = STUDENT
+        self._by_student[places] = self._by_teacher[places] = NOT_ASKED
         self._jsd[places] = torch.nan
         self._threshold[places] = torch.nan
 
@@ -59,16 +64,18 @@ class Responses:
         steps: Tensor,
         num_written: Tensor,
         tokens: Tensor,
-        agrees: Tensor,
         decision: Decision,
         *,
+        by_student: Tensor | None,
+        by_teacher: Tensor | None,
         unasked: Tensor | None,
         teacher_hidden: Tensor | None,
         student_hidden: Tensor | None,
     ) -> None:
-        """Write the first `num_written` [R] of each row's block: steps, tokens and agreement [R, J], states [R, J, D].
+        """Write the first `num_written` [R] of each row's block: steps and tokens [R, J], states [R, J, D].
 
-        `unasked` bool [R, 1] marks rows whose divergence means nothing, because the student no longer follows them.
+        `by_student` and `by_teacher` [R, J] are what each model would have written. `unasked` bool [R, 1] marks rows
+        whose divergence and student token mean nothing, because the student no longer follows them.
         """
         num_steps = tokens.shape[1]
         rows = places[:, None]
@@ -76,7 +83,11 @@ class Responses:
         columns = torch.where(stands, steps + 1, self._bin)
         self._tokens[rows, columns] = tokens
         self._writers[rows, columns] = decision.writers
-        self._agrees[rows, columns] = agrees.to(torch.int8)
+        if by_student is not None:
+            asked = by_student if unasked is None else by_student.masked_fill(unasked, NOT_ASKED)
+            self._by_student[rows, columns] = asked
+        if by_teacher is not None:
+            self._by_teacher[rows, columns] = by_teacher
         if decision.jsd_bits is not None:
             jsd = decision.jsd_bits.double()
             self._jsd[rows, columns] = jsd if unasked is None else jsd.masked_fill(unasked, torch.nan)
@@ -94,7 +105,8 @@ class Responses:
     def send(self, place: int, length: int, *, request: int, ended: bool) -> Landing:
         """Send the `length` tokens of a place on their way to the host."""
         span = slice(1, length + 1)
-        whole = torch.stack([t[place, span].double() for t in (self._tokens, self._writers, self._agrees)])
+        kinds = (self._tokens, self._writers, self._by_student, self._by_teacher)
+        whole = torch.stack([kind[place, span].double() for kind in kinds])
         real = torch.stack([self._jsd[place, span], self._threshold[place, span]])
         hidden = self._teacher_hidden[place, span].clone() if self._teacher_hidden is not None else None
         states = self._student_hidden[place, span].clone() if self._student_hidden is not None else None
@@ -116,19 +128,20 @@ class Landing:
     """Index of its request."""
     ended: bool
     values: Tensor
-    """float64 [5, T]: token, writer, agreement, divergence, threshold; float64 holds every token id exactly."""
+    """float64 [6, T]: token, writer, the student's and the teacher's token, divergence, threshold; float64 holds every
+    token id exactly."""
     hidden: Tensor | None
     """[T, D] states of the teacher, where some are to be kept."""
     student_hidden: Tensor | None
     """[T, D'] states of the student, where they are to be kept."""
     keep: Keep
 
-    def rollout(self, request: RolloutRequest, *, student_asked: bool) -> Rollout:
+    def rollout(self, request: RolloutRequest) -> Rollout:
         """The finished row, once its copy has arrived."""
-        tokens, writers, agrees = self.values[:3].long().tolist()
+        tokens, writers, by_student, by_teacher = self.values[:4].long().tolist()
         jsd, thresholds = (
             None if bool(series.isnan().all()) else [None if v != v else v for v in series.tolist()]
-            for series in self.values[3:]
+            for series in self.values[4:]
         )
         kept, hidden = [], None
         if self.hidden is not None:
@@ -146,5 +159,10 @@ class Landing:
             teacher_hidden=hidden,
             ended=self.ended,
             student_hidden=self.student_hidden,
-            student_agrees=[bool(a) for a in agrees] if student_asked else None,
+            student_ids=_asked(by_student),
+            teacher_ids=_asked(by_teacher),
         )
+
+
+def _asked(tokens: list[int]) -> list[int | None] | None:
+    return None if all(t == NOT_ASKED for t in tokens) else [None if t == NOT_ASKED else t for t in tokens]

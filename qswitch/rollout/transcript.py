@@ -17,23 +17,38 @@ class WrittenToken:
     writer: str
     jsd: float | None
     tau: float | None
+    student: str | None = None
+    """What the student would have written here; None where it was not asked."""
+    teacher: str | None = None
+    """What the teacher would have written here; None where it was not asked, or does not write alone."""
 
 
 def written_tokens(rollout: Rollout, tokenizer: Any) -> list[WrittenToken]:
     """The response token by token; the texts joined are the response."""
-    texts, decoded = [], ""
+    texts, befores, decoded = [], [], ""
     for end in range(1, len(rollout.response_ids) + 1):
         # Decode the prefix, not the token: one character may take several tokens.
         prefix = tokenizer.decode(rollout.response_ids[:end], skip_special_tokens=False)
         stable = prefix.rstrip("\ufffd") if end < len(rollout.response_ids) else prefix
         texts.append(stable[len(decoded) :])
+        befores.append(decoded)
         decoded = stable if len(stable) > len(decoded) else decoded
+
+    def candidate(t: int, ids: list[int | None] | None) -> str | None:
+        token = ids[t] if ids is not None else None
+        if token is None or token == rollout.response_ids[t]:
+            return None if token is None else texts[t]
+        read = tokenizer.decode([*rollout.response_ids[:t], token], skip_special_tokens=False)
+        return read[len(befores[t]) :]
+
     return [
         WrittenToken(
             text=text,
             writer=WRITER_NAMES[rollout.writers[t]],
             jsd=rollout.jsd_bits[t] if rollout.jsd_bits else None,
             tau=rollout.thresholds[t] if rollout.thresholds else None,
+            student=candidate(t, rollout.student_ids),
+            teacher=candidate(t, rollout.teacher_ids),
         )
         for t, text in enumerate(texts)
     ]

@@ -219,6 +219,7 @@ def test_a_run_leaves_everything_and_loads_with_plain_peft(folders, tmp_path):
     rollout = run_dir.read_rollouts()[0]
     assert "".join(t["text"] for t in rollout["tokens"]).replace("</s>", "") == rollout["response"]
     assert {t["writer"] for t in rollout["tokens"]} <= {"student", "teacher"}
+    assert all(t[t["writer"]] == t["text"] for t in rollout["tokens"]), "the writer's candidate is what was written"
 
     base = AutoModelForCausalLM.from_pretrained(config.student.model)
     tokenizer = AutoTokenizer.from_pretrained(run_dir.adapter_path)

@@ -110,13 +110,17 @@ def oracle_jsd(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
     return total
 
 
-def oracle(pair, name: str, request: RolloutRequest, seed: int = 11) -> tuple[list[int], list[int]]:
-    """(tokens, writers) of one response, written out by hand from DESIGN-level definitions, one step at a time."""
+def oracle(
+    pair, name: str, request: RolloutRequest, seed: int = 11
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """(tokens, writers, the student's and the teacher's tokens) of one response, by hand, one step at a time."""
     policy = POLICIES[name]
     row = noise.row_keys(seed, torch.tensor([request.example_id]), torch.tensor([request.visit]))
     tokens: list[int] = []
     writers: list[int] = []
     divergences: list[float] = []
+    by_student: list[int] = []
+    by_teacher: list[int] = []
     for t in range(request.max_new_tokens):
         p, q = (plain(m, request.prompt_ids + tokens) for m in pair)
         step = torch.tensor([t])
@@ -152,9 +156,11 @@ def oracle(pair, name: str, request: RolloutRequest, seed: int = 11) -> tuple[li
         mixed = int((torch.log(0.2 * p.exp() + 0.8 * q.exp()) + token_noise).argmax())
         tokens.append({STUDENT: students, TEACHER: teachers, MIXTURE: mixed}[writer])
         writers.append(writer)
+        by_student.append(students)
+        by_teacher.append(teachers)
         if tokens[-1] == EOS:
             break
-    return tokens, writers
+    return tokens, writers, by_student, by_teacher
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -164,7 +170,13 @@ def test_the_engine_writes_what_plain_passes_would(pairs, arch):
         requests = draw_requests(rng, 4)
         written, _ = write(pairs[arch], policy, requests, batch_size=3, drafts=rng.choice([0, 1, 3, 7]))
         for request, result in zip(requests, written, strict=True):
-            assert (result.response_ids, result.writers) == oracle(pairs[arch], name, request), (name, request)
+            tokens, writers, by_student, by_teacher = oracle(pairs[arch], name, request)
+            assert (result.response_ids, result.writers) == (tokens, writers), (name, request)
+            # What each would have written is kept wherever it was asked; a student that drafts may not be needed.
+            for ours, expected in ((result.student_ids, by_student), (result.teacher_ids, by_teacher)):
+                assert all(a in (None, b) for a, b in zip(ours or expected, expected, strict=True)), (name, request)
+            assert policy.uses_student is False or result.student_ids is not None
+            assert (result.teacher_ids is not None) == (policy.uses_teacher and not policy.mixes), name
 
 
 # ---------------------------------------------------------------- the engines against each other
