@@ -47,6 +47,10 @@ class TrainingError(QSwitchError):
     """Training cannot go on (for instance a non-finite loss); the last checkpoint is intact."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a run, which is no failure; it can be resumed. Its argument is the run directory."""
+
+
 class PlanError(QSwitchError):
     """The plan does not fit the memory budget."""
 

@@ -6,8 +6,11 @@ Everything is read from the presets and computed by the planner, so nothing here
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from qswitch.config import RunConfig
+from qswitch.errors import ConfigError
+from qswitch.layers import dump_config
 from qswitch.plan.machine import parse_size
 from qswitch.plan.scheduler import Plan, plan_run
 from qswitch.plan.shapes import shape_for
@@ -91,6 +94,24 @@ def plan_for_its_card(config: RunConfig) -> Plan:
         return plan_run(config, budget_bytes=parse_size(config.about.vram), device="cuda")
     train = config.train.model_copy(update={"compute_dtype": "fp32"})
     return plan_run(config.model_copy(update={"train": train}), budget_bytes=None, device="cpu")
+
+
+def copy_preset(name: str, target: Path) -> None:
+    """Write the full configuration of a preset, defaults included, to a new file.
+
+    Raises:
+        ConfigError: there is no such preset, or the file cannot be written or exists.
+    """
+    text = dump_config(load_run_config(name))
+    if target.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"{target}: give the file a .yaml ending, so that --config takes it.")
+    try:
+        with target.open("x", encoding="utf-8") as handle:
+            handle.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{target} exists already; choose another name.") from None
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written ({error.strerror}).") from error
 
 
 def render_list(infos: list[PresetInfo]) -> str:

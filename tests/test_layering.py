@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,13 @@ HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate", "bitsandbyte
 LAYERS = [
     ["__main__"],
     ["cli"],
-    ["doctor"],
+    ["cli_results"],
+    ["cli_options", "console"],
+    ["doctor", "run"],
     ["report"],
     ["compare"],
     ["evaluate", "export"],
-    ["run"],
+    ["distill.session"],
     ["preflight"],
     ["distill.trainer"],
     ["rollout", "distill"],
@@ -40,7 +43,10 @@ COLD = [
     "__init__.py",
     "aside.py",
     "cli.py",
+    "cli_options.py",
+    "cli_results.py",
     "config.py",
+    "console.py",
     "doctor.py",
     "errors.py",
     "hub.py",
@@ -50,6 +56,7 @@ COLD = [
     "preflight.py",
     "preset_info.py",
     "presets.py",
+    "run.py",
     "run_dir.py",
     "units.py",
     "yaml_file.py",
@@ -97,6 +104,20 @@ def test_imports_point_down(path: Path):
         target = name.removeprefix("qswitch.")
         if name.startswith("qswitch.") and target in existing:
             assert layer(target) >= layer(here), f"qswitch.{here} imports qswitch.{target}, which is above it"
+
+
+def test_no_circle_of_imports():
+    """Neither at the top of a module, nor inside a function, nor for types alone."""
+    existing = {module_name(p) for p in modules()}
+    below = {
+        module_name(p): {name.removeprefix("qswitch.") for name in imports(ast.parse(p.read_text(encoding="utf-8")))}
+        & (existing - {module_name(p)})
+        for p in modules()
+    }
+    try:
+        list(TopologicalSorter(below).static_order())
+    except CycleError as error:
+        pytest.fail("modules import each other: " + " <- ".join(error.args[1]))
 
 
 def test_rollout_knows_no_cache_cache_no_model_policy_no_tokenizer_trainer_no_typer():

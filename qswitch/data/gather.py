@@ -56,6 +56,13 @@ class RunPrompts:
     held_out: list[Prompt]
     report: DataReport
 
+    @property
+    def longest_prompt_tokens(self) -> int | None:
+        """Of all prompts, tokens; None where they are read as they are needed and the longest is not known."""
+        if not isinstance(self.train, list):
+            return None
+        return max((len(p.prompt_ids) for p in [*self.train, *self.held_out]), default=1)
+
 
 def load_prompts(config: RunConfig, pair: TokenizerPair) -> tuple[PromptEncoder, Prompts, list[Prompt]]:
     """The encoder, the training prompts and the held-out prompts, which never overlap."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qswitch.plan.run_plan import Plan
 from qswitch.units import GIB
-
-if TYPE_CHECKING:
-    from qswitch.plan.scheduler import Plan
 
 
 def render(plan: Plan) -> str:
@@ -56,16 +54,16 @@ _PHASE_NAMES = {
 }
 
 
-def shortage(plan: Plan) -> str:
-    """What the smallest plan needs, part by part, against the budget."""
+def shortage(plan: Plan, which: str = "even at its smallest") -> str:
+    """What a plan that does not fit needs, part by part, against the budget; `which` says of what sizes it is."""
     assert plan.budget_bytes is not None, "a plan without a budget always fits"
     phase = max(plan.phases, key=plan.phases.__getitem__)
     shown = _ALWAYS | _PHASE_NAMES[phase]
     sizes = {label: sum(plan.parts.get(p, 0) for p in names) for label, names in SHORT_NAMES.items() if label in shown}
     listed = ", ".join(f"{label} {size / GIB:.1f}" for label, size in sizes.items() if size >= 0.05 * GIB)
     return (
-        f"The plan needs {plan.total_gib:.1f} GiB in its {phase} phase even at its smallest ({listed}); "
-        f"the budget is {plan.budget_bytes / GIB:.1f}."
+        f"The plan needs {plan.total_gib:.2f} GiB in its {phase} phase {which} ({listed}); "
+        f"the budget is {plan.budget_bytes / GIB:.2f}."
     )
 
 

@@ -7,17 +7,20 @@ the effective batch, so a plan changes time and memory and never what is learnt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any, Literal
 
 from qswitch.config import RunConfig
 from qswitch.errors import ConfigError, PlanError
-from qswitch.plan import memory, render
-from qswitch.plan.breakdown import Breakdown, break_down
+from qswitch.plan import memory
+from qswitch.plan.breakdown import break_down
 from qswitch.plan.cost import step_seconds
-from qswitch.plan.machine import Gpu, Machine, describe_machine
+from qswitch.plan.machine import Gpu, Machine, describe_machine, find_budget
+from qswitch.plan.render import shortage
+from qswitch.plan.run_plan import Plan, in_gib
 from qswitch.plan.shapes import ModelShape, shape_for
 from qswitch.units import GIB
 
@@ -29,85 +32,10 @@ OVERVIEW_BUDGETS_GIB = (6, 8, 12, 16, 24)
 """What `qswitch plan --all` tries: the memory of consumer cards."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Bytes of a run's parts, the peak of each phase, and the sizes they belong to."""
-
-    breakdown: Breakdown
-    choices: dict[str, Any]
-    """Dotted setting -> chosen value."""
-    budget_bytes: int | None
-    fits: bool
-    notes: tuple[str, ...]
-    """What is assumed, and what was lowered."""
-    config: RunConfig
-    """With the choices written in."""
-    machine: Machine
-    next_better: tuple[int, float] | None = None
-    """Bytes of the next budget at which a step is faster, and the share of this plan's time it takes there."""
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """Part -> bytes on the device that computes."""
-        return self.breakdown.parts
-
-    @property
-    def phases(self) -> dict[str, int]:
-        """load, rollout, train, validate -> peak bytes."""
-        return self.breakdown.phases
-
-    @property
-    def total_bytes(self) -> int:
-        """The largest phase."""
-        return self.breakdown.total_bytes
-
-    @property
-    def total_gib(self) -> float:
-        return self.total_bytes / GIB
-
-    @property
-    def host_bytes(self) -> int:
-        """Host memory beside a GPU."""
-        return sum(self.breakdown.host.values())
-
-    @property
-    def disk_bytes(self) -> int:
-        """Of the run directory."""
-        return sum(self.breakdown.disk.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """For `qswitch plan --json` and RUN/plan.json: sizes in GiB (2**30 bytes)."""
-        better = self.next_better
-        return {
-            "fits": self.fits,
-            "budget_gib": None if self.budget_bytes is None else _gib(self.budget_bytes),
-            "total_gib": _gib(self.total_bytes),
-            "parts": {name: _gib(size) for name, size in self.parts.items()},
-            "choices": dict(self.choices),
-            "phases": {name: _gib(size) for name, size in self.phases.items()},
-            "host_gib": _gib(self.host_bytes),
-            "host_parts": {name: _gib(size) for name, size in self.breakdown.host.items()},
-            "disk_gib": _gib(self.disk_bytes),
-            "disk_parts": {name: _gib(size) for name, size in self.breakdown.disk.items()},
-            "next_better": None
-            if better is None
-            else {"budget_gib": _gib(better[0]), "time_share": round(better[1], 3)},
-            "notes": list(self.notes),
-        }
-
-    def render(self) -> str:
-        """A plain table: parts, phases, choices, verdict, notes."""
-        return render.render(self)
-
-
-def _gib(size_bytes: int) -> float:
-    return round(size_bytes / GIB, 4)
-
-
 def measure(config: RunConfig, teacher: ModelShape, student: ModelShape, machine: Machine) -> Plan:
     """The bytes of a configuration exactly as it is; pure. No budget: the plan is said to fit."""
     sizes = break_down(config, teacher, student, machine)
-    return Plan(sizes, _choices(config), None, True, (), config, machine)
+    return Plan(sizes, _choices(config), None, True, (), config, config.data.max_prompt_tokens, machine)
 
 
 def _choices(config: RunConfig) -> dict[str, Any]:
@@ -123,7 +51,7 @@ def _choices(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _with(config: RunConfig, choices: dict[str, Any]) -> RunConfig:
+def with_choices(config: RunConfig, choices: dict[str, Any]) -> RunConfig:
     """The configuration with dotted settings replaced; every other value, and whether it was written, is kept."""
     by_section: dict[str, dict[str, Any]] = {}
     for dotted, value in choices.items():
@@ -144,21 +72,37 @@ def plan_run(
     budget_bytes: int | None = None,
     device: Literal["auto", "cuda", "cpu"] | None = None,
     gpu: Gpu | None = None,
+    longest_prompt_tokens: int | None = None,
+    keep_sizes: bool = False,
 ) -> Plan:
     """The fastest plan within `budget_bytes`; without a budget the configuration as it is.
 
-    `device` plans for another machine than train.device would find here (`plan --vram` plans for a GPU), `gpu` for the
-    speed of a card. Where nothing fits, the smallest plan is returned with fits=False (`require_fit` turns it into the
-    error).
+    Where nothing fits, the smallest plan is returned with fits=False (`require_fit` turns it into the error).
+
+    Args:
+        device: plans for another machine than train.device would find here (`plan --vram` plans for a GPU).
+        gpu: plans for the speed of a card.
+        longest_prompt_tokens: of the data, where it is known; else prompts are planned as long as they may be.
+        keep_sizes: measures the configuration's own sizes against the budget, for a run that has begun.
 
     Raises:
         ConfigError: the shape of a model is not known.
     """
+    allowed = config.data
+    if longest_prompt_tokens is not None and longest_prompt_tokens < allowed.max_prompt_tokens:
+        config = with_choices(config, {"data.max_prompt_tokens": longest_prompt_tokens})
     teacher, student = model_shapes(config)
     machine = describe_machine(config.train, device, gpu)
     asked = measure(config, teacher, student, machine)
     best, better, notes = asked, None, _notes(config, machine)
-    if budget_bytes is not None and asked.total_bytes > budget_bytes:
+    if config.data != allowed:
+        notes.append(
+            f"For the data's longest prompt, {longest_prompt_tokens} tokens; data.max_prompt_tokens allows "
+            f"{allowed.max_prompt_tokens}."
+        )
+    if keep_sizes:
+        notes.append("The sizes are those of a run that has begun; none is chosen anew.")
+    elif budget_bytes is not None and asked.total_bytes > budget_bytes:
         plans = []
         for candidates in _candidates(config):
             for candidate in candidates:
@@ -175,8 +119,28 @@ def plan_run(
         changes = [f"{k} {asked.choices[k]} -> {v}" for k, v in best.choices.items() if v != asked.choices[k]]
         if fitting:
             notes.append(f"As written it needs {asked.total_gib:.2f} GiB; changed to fit: {', '.join(changes)}.")
-    fits = budget_bytes is None or best.total_bytes <= budget_bytes
-    return replace(best, budget_bytes=budget_bytes, fits=fits, notes=tuple(notes), next_better=better)
+    return replace(
+        best,
+        config=best.config.model_copy(update={"data": allowed}),
+        prompt_tokens=config.data.max_prompt_tokens,
+        budget_bytes=budget_bytes,
+        fits=budget_bytes is None or best.total_bytes <= budget_bytes,
+        notes=tuple(notes),
+        next_better=better,
+    )
+
+
+def plan_for(
+    config: RunConfig, *, vram: str | None = None, gpu: str | None = None, keep_sizes: bool = False
+) -> tuple[Plan, str]:
+    """The plan of a configuration on this machine, within `vram`, or on the card `gpu`; and where the budget is from.
+
+    Raises:
+        ConfigError: the shape of a model, the card or the budget is not known.
+    """
+    budget = find_budget(config.train, vram=vram, gpu=gpu)
+    plan = plan_run(config, budget_bytes=budget.num_bytes, device=budget.device, gpu=budget.gpu, keep_sizes=keep_sizes)
+    return plan, budget.source
 
 
 def model_shapes(config: RunConfig) -> tuple[ModelShape, ModelShape]:
@@ -211,14 +175,14 @@ def _candidates(config: RunConfig) -> Iterator[list[RunConfig]]:
     rows = _row_counts(config.rollout.batch_size, effective * config.rollout.round_steps)
     sizes = [n for n in range(1, micro + 1) if effective % n == 0]
     for residency, num_rows, size, recompute in product(residencies, rows, sizes, checkpointing):
-        large = _with(config, {
+        large = with_choices(config, {
             "teacher.residency": residency,
             "rollout.batch_size": num_rows,
             "train.per_device_train_batch_size": size,
             "train.gradient_accumulation_steps": effective // size,
             "student.gradient_checkpointing": recompute,
         })  # fmt: skip
-        yield [_with(large, choices) for choices in small]
+        yield [with_choices(large, choices) for choices in small]
 
 
 def _row_counts(most: int, sequences: int) -> list[int]:
@@ -257,11 +221,6 @@ def _notes(config: RunConfig, machine: Machine) -> list[str]:
     return notes
 
 
-def apply_plan(config: RunConfig, plan: Plan) -> RunConfig:
-    """The configuration with the plan's choices written in."""
-    return _with(config, plan.choices)
-
-
 def require_fit(plan: Plan) -> None:
     """Nothing, or the error that says what is needed and what would fit.
 
@@ -272,21 +231,36 @@ def require_fit(plan: Plan) -> None:
         raise PlanError(explain_no_fit(plan))
 
 
+def require_own_sizes_fit(plan: Plan) -> None:
+    """Nothing, or the error of a run that has begun with sizes which this budget does not hold.
+
+    Raises:
+        PlanError: the plan does not fit; exit code 3.
+    """
+    if not plan.fits:
+        enough = math.ceil(100 * plan.total_gib) / 100
+        raise PlanError(
+            f"{shortage(plan, 'with the sizes that the run began with')}\nA run keeps its sizes when it is resumed. "
+            f"Give it at least {enough:.2f} GiB, leave --vram out, or start a new run with that --vram."
+        )
+
+
 def explain_no_fit(plan: Plan) -> str:
     """What the smallest plan needs, part by part, against the budget, and the settings that would fit."""
     remedies = list(_remedies(plan))
     if not remedies:
         remedies = [f"choose a smaller teacher or give at least {plan.total_gib:.1f} GiB"]
     text = ", or ".join(remedies)
-    return f"{render.shortage(plan)}\n{text[0].upper()}{text[1:]}."
+    return f"{shortage(plan)}\n{text[0].upper()}{text[1:]}."
 
 
 def _remedies(plan: Plan) -> Iterator[str]:
     """Single changes that make the smallest plan fit, each tried."""
-    config, budget, machine = plan.config, plan.budget_bytes or 0, plan.machine
+    config = with_choices(plan.config, {"data.max_prompt_tokens": plan.prompt_tokens})
+    budget, machine = plan.budget_bytes or 0, plan.machine
 
     def fits(changes: dict[str, Any]) -> bool:
-        changed = _with(config, changes)
+        changed = with_choices(config, changes)
         return measure(changed, *model_shapes(changed), machine).total_bytes <= budget
 
     if config.teacher.precision != "nf4" and fits({"teacher.precision": "nf4"}):
@@ -324,7 +298,7 @@ def plan_overview(configs: dict[str, RunConfig]) -> list[dict[str, Any]]:
             plan = plan_run(config, budget_bytes=gib * GIB, device="cuda")
             changed = {k: v for k, v in plan.choices.items() if v != asked.choices[k]} if plan.fits else {}
             cells.append(
-                {"budget_gib": gib, "fits": plan.fits, "total_gib": _gib(plan.total_bytes), "changed": changed}
+                {"budget_gib": gib, "fits": plan.fits, "total_gib": in_gib(plan.total_bytes), "changed": changed}
             )
-        rows.append({"name": name, "as_written_gib": _gib(asked.total_bytes), "budgets": cells})
+        rows.append({"name": name, "as_written_gib": in_gib(asked.total_bytes), "budgets": cells})
     return rows

@@ -7,7 +7,8 @@ import pytest
 from qswitch.distill import batch_source
 from qswitch.distill.batch_source import AdaptiveShare
 from qswitch.distill.trainer import Trainer
-from qswitch.run import Interrupted, distill
+from qswitch.errors import Interrupted
+from qswitch.run import distill, resume
 from qswitch.run_dir import RunDir
 from tests.distill.test_trainer import adapter_bytes, folders
 from tests.distill.test_training_by_method import with_method
@@ -50,7 +51,7 @@ def test_a_run_goes_through_all_three_sources_and_resumes_bit_for_bit(folders, t
         folders, "distillm", rollout__replay_capacity=8, train__max_steps=12, train__eval_steps=3, train__save_steps=3
     )
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    distill(config, RunDir.create(whole, config))
+    distill(config, whole)
     lines = RunDir.open(whole).read_metrics()
     batches = [line["batch"] for line in lines if "batch" in line]
     assert batches[:3] == ["ground_truth"] * 3, "phi is 0 at first"
@@ -59,7 +60,6 @@ def test_a_run_goes_through_all_three_sources_and_resumes_bit_for_bit(folders, t
     shares = [line["student_batch_share"] for line in lines if "student_batch_share" in line]
     assert shares[0] > 0 and shares == sorted(shares)
 
-    run_dir = RunDir.create(halves, config)
     original = Trainer.train_step
 
     def stop_late(self: Trainer):
@@ -68,7 +68,7 @@ def test_a_run_goes_through_all_three_sources_and_resumes_bit_for_bit(folders, t
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Trainer, "train_step", stop_late)
-        distill(config, run_dir)
-    distill(config, RunDir.open(halves), resume=True)
+        distill(config, halves)
+    resume(halves)
     assert adapter_bytes(whole) == adapter_bytes(halves)
-    assert [m["batch"] for m in run_dir.read_metrics() if "batch" in m] == batches
+    assert [m["batch"] for m in RunDir.open(halves).read_metrics() if "batch" in m] == batches

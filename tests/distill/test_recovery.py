@@ -20,7 +20,7 @@ from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer
 from qswitch.models.runtime import make_runtime
 from qswitch.models.student import load_student, trainable_state
-from qswitch.run import distill
+from qswitch.run import resume
 from qswitch.run_dir import RunDir
 from tests.distill.test_trainer import folders, load_prompts, settings  # noqa: F401
 
@@ -177,7 +177,7 @@ def test_at_the_floor_a_checkpoint_is_left_and_the_run_resumes_from_it(folders, 
         with pytest.raises(MemoryFloorError, match=rf"{stage} stage.*Step 1 was not taken.*rollout.max_new_tokens"):
             run_trainer(config, path, FailingRecovery(config, stage, 1))
         assert RunDir.open(path).latest_checkpoint().name == "step-000001"
-        distill(RunDir.open(path).config, RunDir.open(path), resume=True)
+        resume(path)
         saved = (path / "checkpoints" / "step-000002" / "adapter" / "adapter_model.safetensors").read_bytes()
         assert (
             saved

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from qswitch.distill.trainer import Trainer
-from qswitch.errors import ConfigError
+from qswitch.errors import ConfigError, Interrupted
 from qswitch.layers import build_config
 from qswitch.plan.scheduler import plan_run
-from qswitch.run import Interrupted, distill
+from qswitch.run import distill, resume
 from qswitch.run_dir import RunDir
 from qswitch.units import GIB
 from tests.distill.test_trainer import adapter_bytes, folders, settings  # noqa: F401
@@ -21,8 +21,8 @@ MIXED = {"data__ground_truth_mix": 0.5, "student__lora": {"r": 4, "alpha": 8, "d
 
 def run(folders: Any, path: Any, **changes: Any) -> tuple[bytes, list[Any]]:  # noqa: F811
     config = settings(folders, rollout__block_tokens=2, train__max_steps=5, **changes)
-    run_dir = RunDir.create(path, config)
-    distill(config, run_dir)
+    distill(config, path)
+    run_dir = RunDir.open(path)
     return adapter_bytes(path), [r["response"] for r in run_dir.read_rollouts()]
 
 
@@ -38,8 +38,8 @@ def test_swap_and_resident_end_with_the_same_bytes(folders, tmp_path, precision,
 
 def test_the_run_is_planned_for_the_prompts_there_are(folders, tmp_path):  # noqa: F811
     config = settings(folders, rollout__block_tokens=2, train__max_steps=1)
-    run_dir = RunDir.create(tmp_path / "run", config)
-    summary = distill(config, run_dir)
+    summary = distill(config, tmp_path / "run")
+    run_dir = RunDir.open(tmp_path / "run")
     plan = json.loads((run_dir.path / "plan.json").read_text())
     allowed = plan_run(config)
     assert any("the data's longest prompt" in note for note in plan["notes"])
@@ -49,8 +49,8 @@ def test_the_run_is_planned_for_the_prompts_there_are(folders, tmp_path):  # noq
 
 def test_a_longer_round_is_written_by_the_student_of_its_beginning(folders, tmp_path):  # noqa: F811
     config = settings(folders, rollout__block_tokens=2, train__max_steps=5, rollout__round_steps=2)
-    run_dir = RunDir.create(tmp_path / "run", config)
-    distill(config, run_dir)
+    distill(config, tmp_path / "run")
+    run_dir = RunDir.open(tmp_path / "run")
     lines = [m for m in run_dir.read_metrics() if "loss" in m]
     assert [m["fresh"] for m in lines] == [8, 0, 8, 0, 4]  # the last round has one step left
 
@@ -58,8 +58,8 @@ def test_a_longer_round_is_written_by_the_student_of_its_beginning(folders, tmp_
 def test_a_budget_of_tokens_counts_a_round_step_by_step(folders, tmp_path):  # noqa: F811
     def lines(name, **changes):
         config = settings(folders, rollout__block_tokens=2, rollout__round_steps=3, **changes)
-        run_dir = RunDir.create(tmp_path / name, config)
-        distill(config, run_dir)
+        distill(config, tmp_path / name)
+        run_dir = RunDir.open(tmp_path / name)
         return [m for m in run_dir.read_metrics() if "loss" in m]
 
     written = lines("whole", train__max_steps=3)[0]["rollout_tokens"]
@@ -85,10 +85,10 @@ def test_a_stop_within_a_round_changes_nothing(folders, tmp_path, changes):  # n
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Trainer, "train_step", stop_at_one)
-        distill(config, RunDir.create(tmp_path / "halves", config))
+        distill(config, tmp_path / "halves")
     stopped = RunDir.open(tmp_path / "halves")
     assert stopped.latest_checkpoint().name == "step-000002"  # of 4 in the first round
-    distill(stopped.config, stopped, resume=True)
+    resume(stopped.path)
     assert adapter_bytes(tmp_path / "halves") == whole
 
 

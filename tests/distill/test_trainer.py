@@ -16,13 +16,13 @@ from qswitch.data.gather import load_prompts
 from qswitch.distill.replay import staleness_nats
 from qswitch.distill.trainer import Trainer
 from qswitch.divergence import divergence
-from qswitch.errors import DataError, TrainingError
+from qswitch.errors import DataError, Interrupted, TrainingError
 from qswitch.layers import build_config
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer
 from qswitch.models.runtime import make_runtime
 from qswitch.models.student import load_student, trainable_state
-from qswitch.run import Interrupted, distill
+from qswitch.run import distill, resume
 from qswitch.run_dir import RunDir
 from tests.tiny import save_tiny_pair
 
@@ -149,7 +149,7 @@ def adapter_bytes(path: Path) -> bytes:
 def test_resumed_run_ends_with_the_same_bytes(folders, tmp_path, changes):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     config = settings(folders, **changes)
-    summary = distill(config, RunDir.create(whole, config))
+    summary = distill(config, whole)
 
     run_dir = RunDir.create(halves, config)
     if (whole / "pass_times.json").exists():  # two runs measure two tables; one run, however often stopped, keeps one
@@ -163,9 +163,9 @@ def test_resumed_run_ends_with_the_same_bytes(folders, tmp_path, changes):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Trainer, "train_step", stop_at_two)
-        distill(config, run_dir)
+        resume(halves)  # from the folder that is there
     assert run_dir.latest_checkpoint().name == "step-000003"
-    resumed = distill(RunDir.open(halves).config, RunDir.open(halves), resume=True)
+    resumed = resume(halves)
 
     assert adapter_bytes(whole) == adapter_bytes(halves)
     assert resumed.kl_after_nats == summary.kl_after_nats
@@ -177,7 +177,6 @@ def test_resumed_run_ends_with_the_same_bytes(folders, tmp_path, changes):
 @pytest.mark.parametrize("nats", [1e-3, 1e3], ids=["a new best", "no new best"])
 def test_a_stop_during_validation_leaves_its_step_and_takes_no_other(folders, tmp_path, nats):
     config = settings(folders, train__eval_steps=2, train__save_steps=100)
-    run_dir = RunDir.create(tmp_path / "run", config)
     original = Trainer.validate
 
     def stop_in_validation(self: Trainer) -> float:
@@ -188,18 +187,18 @@ def test_a_stop_during_validation_leaves_its_step_and_takes_no_other(folders, tm
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Trainer, "validate", stop_in_validation)
-        distill(config, run_dir)
+        distill(config, tmp_path / "run")
+    run_dir = RunDir.open(tmp_path / "run")
     assert run_dir.latest_checkpoint().name == "step-000002"
     assert [m["step"] for m in run_dir.read_metrics() if "loss" in m] == [1, 2]
 
 
 def test_a_run_resumed_before_its_first_checkpoint_starts_from_its_adapter(folders, tmp_path):
     first = settings(folders, train__max_steps=2, train__eval_steps=2)
-    started = RunDir.create(tmp_path / "first", first)
-    after = distill(first, started).kl_after_nats
-    config = settings(folders, train__max_steps=1, train__eval_steps=1, student__init_adapter=str(started.path))
+    after = distill(first, tmp_path / "first").kl_after_nats
+    config = settings(folders, train__max_steps=1, train__eval_steps=1, student__init_adapter=str(tmp_path / "first"))
     run_dir = RunDir.create(tmp_path / "second", config)  # and stopped before anything was saved
-    assert distill(config, run_dir, resume=True).kl_before_nats == pytest.approx(after, rel=1e-9)
+    assert resume(run_dir.path).kl_before_nats == pytest.approx(after, rel=1e-9)
 
 
 def test_a_run_leaves_everything_and_loads_with_plain_peft(folders, tmp_path):
@@ -207,8 +206,8 @@ def test_a_run_leaves_everything_and_loads_with_plain_peft(folders, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = settings(folders, data__lm_corpus=str(folders[2].parent / "corpus.txt"), loss__lm_block_tokens=32)
-    run_dir = RunDir.create(tmp_path / "run", config)
-    summary = distill(config, run_dir)
+    summary = distill(config, tmp_path / "run")
+    run_dir = RunDir.open(tmp_path / "run")
     for name in ("config.yaml", "plan.json", "metrics.jsonl", "rollouts.jsonl", "summary.json", "adapter"):
         assert (run_dir.path / name).exists(), name
     assert RunDir.open(run_dir.path).config == config
@@ -232,8 +231,8 @@ def test_a_run_leaves_everything_and_loads_with_plain_peft(folders, tmp_path):
 
 def test_full_fine_tuning_trains_and_resumes_its_weights(folders, tmp_path):
     config = settings(folders, student__adapter="none", train__max_steps=2, student__lora={})
-    run_dir = RunDir.create(tmp_path / "run", config)
-    summary = distill(config, run_dir)
+    summary = distill(config, tmp_path / "run")
+    run_dir = RunDir.open(tmp_path / "run")
     assert summary.kl_after_nats < summary.kl_before_nats
     assert (run_dir.adapter_path / "model.safetensors").exists()
 
@@ -243,7 +242,7 @@ def test_distillation_brings_the_student_closer(folders, tmp_path):
         folders, train__max_steps=30, loss__divergence="forward_kl", train__eval_steps=30, train__save_steps=30,
         train__learning_rate=2e-2,
     )  # fmt: skip
-    summary = distill(config, RunDir.create(tmp_path / "run", config))
+    summary = distill(config, tmp_path / "run")
     assert summary.kl_after_nats < 0.8 * summary.kl_before_nats
 
 
@@ -274,8 +273,8 @@ def test_non_finite_loss_stops_before_the_optimizer(folders, tmp_path):
 
 def test_checkpoints_rotate_and_the_best_stays(folders, tmp_path):
     config = settings(folders, train__max_steps=6, train__save_steps=1, train__save_total_limit=2, train__eval_steps=2)
-    run_dir = RunDir.create(tmp_path / "run", config)
-    summary = distill(config, run_dir)
+    summary = distill(config, tmp_path / "run")
+    run_dir = RunDir.open(tmp_path / "run")
     names = [p.name for p in run_dir.checkpoints()]
     assert f"step-{summary.best_step:06d}" in names
     assert "step-000006" in names and len(names) <= 3

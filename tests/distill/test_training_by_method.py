@@ -67,10 +67,10 @@ def test_sft_loads_no_teacher_and_lowers_the_loss_on_held_out_responses(folders,
     def refuse(*_args, **_kwargs):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("qswitch.run.load_teacher", refuse)
+    monkeypatch.setattr("qswitch.distill.session.load_teacher", refuse)
     config = with_method(folders, "sft", train__max_steps=20, train__eval_steps=20, train__learning_rate=2e-2)
-    run_dir = RunDir.create(tmp_path / "run", config)
-    summary = distill(config, run_dir)
+    summary = distill(config, tmp_path / "run")
+    run_dir = RunDir.open(tmp_path / "run")
     assert summary.kl_before_nats is None and summary.rollout_tokens == 0
     assert summary.response_loss_after_nats < 0.9 * summary.response_loss_before_nats
     assert {m["batch"] for m in run_dir.read_metrics() if "batch" in m} == {"ground_truth"}
@@ -90,8 +90,8 @@ def test_sft_loads_no_teacher_and_lowers_the_loss_on_held_out_responses(folders,
 )
 def test_a_method_has_its_mix_of_batches(folders, tmp_path, method, batches):
     config = with_method(folders, method, train__max_steps=8, train__eval_steps=8, train__save_steps=8)
-    run_dir = RunDir.create(tmp_path / "run", config)
-    distill(config, run_dir)
+    distill(config, tmp_path / "run")
+    run_dir = RunDir.open(tmp_path / "run")
     steps = [m for m in run_dir.read_metrics() if "batch" in m]
     assert {m["batch"] for m in steps} == batches
     assert all(m["loss"] > 0 and m["loss_tokens"] > 0 for m in steps)

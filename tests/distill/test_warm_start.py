@@ -29,7 +29,7 @@ def tuned(folders, tmp_path_factory) -> dict[str, Path]:
     for model in ("teacher", "student"):
         config = sft_config(settings(folders, train__max_steps=6, train__learning_rate=2e-2), model)
         path = tmp_path_factory.mktemp("sft") / model
-        summary = distill(config, RunDir.create(path, config))
+        summary = distill(config, path)
         assert summary.response_loss_after_nats < summary.response_loss_before_nats
         found[model] = path
     return found
@@ -79,8 +79,8 @@ def test_a_distillation_starts_from_the_fine_tuned_student(folders, tuned, tmp_p
         folders, student__init_adapter=str(tuned["student"]), teacher__adapter=str(tuned["teacher"]),
         train__max_steps=2, train__learning_rate=1e-12,
     )  # fmt: skip
-    run_dir = RunDir.create(tmp_path / "run", config)
-    distill(config, run_dir)
+    distill(config, tmp_path / "run")
+    run_dir = RunDir.open(tmp_path / "run")
     torch.testing.assert_close(plain_peft_logits(str(folders[1]), run_dir.adapter_path), expected, rtol=0, atol=1e-4)
 
 

@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qswitch.config import LoraSection, RunConfig
 from qswitch.distill.trainer import Trainer
-from qswitch.errors import ModelError
+from qswitch.errors import Interrupted, ModelError
 from qswitch.export.merge import merge_run
 from qswitch.layers import build_config
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer
 from qswitch.models.runtime import make_runtime
 from qswitch.models.student import attach_lora
-from qswitch.run import Interrupted, distill
+from qswitch.run import distill, resume
 from qswitch.run_dir import RunDir
 from tests.tiny import VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
@@ -140,10 +140,10 @@ def run_with_a_stop(config: RunConfig, path: Path) -> RunDir:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(Trainer, "train_step", stop_in_the_second)
-        distill(config, RunDir.create(path, config))
+        distill(config, path)
     run_dir = RunDir.open(path)
     assert run_dir.latest_checkpoint().name == "step-000002"
-    summary = distill(run_dir.config, run_dir, resume=True)
+    summary = resume(run_dir.path)
     assert summary.steps == 3 and summary.steps_without_loss < 3
     assert 0 < summary.kl_before_nats < math.inf and summary.kl_after_nats < math.inf
     return run_dir

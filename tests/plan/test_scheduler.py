@@ -12,7 +12,8 @@ from qswitch.errors import ConfigError, PlanError
 from qswitch.layers import build_config
 from qswitch.plan import machine, scheduler
 from qswitch.plan.machine import describe_machine, detect_budget_bytes, parse_size
-from qswitch.plan.scheduler import apply_plan, explain_no_fit, model_shapes, plan_run, require_fit
+from qswitch.plan.render import render
+from qswitch.plan.scheduler import explain_no_fit, model_shapes, plan_run, require_fit
 from qswitch.units import GIB
 
 TEACHER = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
@@ -38,7 +39,7 @@ def gpu_plan(run_config, gib=None):
 def test_without_a_budget_the_configuration_is_planned_as_it_is():
     plan = gpu_plan(config())
     assert plan.fits and plan.budget_bytes is None
-    assert apply_plan(config(), plan) == config()
+    assert plan.config == config()
     assert plan.total_bytes == max(plan.phases.values())
     assert all(isinstance(v, int) and v >= 0 for v in plan.parts.values())
 
@@ -60,7 +61,7 @@ def test_a_plan_that_fits_keeps_the_effective_batch_and_the_upper_bounds(gib, mi
     )
     plan = gpu_plan(asked, gib)
     assert plan.fits == (plan.total_bytes <= gib * GIB)
-    chosen = apply_plan(asked, plan)
+    chosen = plan.config
     assert chosen.train.per_device_train_batch_size * chosen.train.gradient_accumulation_steps == micro * steps
     assert chosen.train.per_device_train_batch_size <= micro
     assert chosen.rollout.batch_size <= rows
@@ -126,7 +127,7 @@ def test_to_dict_is_json_with_the_documented_keys():
 
 def test_the_table_is_aligned_and_complete():
     plan = gpu_plan(config(), 12)
-    text = plan.render()
+    text = render(plan)
     rows = [line for line in text.splitlines() if line.startswith("  ")]
     groups = (plan.parts, plan.phases, plan.choices, plan.breakdown.host, plan.breakdown.disk)
     assert len(rows) == sum(len(group) for group in groups)

@@ -1,0 +1,211 @@
+"""Commands about what runs have made: merge, generate, evaluate, compare, measure, report; and cutting a student."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qswitch.cli_options import AsJson, Config, Overrides, Preset, load_settings, say, show
+from qswitch.errors import ConfigError
+
+results_app = typer.Typer()
+
+
+@results_app.command(epilog="Example: qswitch merge runs/my-run --output-dir merged")
+def merge(
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
+    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the saved weights.")] = "bf16",
+    as_json: AsJson = False,
+) -> None:
+    """Merge the adapter into the unquantised student: a model that runs anywhere, compared with the adapter."""
+    from qswitch.console import merged
+    from qswitch.export.merge import merge_run
+
+    show(merge_run(run_path, output_dir, dtype=dtype), as_json, merged)
+
+
+@results_app.command(epilog='Example: qswitch generate runs/my-run --prompt "Why is the sky blue?" --show-writers')
+def generate(
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Response limit, tokens.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, another response.")] = 0,
+    show_writers: Annotated[
+        bool, typer.Option("--show-writers", help="Let the run's policy write, and colour tokens by writer.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let the student answer, alone or with the teacher intervening."""
+    from qswitch.console import coloured
+    from qswitch.rollout.generate import generate_from_run
+
+    result = generate_from_run(run_path, prompt, max_new_tokens=max_new_tokens, seed=seed, show_writers=show_writers)
+    tokens = [(token.text, token.writer) for token in result.tokens]
+    show(result, as_json, lambda found: coloured(tokens) if show_writers else found.text)
+
+
+@results_app.command(
+    "eval", epilog="Example: qswitch eval runs/my-run runs/my-run:base --data dolly_eval.jsonl --protocol paper"
+)
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Run, adapter folder, model folder or hub id; RUN:base and RUN:teacher are a run's other models. "
+            "Several are compared with the first. NAME=MODEL gives one a name.",
+        ),
+    ],
+    data: Annotated[list[str], typer.Option("--data", help="Test set: file, folder or hub id. Repeatable.")],
+    protocol: Annotated[str, typer.Option(help="paper or greedy; see docs/evaluation.md.")] = "greedy",
+    teacher: Annotated[
+        str | None, typer.Option(help="Model to measure the distance from; default: the teacher of the first run.")
+    ] = None,
+    teacher_precision: Annotated[str, typer.Option(help="Of --teacher: nf4, int8, bf16 or fp32.")] = "nf4",
+    no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Measure no distance from a teacher.")] = False,
+    template: Annotated[
+        str | None, typer.Option(help="As data.template, or `own`: the one that the first model was trained with.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Comma-separated, one response a record each.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Response limit, tokens.")] = None,
+    max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longer prompts are left out.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="First records of each set only.")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", help="Our field=column of the file, for example response=answer.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows decoded together; speed only. Halved when memory runs out.")
+    ] = 16,
+    precision: Annotated[str, typer.Option(help="Of models that are no run: auto, nf4, int8, bf16, fp32.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: as the run, else what there is.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the models.")] = False,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="Comma-separated tasks of EleutherAI's harness; needs the extra lm-eval.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Default: RUN/eval/<protocol>, or evals/<model>-<hash>-<protocol>. Goes on where it was; other sets "
+            "or settings need another folder."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score models on test sets: ROUGE-L with intervals and length buckets, distance from the teacher."""
+    from qswitch.evaluate.command import EvalRequest, run_eval
+
+    results, folder = run_eval(
+        EvalRequest(
+            models=models, data=data, protocol=protocol, teacher=teacher, teacher_precision=teacher_precision,
+            no_teacher=no_teacher, template=template, seeds=seeds, temperature=temperature,
+            max_new_tokens=max_new_tokens, max_prompt_tokens=max_prompt_tokens, limit=limit, columns=columns or [],
+            split=split, batch_size=batch_size, precision=precision, device=device,
+            trust_remote_code=trust_remote_code, lm_eval=lm_eval, output_dir=output_dir,
+        ),
+        say=say,
+    )  # fmt: skip
+    show(results, as_json, lambda _: f"{(folder / 'results.md').read_text('utf-8')}\nresponses and scores: {folder}")
+
+
+@results_app.command(epilog="Example: qswitch compare study.yaml --output-dir compare/study")
+def compare(
+    path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see docs/evaluation.md.")],
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Default: compare/<name of the file>. Goes on where it was.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every cell and list them; start nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train several methods from one start at one budget, and put them into one table."""
+    from qswitch.compare.spec import read_comparison
+
+    if dry_run:
+        show([cell.label for cell in read_comparison(path).cells], as_json, "\n".join)
+        return
+    from qswitch.compare.cells import compare as run_comparison
+
+    folder = output_dir or Path("compare") / path.stem
+    results = run_comparison(path, folder, say=say)
+    show(results, as_json, lambda _: f"{(folder / 'results.md').read_text('utf-8')}\nruns and scores: {folder}")
+
+
+@results_app.command(epilog="Example: qswitch fidelity runs/my-run --prompts 32")
+def fidelity(
+    run_path: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Run directory; else name --preset or --config.")
+    ] = None,
+    preset: Preset = None,
+    config: Config = None,
+    overrides: Overrides = None,
+    precisions: Annotated[
+        list[str] | None, typer.Option("--precision", help="nf4, fp4 or int8. Repeatable; default: all three.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts, the run's.")] = 32,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Response limit; default: the run's.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda or cpu; a bf16 teacher that does not fit the GPU needs cpu.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Where fidelity.json goes; default: the run, or fidelity/<preset>.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what 4-bit and 8-bit weights do to the teacher, and to its interventions."""
+    from qswitch.run_dir import RunDir, write_atomically
+
+    run_dir = None
+    if run_path is not None:
+        if preset or config or overrides:
+            raise ConfigError("A run has its own configuration; leave --preset, --config and --set out.")
+        run_dir = RunDir.open(run_path)
+        settings, folder = run_dir.config, output_dir or run_path
+    else:
+        settings = load_settings(preset, config, overrides)
+        folder = output_dir or Path("fidelity") / (preset or (config.stem if config else "run"))
+
+    from qswitch.evaluate.fidelity import PRECISIONS, render
+    from qswitch.evaluate.fidelity import fidelity as measure
+
+    result = measure(
+        settings, run_dir=run_dir, work_dir=folder, precisions=precisions or PRECISIONS, num_prompts=num_prompts,
+        max_new_tokens=max_new_tokens, device=device, say=say,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "fidelity.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    show(result, as_json, render)
+
+
+@results_app.command(epilog="Example: qswitch report runs/my-run")
+def report(
+    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, finished or not.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write RUN/report.html: one page that needs no network."""
+    from qswitch.report.page import write_report
+
+    show({"report": str(write_report(run_path))}, as_json, lambda written: written["report"])
+
+
+@results_app.command(
+    epilog="Example: qswitch shrink HuggingFaceTB/SmolLM2-360M-Instruct --layers 20 --output-dir student"
+)
+def shrink(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder or package: reference.")],
+    layers: Annotated[int, typer.Option(min=1, help="Layers to keep.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Cut a student out of a model: drop the layers that change the hidden state least."""
+    from qswitch.console import shrunk
+    from qswitch.models.shrink import shrink_to_folder
+
+    report = shrink_to_folder(model, layers, output_dir, revision=revision, trust_remote_code=trust_remote_code)
+    show(report, as_json, shrunk)

@@ -1,0 +1,76 @@
+"""What finished commands say to people on a terminal. Knows results, never how they came about. Cold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from qswitch.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from qswitch.distill.session import Summary
+    from qswitch.export.merge import MergeReport
+    from qswitch.models.shrink import ShrinkReport
+
+WRITER_STYLES = {"teacher": "black on bright_yellow", "student": "bright_cyan", "mixture": "bright_magenta"}
+
+
+def print_summary(run_dir: RunDir, summary: Summary) -> None:
+    """A finished run: its last rollout, its figures before and after, and what to do next."""
+    rollouts = run_dir.read_rollouts()
+    if rollouts:
+        last = rollouts[-1]
+        print(f"\nA rollout of step {last['step']}, coloured by writer:")
+        print(coloured([(token["text"], token["writer"]) for token in last["tokens"]]))
+    what = f"KL(teacher || student) on {summary.validation_prompts} held-out prompts, teacher-written responses"
+    before, after = summary.kl_before_nats, summary.kl_after_nats
+    if before is None or after is None:
+        what = f"Loss on the responses of {summary.validation_prompts} held-out prompts"
+        before, after = summary.response_loss_before_nats, summary.response_loss_after_nats
+    assert before is not None and after is not None, "a finished run has validated"
+    fall = 1 - after / before if before else 0.0
+    print(
+        f"\n{what} ({summary.validation_tokens} tokens):\n"
+        f"  before {before:.3f}   after {after:.3f} nats/token ({fall:.0%} lower)\n"
+        f"  {summary.steps} steps, {summary.rollout_tokens} rollout tokens, {summary.trained_tokens} trained tokens, "
+        f"{summary.seconds:.0f} s of training\n"
+        f"  memory: {summary.peak_gib:.2f} GiB measured, {summary.planned_gib:.2f} GiB planned\n"
+        f"  adapter: {run_dir.adapter_path}\n"
+        f"  report:  {run_dir.report_path}\n"
+        f"  next:    qswitch merge {run_dir.path} --output-dir merged"
+    )
+
+
+def coloured(tokens: list[tuple[str, str]]) -> str:
+    """(text, writer) of each token, coloured by writer; without colours the teacher's stand in brackets."""
+    console = Console(highlight=False)
+    colours = console.is_terminal and not console.no_color
+    text = Text()
+    for piece, writer in tokens:
+        marked = piece if colours or writer != "teacher" or not piece.strip() else f"[{piece}]"
+        text.append(marked, style=WRITER_STYLES[writer])
+    legend = Text("\n").append("student", style=WRITER_STYLES["student"]).append("  ")
+    legend.append("teacher" if colours else "[teacher]", style=WRITER_STYLES["teacher"])
+    with console.capture() as captured:
+        console.print(text + legend, soft_wrap=True, end="")
+    return captured.get()
+
+
+def merged(report: MergeReport) -> str:
+    """Where a merged model lies and how far it is from the adapter."""
+    return (
+        f"merged model: {report.output_dir}\n"
+        f"against the adapter on {report.num_prompts} prompts: largest logit difference "
+        f"{report.max_logit_difference:.2e} in fp32 (a pass rounds by {report.pass_rounding:.2e}), "
+        f"{report.merge_error:.2e} in exact arithmetic; KL {report.kl_nats:.2e} nats (as saved)"
+    )
+
+
+def shrunk(report: ShrinkReport) -> str:
+    """What a cut model has left."""
+    return (
+        f"{report.output_dir}: {report.parameters_before / 1e6:.1f} M -> {report.parameters_after / 1e6:.1f} M "
+        f"parameters; dropped layers {', '.join(map(str, report.dropped)) or 'none'}"
+    )

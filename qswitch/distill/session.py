@@ -1,0 +1,304 @@
+"""The middle of a run: models are loaded, trained by `trainer.py`, and the best adapter leaves with a summary.
+
+Knows the plan that it was handed, and makes none but for sizes that memory ran out with.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from qswitch.config import RunConfig
+from qswitch.data.template import PromptEncoder, template_source
+from qswitch.distill.checkpoint import checkpoint_name
+from qswitch.distill.metrics import peak_bytes
+from qswitch.distill.progress import Progress, total_steps
+from qswitch.distill.recovery import Recovery, Sizes, limit_device_memory
+from qswitch.distill.trainer import Trainer
+from qswitch.errors import Interrupted, RunDirError
+from qswitch.models.host_memory import bound_kernel_cache, release_memory, return_freed_memory
+from qswitch.models.language_model import LanguageModel
+from qswitch.models.load import load_teacher
+from qswitch.models.pair import TokenizerPair
+from qswitch.models.runtime import Runtime, make_runtime
+from qswitch.models.shrink import shrink_to_folder
+from qswitch.models.student import load_adapter, load_student, save_adapter
+from qswitch.plan.adapters import find_adapter
+from qswitch.plan.memory import CUDA_CONTEXT_BYTES
+from qswitch.plan.run_plan import Plan
+from qswitch.plan.scheduler import plan_run
+from qswitch.preflight import Prepared
+from qswitch.rollout.kv_probe import verify_kv
+from qswitch.run_dir import RunDir
+from qswitch.units import GIB
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """RUN/summary.json: what the run did and whether the student got better."""
+
+    method: str
+    kl_before_nats: float | None
+    """Mean KL(teacher || student) per token on held-out prompts, teacher-written responses, before the first step.
+    None where no teacher was loaded."""
+    kl_after_nats: float | None
+    """The same for the adapter in RUN/adapter, the best of the validations."""
+    kl_last_nats: float | None
+    """The same after the last step."""
+    response_loss_before_nats: float | None
+    """Where no teacher was loaded: mean cross-entropy per token of the held-out prompts' own responses."""
+    response_loss_after_nats: float | None
+    response_loss_last_nats: float | None
+    best_step: int
+    steps: int
+    steps_without_loss: int
+    """Steps whose rollouts held no intervention, so that nothing was learnt."""
+    validation_prompts: int
+    validation_tokens: int
+    rollout_tokens: int
+    trained_tokens: int
+    seconds: float
+    """Training, validation and start-up apart."""
+    peak_gib: float
+    planned_gib: float
+    device: str
+    teacher: str
+    student: str
+    versions: dict[str, str]
+    commit: str | None
+
+
+def saved_sizes(run_dir: RunDir) -> Sizes | None:
+    """The sizes that the newest checkpoint was written with; None before the first.
+
+    Raises:
+        RunDirError: the checkpoint cannot be read.
+    """
+    folder = run_dir.latest_checkpoint()
+    if folder is None:
+        return None
+    try:
+        return Sizes(**json.loads((folder / "state.json").read_text(encoding="utf-8"))["sizes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirError(
+            f"{folder} cannot be read ({error}). Delete that folder to resume from the checkpoint before it."
+        ) from error
+
+
+def train(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool) -> Summary:
+    """Train from the start, or with `resumes` from the newest checkpoint, and put the result into the run directory.
+
+    Raises:
+        ModelError, TrainingError: as their messages say.
+        Interrupted: stopped by SIGINT or SIGTERM after a checkpoint.
+    """
+    config, pair, data = run_dir.config, prepared.pair, prepared.prompts
+    progress = Progress(total_steps(config.train))
+    progress.say(f"run directory: {run_dir.path}")
+    progress.say(f"{data.report.training_prompts} training prompts, {len(data.held_out)} held out")
+    if not plan.fits:
+        progress.say(
+            f"the sizes of this run are planned to take {plan.total_gib:.2f} GiB, more than the "
+            f"{(plan.budget_bytes or 0) / GIB:.2f} that are free; they are lowered if memory runs out"
+        )
+    runtime = make_runtime(config.train)
+    _bound_memory(runtime, plan)
+    teacher, student = _load_models(run_dir, runtime, pair, progress, resumes=resumes)
+    recovery = Recovery(
+        Sizes.of(plan.config),
+        runtime.device,
+        planned_bytes=plan.total_bytes,
+        planned_bytes_of=lambda sizes: _plan_again(run_dir, sizes, plan),
+        say=progress.say,
+        budget_bytes=plan.budget_bytes,
+    )
+    trainer = Trainer(
+        config,
+        run_dir,
+        teacher=teacher,
+        student=student,
+        pair=pair,
+        prompts=data.train,
+        validation_prompts=data.held_out,
+        corpus=prepared.corpus,
+        recovery=recovery,
+        progress=progress,
+    )
+    if resumes:
+        trainer.resume()
+    with _stop_on_signal(trainer, progress):
+        trainer.run()
+    if not trainer.finished:
+        raise Interrupted
+    return _finish(run_dir, trainer, pair, prepared.encoder, recovery.planned_bytes or plan.total_bytes)
+
+
+def _bound_memory(runtime: Runtime, plan: Plan) -> None:
+    if runtime.device.type == "cuda" and plan.budget_bytes is not None:
+        limit_device_memory(runtime.device, plan.budget_bytes, CUDA_CONTEXT_BYTES)
+    elif runtime.device.type == "cpu":
+        return_freed_memory()
+        bound_kernel_cache()
+
+
+def _load_models(
+    run_dir: RunDir, runtime: Runtime, pair: TokenizerPair, progress: Progress, *, resumes: bool
+) -> tuple[LanguageModel | None, LanguageModel]:
+    """The teacher, None where the method needs none, and the student with its adapter as the run begins."""
+    config = run_dir.config
+    if config.student.shrink_to_layers is not None and not run_dir.student_base_path.exists():
+        report = shrink_to_folder(
+            config.student.model,
+            config.student.shrink_to_layers,
+            run_dir.student_base_path,
+            revision=config.student.revision,
+            trust_remote_code=config.student.trust_remote_code,
+        )
+        progress.say(f"student cut to {len(report.kept)} layers; dropped {', '.join(map(str, report.dropped))}")
+    loaded = f"the teacher ({config.teacher.precision}) and the student" if config.needs_teacher else "the student"
+    progress.say(f"loading {loaded} on {runtime.device}")
+    teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size) if config.needs_teacher else None
+    student = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=run_dir.student_base_path)
+    # Also when a run is resumed that was stopped before its first checkpoint.
+    if config.student.init_adapter is not None and not (resumes and run_dir.latest_checkpoint() is not None):
+        load_adapter(student, find_adapter(config.student.init_adapter, "student.init_adapter"))
+    for model in (teacher, student):
+        if model is not None:
+            verify_kv(model, blocks=config.rollout.block_tokens != 0)
+    release_memory(runtime.device)  # what loading left behind would add to the peak of training
+    return teacher, student
+
+
+def _plan_again(run_dir: RunDir, sizes: Sizes, plan: Plan) -> int:
+    """Bytes with the sizes that are left after memory ran out; RUN/plan.json becomes the plan of what runs."""
+    smaller = plan_run(
+        sizes.write_into(run_dir.config),
+        budget_bytes=plan.budget_bytes,
+        longest_prompt_tokens=plan.prompt_tokens,
+        keep_sizes=True,
+    )
+    run_dir.write_json("plan.json", smaller.to_dict())
+    return smaller.total_bytes
+
+
+def _finish(run_dir: RunDir, trainer: Trainer, pair: TokenizerPair, encoder: PromptEncoder, planned: int) -> Summary:
+    """Put the best adapter, its tokenizer and a model card into RUN/adapter, and write the summary."""
+    config, counters = run_dir.config, trainer.counters
+    assert counters.before_nats is not None and counters.last_nats is not None
+    figures = {"before": counters.before_nats, "after": counters.best_nats, "last": counters.last_nats}
+    kl, response_loss = (figures, {}) if config.needs_teacher else ({}, figures)
+    load_adapter(trainer.student, run_dir.checkpoints_path / checkpoint_name(counters.best_step) / "adapter")
+    save_adapter(trainer.student, run_dir.adapter_path)
+    # The student was trained on this template, so it must be asked with it.
+    pair.student.chat_template = template_source(encoder)
+    pair.student.save_pretrained(run_dir.adapter_path)
+    # Responses ended at either model's token; another program that knows the base's alone would run on.
+    eos_ids = pair.eos_ids[0] if len(pair.eos_ids) == 1 else list(pair.eos_ids)
+    GenerationConfig(eos_token_id=eos_ids, pad_token_id=pair.pad_id).save_pretrained(run_dir.adapter_path)
+    summary = Summary(
+        method=config.method,
+        kl_before_nats=kl.get("before"),
+        kl_after_nats=kl.get("after"),
+        kl_last_nats=kl.get("last"),
+        response_loss_before_nats=response_loss.get("before"),
+        response_loss_after_nats=response_loss.get("after"),
+        response_loss_last_nats=response_loss.get("last"),
+        best_step=counters.best_step,
+        steps=trainer.step,
+        steps_without_loss=counters.steps_without_loss,
+        validation_prompts=trainer.validation.num_prompts,
+        validation_tokens=trainer.validation.num_tokens,
+        rollout_tokens=counters.rollout_tokens,
+        trained_tokens=counters.trained_tokens,
+        seconds=round(counters.seconds, 1),
+        peak_gib=round(peak_bytes(trainer.device) / GIB, 3),
+        planned_gib=round(planned / GIB, 3),
+        device=str(trainer.device),
+        teacher=_name(config.teacher.model),
+        student=_name(config.student.model),
+        versions={name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")}
+        | {"python": platform.python_version()},
+        commit=_commit(),
+    )
+    run_dir.write_json("summary.json", asdict(summary))
+    (run_dir.adapter_path / "README.md").write_text(adapter_card(config, summary), encoding="utf-8")
+    return summary
+
+
+def adapter_card(config: RunConfig, summary: Summary) -> str:
+    """The model card of RUN/adapter, Hugging Face layout."""
+    licences = (
+        "\n".join(f"- {model}: {licence}" for model, licence in config.about.licences.items()) or "- see the models"
+    )
+    if config.needs_teacher:
+        made = f"distilled from {summary.teacher}"
+        figure, before, after = "KL(teacher \\|\\| student)", summary.kl_before_nats, summary.kl_after_nats
+    else:
+        made = "fine-tuned"
+        figure, before, after = (
+            "Cross-entropy of the responses", summary.response_loss_before_nats, summary.response_loss_after_nats
+        )  # fmt: skip
+    responses = f"rollout policy `{config.rollout.policy}`, " if config.writes_rollouts else ""
+    imitates = config.loss.objective == "divergence"
+    loss = f"`{config.loss.divergence}` over `{config.loss.scope}`" if imitates else "`cross_entropy`"
+    return f"""---
+library_name: peft
+tags: [distillation, {config.method}, qswitch]
+---
+# {summary.student}, {made}
+
+Trained with qswitch (preset `{config.about.name}`), method `{config.method}`, {responses}loss {loss}, {summary.steps}
+steps.{" SWITCH is by Koo et al., Findings of NAACL 2025." if config.method == "switch" else ""}
+
+| {figure}, nats per token, {summary.validation_prompts} held-out prompts | |
+|---|---|
+| before | {before:.4f} |
+| after | {after:.4f} |
+
+Licences of the models it is made from:
+{licences}
+"""
+
+
+def _name(reference: str | list[str]) -> str:
+    return reference if isinstance(reference, str) else reference[0]
+
+
+def _commit() -> str | None:
+    """The commit of a source checkout; None for an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+@contextmanager
+def _stop_on_signal(trainer: Trainer, progress: Progress) -> Iterator[None]:
+    """The first SIGINT or SIGTERM ends the run after the current step, with a checkpoint; the second at once."""
+
+    def request(signum: int, _frame: Any) -> None:
+        if trainer.stop_requested:
+            raise KeyboardInterrupt
+        trainer.stop_requested = True
+        progress.say("stopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
+
+    previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,114 @@
+"""One run, one plan: what stands in RUN/plan.json is the plan of what runs, new, resumed, and short of memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qswitch.cli import run as command
+from qswitch.config import RunConfig
+from qswitch.data.gather import load_prompts
+from qswitch.distill.recovery import Recovery, Sizes
+from qswitch.models.pair import load_pair_tokenizer
+from qswitch.plan.machine import Budget
+from qswitch.plan.run_plan import Plan
+from qswitch.plan.scheduler import plan_run
+from qswitch.run import distill, resume
+from qswitch.run_dir import RunDir
+from tests.distill.test_trainer import folders, settings  # noqa: F401
+
+SHORT_BYTES = 4096
+"""What the budgets below lack: so little that a plan with smaller sizes fits them."""
+
+
+def stored_plan(path: Path) -> dict[str, Any]:
+    return json.loads((path / "plan.json").read_text())
+
+
+def own_plan(config: RunConfig) -> Plan:
+    """As the run should plan it: for the longest prompt of its data."""
+    _, training, held_out = load_prompts(config, load_pair_tokenizer(config))
+    assert isinstance(training, list)
+    return plan_run(config, longest_prompt_tokens=max(len(p.prompt_ids) for p in [*training, *held_out]))
+
+
+def short(config: RunConfig) -> str:
+    """A --vram that is a few KiB too small for the configuration's own sizes."""
+    return f"{(own_plan(config).total_bytes - SHORT_BYTES) // 1024}KiB"
+
+
+def choices(config: RunConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(own_plan(config).choices))
+
+
+@pytest.fixture(scope="module")
+def finished(folders, tmp_path_factory) -> tuple[RunConfig, Path]:  # noqa: F811
+    config = settings(folders, rollout__block_tokens=2, train__max_steps=1)
+    path = tmp_path_factory.mktemp("run") / "run"
+    distill(config, path)
+    return config, path
+
+
+def test_a_new_run_is_planned_once_and_runs_with_the_sizes_of_its_plan(folders, tmp_path):  # noqa: F811
+    config = settings(folders, rollout__block_tokens=2, train__max_steps=1)
+    distill(config, tmp_path / "run", vram=short(config))
+    plan, ran = stored_plan(tmp_path / "run"), RunDir.open(tmp_path / "run").config
+    assert plan["fits"] and plan["choices"] != choices(config) and plan["choices"] == choices(ran)
+    assert plan["total_gib"] == pytest.approx(own_plan(ran).total_gib, abs=1e-4)
+    assert ran.data == config.data, "the length that was planned for is no setting"
+
+
+def test_a_resumed_run_that_a_named_budget_does_not_hold_is_refused(finished, capsys):
+    config, path = finished
+    before = stored_plan(path)
+    own = own_plan(config)
+    smaller = plan_run(config, budget_bytes=own.total_bytes - SHORT_BYTES, longest_prompt_tokens=own.prompt_tokens)
+    assert smaller.fits and smaller.choices != own.choices
+    assert command(["distill", "--resume", str(path), "--vram", short(config)]) == 3
+    refusal = capsys.readouterr().err
+    assert "sizes that the run began with" in refusal and "Give it at least" in refusal
+    assert stored_plan(path) == before
+
+
+def test_a_resumed_run_that_free_memory_does_not_hold_says_so_and_plans_what_runs(finished, monkeypatch, capsys):
+    config, path = finished
+    free = own_plan(config).total_bytes - SHORT_BYTES
+    monkeypatch.setattr("qswitch.run.find_budget", lambda *_, **__: Budget(free, "a machine short of memory"))
+    resume(path)
+    plan = stored_plan(path)
+    assert not plan["fits"] and plan["choices"] == choices(config)
+    assert "more than the" in " ".join(capsys.readouterr().err.split())
+
+
+class ShortOnce(Recovery):
+    """The real recovery, on a device whose first rollout runs out of memory."""
+
+    failed = False
+
+    def attempt(self, stage: str, run: Any, undo: Any = None) -> Any:
+        def failing() -> Any:
+            if stage == "rollout" and not self.failed:
+                self.failed = True
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB (injected)")
+            return run()
+
+        return super().attempt(stage, failing, undo)
+
+
+def test_after_memory_ran_out_the_plan_on_disk_is_that_of_the_smaller_sizes(folders, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("qswitch.distill.session.Recovery", ShortOnce)
+    config = settings(folders, rollout__block_tokens=2, train__max_steps=2)
+    path = tmp_path / "run"
+    distill(config, path)
+    halved = Sizes.of(config).smaller("rollout")
+    assert halved is not None
+    assert stored_plan(path)["choices"]["rollout.batch_size"] == halved.rollout_rows
+    assert RunDir.open(path).config.rollout.batch_size == config.rollout.batch_size, "nothing below changes a setting"
+    # Resumed, it is measured with the sizes it stopped with.
+    smaller = own_plan(halved.write_into(config))
+    resume(path, vram=f"{smaller.total_bytes // 1024 + 1}KiB")
+    assert stored_plan(path)["total_gib"] == pytest.approx(smaller.total_gib, abs=1e-4)
