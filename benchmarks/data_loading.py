@@ -1,12 +1,13 @@
-"""How long does loading and tokenising take, and how much memory: in memory, and streamed.
+"""How long does it take until the first prompts are there, and how much host memory, for data of any size?
 
-    python -m benchmarks.data_loading data.jsonl --tokenizer MODEL_FOLDER
-    python -m benchmarks.data_loading --tokenizer MODEL_FOLDER --streamed-records 2000000
+    python -m benchmarks.data_loading --tokenizer MODEL_FOLDER --file data.jsonl --records 100000
+    python -m benchmarks.data_loading --tokenizer MODEL_FOLDER --records 1000000 --before OTHER_CHECKOUT
 
 Every case runs in a process of its own and is measured from the moment when everything is imported and the tokenizer
-is loaded: seconds, and resident memory at its peak beyond what was resident then. The streamed case writes a synthetic
-file of that many records, and a tenth of it for comparison, indexes each and draws 10,000 prompts in training order;
-since mapped files count as resident while the system has room, it also reports anonymous memory.
+is loaded: seconds until 8 prompts are drawn in training order, seconds for 10,000 of them, and memory at its peak
+beyond what was there then. Since mapped files count as resident while the system has room, anonymous memory is the
+figure that must fit. `again` is the second start, which finds the first one's work in the cache. With --before the
+package of another checkout is measured in the same run, in memory and, where it has that setting, streamed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from typing import Any
 from benchmarks.provenance import publish
 
 MIB = 2**20
+FIRST_BATCH = 8
 DRAWN_PROMPTS = 10_000
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Memory:
@@ -61,48 +64,66 @@ class Memory:
         return {f"{name}_mib": round((self.peak[name] - self.start[name]) / MIB, 1) for name in self.start}
 
 
-def measure(path: str, tokenizer_folder: str, streaming: bool) -> dict[str, Any]:
-    """One case, in this process."""
+def measure(path: str, tokenizer_folder: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """One case, in this process, with the package that `sys.path` finds first."""
+    import datasets  # noqa: F401  # importing it is no part of the loading
     from transformers import AutoTokenizer
 
+    try:
+        from qswitch.layers import build_config
+    except ImportError:  # a checkout of before
+        from qswitch.config import build_config  # type: ignore[no-redef,attr-defined]
     from qswitch.data.gather import gather_prompts
     from qswitch.data.loader import PromptLoader
     from qswitch.data.template import PromptEncoder
-    from qswitch.layers import build_config
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    encoder = PromptEncoder(tokenizer, "teacher")
-    data = {"train": path, "streaming": streaming, "max_prompt_tokens": 512}
+    encoder = PromptEncoder(AutoTokenizer.from_pretrained(tokenizer_folder), "teacher")
+    data = {"train": path, "max_prompt_tokens": 512, **settings}
     values = {"teacher": {"model": "-"}, "student": {"model": "-"}, "data": data, "rollout": {"max_new_tokens": 512}}
     config = build_config(values)
-    notes: list[str] = []
     memory, started = Memory(), time.perf_counter()
-    found = gather_prompts(config, encoder, notify=lambda what, done, total: notes.append(what))
-    seconds = time.perf_counter() - started
-    result: dict[str, Any] = {"seconds": round(seconds, 2), "report": found.report.to_dict()}
-    result["progress_notes"] = len(notes)
-    if streaming:
-        loader = PromptLoader(found.train, config.seed)
-        began = time.perf_counter()
-        drawn = loader.next(DRAWN_PROMPTS)
-        result["drawn_prompts_per_s"] = round(len(drawn) / (time.perf_counter() - began))
-    return {**result, **memory.finish()}
+    found = gather_prompts(config, encoder)
+    loader = PromptLoader(found.train, config.seed)
+    loader.next(FIRST_BATCH)
+    first_batch = time.perf_counter() - started
+    loader.next(DRAWN_PROMPTS)
+    drawn = time.perf_counter() - started - first_batch
+    return {
+        "first_batch_s": round(first_batch, 2),
+        "next_10000_prompts_s": round(drawn, 2),
+        **memory.finish(),
+        "report": found.report.to_dict(),
+    }
 
 
-def in_a_process(path: Path, tokenizer: str, streaming: bool) -> dict[str, Any]:
-    """`measure` in a fresh process."""
+def in_a_process(path: Path, tokenizer: str, cache: str, checkout: Path = ROOT, **settings: Any) -> dict[str, Any]:
+    """`measure` in a fresh process, with the package of `checkout`."""
     code = (
-        "import json, sys; sys.path.insert(0, sys.argv[1]); from benchmarks.data_loading import measure; "
-        "print(json.dumps(measure(sys.argv[2], sys.argv[3], sys.argv[4] == 'True')))"
+        "import json, sys; sys.path[:0] = sys.argv[1:3]; from benchmarks.data_loading import measure; "
+        "print(json.dumps(measure(sys.argv[3], sys.argv[4], json.loads(sys.argv[5]))))"
     )
-    root = str(Path(__file__).resolve().parents[1])
-    with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "QSWITCH_CACHE": cache}
-        arguments = [sys.executable, "-c", code, root, str(path), tokenizer, str(streaming)]
-        answer = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "benchmarks").symlink_to(ROOT / "benchmarks")  # this file, whichever package is measured
+        arguments = [sys.executable, "-c", code, folder, str(checkout), str(path), tokenizer, json.dumps(settings)]
+        environment = {**os.environ, "QSWITCH_CACHE": cache, "PYTHONPATH": ""}
+        answer = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=folder)
     if answer.returncode:
         raise SystemExit(answer.stderr)
     return json.loads(answer.stdout.splitlines()[-1])
+
+
+def cases_of(path: Path, tokenizer: str, before: Path | None) -> dict[str, Any]:
+    """One file by every way there is."""
+    cases: dict[str, Any] = {"file_mib": round(path.stat().st_size / MIB, 1)}
+    with tempfile.TemporaryDirectory() as cache:
+        cases["first"] = in_a_process(path, tokenizer, cache)
+        cases["table_mib"] = round(sum(f.stat().st_size for f in Path(cache).rglob("*.arrow")) / MIB, 1)
+        cases["again"] = in_a_process(path, tokenizer, cache)
+    if before is not None:
+        for name, settings in (("before_in_memory", {}), ("before_streamed", {"streaming": True})):
+            with tempfile.TemporaryDirectory() as cache:
+                cases[name] = in_a_process(path, tokenizer, cache, before.resolve(), **settings)
+    return cases
 
 
 def write_synthetic(path: Path, records: int) -> None:
@@ -117,29 +138,22 @@ def write_synthetic(path: Path, records: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, nargs="?", help="a data file in any format")
     parser.add_argument("--tokenizer", required=True, help="folder or hub id of a model")
-    parser.add_argument("--streamed-records", type=int, default=0, help="size of the synthetic file; 0: none")
+    parser.add_argument("--file", type=Path, help="a data file in any format")
+    parser.add_argument("--records", type=int, nargs="*", default=[], help="sizes of synthetic files")
+    parser.add_argument("--before", type=Path, help="another checkout, measured in the same run")
+    parser.add_argument("--note", default="", help="what else the machine did")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     cases: dict[str, Any] = {}
     if arguments.file is not None:
-        for name, streaming in (("in_memory", False), ("streamed", True)):
-            cases[name] = in_a_process(arguments.file, arguments.tokenizer, streaming)
-    if arguments.streamed_records:
-        with tempfile.TemporaryDirectory() as folder:
-            for records in (arguments.streamed_records // 10, arguments.streamed_records):
-                path = Path(folder) / f"{records}.jsonl"
-                write_synthetic(path, records)
-                cases[f"synthetic_{records}"] = {
-                    "file_mib": round(path.stat().st_size / MIB, 1),
-                    **in_a_process(path, arguments.tokenizer, streaming=True),
-                }
-    result = {
-        "file": None if arguments.file is None else arguments.file.name,
-        "cases": cases,
-        "cpus": os.cpu_count(),
-    }
+        cases[arguments.file.name] = cases_of(arguments.file.resolve(), arguments.tokenizer, arguments.before)
+    with tempfile.TemporaryDirectory() as folder:
+        for records in arguments.records:
+            path = Path(folder) / f"{records}.jsonl"
+            write_synthetic(path, records)
+            cases[f"synthetic_{records}"] = cases_of(path, arguments.tokenizer, arguments.before)
+    result = {"cases": cases, "cpus": os.cpu_count(), "load_average": os.getloadavg(), "note": arguments.note}
     publish(result, arguments.output)
 
 

@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.provenance import publish
 from qswitch.data.records import load_records
-from qswitch.data.template import PromptEncoder, encode_all
+from qswitch.data.template import PromptEncoder
 from qswitch.layers import build_config
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import TokenizerPair, load_pair_tokenizer, template_tokenizer
@@ -66,13 +66,9 @@ class Bench:
         )
         self.pair: TokenizerPair = load_pair_tokenizer(config)
         encoder = PromptEncoder(template_tokenizer(self.pair, "teacher"), "teacher", end_token_ids=self.pair.eos_ids)
-        prompts, _ = encode_all(
-            load_records(config.data, config.data.train, limit=4 * args.num_prompts + 64),
-            encoder,
-            max_prompt_tokens=args.prompt_tokens,
-            max_response_tokens=args.new_tokens,
-        )
-        self.prompts = [p.prompt_ids for p in prompts][: args.num_prompts]
+        records = load_records(config.data, config.data.train, limit=4 * args.num_prompts + 64)
+        prompts = (p.prompt_ids for p in encoder.encode_batch(records))
+        self.prompts = [ids for ids in prompts if len(ids) <= args.prompt_tokens][: args.num_prompts]
         runtime = make_runtime(config.train)
         self.teacher = load_teacher(config.teacher, runtime, vocab_size=self.pair.vocab_size)
         self.student = load_student(config, runtime, vocab_size=self.pair.vocab_size, base_path=None)

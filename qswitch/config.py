@@ -150,8 +150,6 @@ class DataSection(Section):
     `owner/name:subset`), or `package:qswitch/...` for files shipped with a package."""
     weights: list[float] | None = None
     """Share of the training examples that comes from each entry of data.train; None: as many as each has."""
-    streaming: bool = False
-    """Read and tokenise records when their turn comes, for data larger than memory; the order stays exact."""
     validation: str | list[str] | None = None
     """Held-out prompts, same formats. None: num_validation records are taken out of train."""
     split: str = "train"
@@ -169,7 +167,7 @@ class DataSection(Section):
     max_prompt_tokens: int = Field(default=256, ge=1)
     """Records with a longer prompt are dropped and counted."""
     limit: int | None = Field(default=None, ge=1)
-    """Use only the first N training records; with data.weights, or streamed, of each entry or file."""
+    """Use only the first N training records; with data.weights, of each entry."""
     num_validation: int = Field(default=32, ge=1, le=100_000)
     """Number of held-out prompts that are scored."""
     ground_truth_mix: float = Field(default=0.0, ge=0, le=1)

@@ -61,6 +61,7 @@ FROM_ELSEWHERE = {
     "save_strategy": "set train.save_steps",
     "resume_from_checkpoint": "run qswitch distill --resume RUN",
     "output_dir": "it is the option --output-dir",
+    "streaming": "data of any size is read from a table on disk, without a setting. Remove it",
     "logging_steps": "every step is logged, in RUN/metrics.jsonl",
 }
 """Settings of other trainers that have no namesake here -> what to do instead."""

@@ -47,7 +47,7 @@ def distill(config: RunConfig, path: Path, *, vram: str | None = None) -> Summar
     RunDir.refuse_existing(path)
     budget = find_budget(config.train, vram=vram)  # before torch and the data take their share of a CPU's memory
     prepared = _prepare(config, settings_problems(config, path))
-    longest = prepared.prompts.longest_prompt_tokens
+    longest = prepared.prompts.report.longest_prompt_tokens
     plan = plan_run(config, budget_bytes=budget.num_bytes, longest_prompt_tokens=longest)
     require_fit(plan)
     run_dir = RunDir.create(path, plan.config)
@@ -78,7 +78,7 @@ def resume(path: Path, *, vram: str | None = None) -> Summary:
     plan = plan_run(
         run_dir.config if sizes is None else sizes.write_into(run_dir.config),
         budget_bytes=budget.num_bytes,
-        longest_prompt_tokens=prepared.prompts.longest_prompt_tokens,
+        longest_prompt_tokens=prepared.prompts.report.longest_prompt_tokens,
         keep_sizes=True,
     )
     if vram is not None:

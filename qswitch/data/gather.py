@@ -1,29 +1,32 @@
-"""Which prompts a run trains on and which it holds out: from the data settings to encoded, disjoint sets.
+"""Which prompts a run trains on and which it holds out: from the data settings to disjoint sets of token ids.
 
-In memory, or read as they are needed (`data.streaming`); of one set, or of several in given shares (`data.weights`).
-Says what is odd about the data: duplicates, empty responses, prompts that are in both sets. Knows no model.
+Of one set, or of several in given shares (`data.weights`). Says what is odd about the data: duplicates, empty
+responses, prompts that are in both sets. Knows no model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
 
 from qswitch.config import RunConfig
-from qswitch.data.loader import Mixture, PromptSet, PromptsInMemory, split_validation
-from qswitch.data.records import Record, check_columns, load_records
+from qswitch.data.loader import Mixture
+from qswitch.data.records import check_columns
 from qswitch.data.sources import Notify
-from qswitch.data.streaming import Counts, Index, StreamedPrompts, build_index, content_digest, json_lines_files
-from qswitch.data.template import EncodeCounts, Prompt, PromptEncoder, encode_all
+from qswitch.data.table import PromptTable, prompt_table
+from qswitch.data.template import Prompt, PromptEncoder
 from qswitch.errors import DataError
 from qswitch.methods import FIXED
-from qswitch.models.gguf_cache import cache_folder
 from qswitch.models.pair import TokenizerPair, template_tokenizer
 
 logger = logging.getLogger(__name__)
 
-Prompts = Sequence[Prompt] | PromptSet | Mixture
+Prompts = Sequence[Prompt] | Mixture
 
 
 @dataclass(frozen=True)
@@ -32,19 +35,24 @@ class DataReport:
 
     records: int
     training_prompts: int
-    """Beside the held-out ones; with data.streaming including those that turn out too long."""
     held_out_prompts: int
     duplicates: int
-    """Same prompt and same response as an earlier record; they are kept."""
+    """Same prompt and same response as another record; they are kept."""
     empty_responses: int
     without_response: int
-    too_long: int | None
-    """Dropped for data.max_prompt_tokens; None with data.streaming, where they are skipped on the way."""
-    truncated_responses: int | None
-    also_held_out: int | None
-    """Left out of training because data.validation has the same prompt; None with data.streaming."""
+    """With no response to learn from, the empty ones included."""
+    too_long: int
+    """Dropped for data.max_prompt_tokens."""
+    truncated_responses: int
+    """Cut to rollout.max_new_tokens, and so without end token."""
+    capped_limits: int
+    """The record's own max_new_tokens lowered to rollout.max_new_tokens."""
+    also_held_out: int
+    """Left out of training because data.validation has the same prompt."""
+    longest_prompt_tokens: int
+    """Of the prompts that are trained on or held out."""
 
-    def to_dict(self) -> dict[str, int | None]:
+    def to_dict(self) -> dict[str, int]:
         return asdict(self)
 
 
@@ -55,13 +63,6 @@ class RunPrompts:
     train: Prompts
     held_out: list[Prompt]
     report: DataReport
-
-    @property
-    def longest_prompt_tokens(self) -> int | None:
-        """Of all prompts, tokens; None where they are read as they are needed and the longest is not known."""
-        if not isinstance(self.train, list):
-            return None
-        return max((len(p.prompt_ids) for p in [*self.train, *self.held_out]), default=1)
 
 
 def load_prompts(config: RunConfig, pair: TokenizerPair) -> tuple[PromptEncoder, Prompts, list[Prompt]]:
@@ -87,176 +88,116 @@ def gather_prompts(config: RunConfig, encoder: PromptEncoder, notify: Notify | N
     """
     data = config.data
     check_columns(data)
-    entries = [data.train] if isinstance(data.train, str) else list(data.train)
-    groups: list[str | list[str]] = [*entries] if data.weights is not None else [data.train]
-    given: _HeldOut | None = None
+    groups: list[str | list[str]] = [data.train] if data.weights is None else [*data.train]
+    limits = {"max_prompt_tokens": data.max_prompt_tokens, "max_response_tokens": config.rollout.max_new_tokens}
+
+    def load(reference: str | list[str], split: str, limit: int | None, first_id: int = 0) -> PromptTable:
+        dataset = prompt_table(reference, data, encoder, split=split, limit=limit, notify=notify)
+        return PromptTable(dataset, **limits, first_id=first_id)
+
+    given = None
     if data.validation is not None:
-        records = load_records(data, data.validation, split=data.validation_split, notify=notify)
-        prompts = _encode(config, encoder, records, notify)[0][: data.num_validation]
-        used = {p.example_id for p in prompts}
-        given = _HeldOut(prompts, frozenset(r.text for r in records if r.id in used))
-    gather = _gather_streamed if data.streaming else _gather_in_memory
-    sets, held_out, report = gather(config, encoder, groups, given, notify)
-    _refuse_missing_responses(config, report)
-    _say(report)
-    if data.weights is not None:
-        return RunPrompts(Mixture(sets, data.weights), held_out, report)
-    only = sets[0]
-    return RunPrompts(only.prompts if isinstance(only, PromptsInMemory) else only, held_out, report)
-
-
-@dataclass(frozen=True)
-class _HeldOut:
-    """The prompts of data.validation, and the texts of their records before the template."""
-
-    prompts: list[Prompt]
-    texts: frozenset[str]
-
-
-_Gathered = tuple[list[PromptSet], list[Prompt], DataReport]
-
-
-def _encode(
-    config: RunConfig, encoder: PromptEncoder, records: list[Record], notify: Notify | None
-) -> tuple[list[Prompt], EncodeCounts]:
-    return encode_all(
-        records,
-        encoder,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        max_response_tokens=config.rollout.max_new_tokens,
-        notify=notify,
-    )
-
-
-def _gather_in_memory(
-    config: RunConfig,
-    encoder: PromptEncoder,
-    groups: list[str | list[str]],
-    given: _HeldOut | None,
-    notify: Notify | None,
-) -> _Gathered:
-    data = config.data
-    records: list[Record] = []
-    sizes: list[int] = []
+        given = load(data.validation, data.validation_split or data.split, None)
+        _longest_row([given], data.max_prompt_tokens)
+    sets: list[PromptTable] = []
     for group in groups:
-        found = load_records(data, group, limit=data.limit, first_id=len(records), notify=notify)
-        records += found
-        sizes.append(len(found))
-    digests = {content_digest(record) for record in records}
-    prompts, counts = _encode(config, encoder, records, notify)
-    total = len(prompts)
-    also_held_out = 0
+        sets.append(load(group, data.split, data.limit, sum(s.num_rows for s in sets)))
+    longest = _longest_row(sets, data.max_prompt_tokens)
+    counts = _count(sets, config.rollout.max_new_tokens)
+    total = sum(map(len, sets))
+
+    ranks = [s.text_ranks(lambda text: held_out_rank(text, config.seed)) for s in sets]
     if given is None:
         # A small file gives at most a fifth of its prompts away.
-        num = min(data.num_validation, max(1, total // 5))
-        prompts, held_out = split_validation(prompts, num, config.seed)
+        held = lowest_ranks(np.concatenate(ranks), min(data.num_validation, max(1, total // 5)))
+        held_out = _first_of_each(sets, ranks, held)
     else:
-        held_out = given.prompts
-        texts = {p.text for p in held_out}
-        prompts = [p for p in prompts if p.text not in texts]
-        also_held_out = total - len(prompts)
-        if not prompts:
-            raise DataError("Every training prompt is also in data.validation. Name another file for one of them.")
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    sets: list[PromptSet] = [
-        PromptsInMemory([p for p in prompts if end - size <= p.example_id < end])
-        for size, end in zip(sizes, ends, strict=True)
-    ]
-    for group, prompt_set in zip(groups, sets, strict=True):
-        if not len(prompt_set):
+        held_out = given[: data.num_validation]
+        held = np.array([held_out_rank(p.text, config.seed) for p in held_out], np.uint64)
+    sets = [s.select(~np.isin(own, held)) for s, own in zip(sets, ranks, strict=True)]
+    num_training = sum(map(len, sets))
+    if not num_training:
+        raise DataError("Every training prompt is also in data.validation. Name another file for one of them.")
+    for group, prompts in zip(groups, sets, strict=True):
+        if not len(prompts):
             raise DataError(f"No prompt of {group} is left to train on: all are held out or too long. Remove it.")
     report = DataReport(
-        records=len(records),
-        training_prompts=len(prompts),
+        training_prompts=num_training,
         held_out_prompts=len(held_out),
-        duplicates=len(records) - len(digests),
-        empty_responses=counts.empty_response,
-        without_response=counts.without_response,
-        too_long=counts.too_long,
-        truncated_responses=counts.truncated_responses,
-        also_held_out=also_held_out,
-    )
-    return sets, held_out, report
+        also_held_out=0 if given is None else total - num_training,
+        longest_prompt_tokens=max([int(s.column("prompt_tokens").max()) for s in sets]
+                                  + [len(p.prompt_ids) for p in held_out]),
+        **counts,
+    )  # fmt: skip
+    _refuse_missing_responses(config, report)
+    _say(config, report, longest)
+    return RunPrompts(sets[0] if data.weights is None else Mixture(sets, data.weights), held_out, report)
 
 
-def _gather_streamed(
-    config: RunConfig,
-    encoder: PromptEncoder,
-    groups: list[str | list[str]],
-    given: _HeldOut | None,
-    notify: Notify | None,
-) -> _Gathered:
-    """Held-out prompts have the lowest ranks over all files, as in memory; ranked by their text before the template."""
-    data = config.data
-    folder = cache_folder() / "data"
-    wanted = 0 if given is not None else data.num_validation
-    indices: list[list[Index]] = []
-    for group in groups:
-        references = [group] if isinstance(group, str) else group
-        files = [f for r in references for f in json_lines_files(r, data.split, folder, notify)]
-        indices.append([
-            build_index(f, data, seed=config.seed, num_lowest=2 * wanted, folder=folder, notify=notify) for f in files
-        ])  # fmt: skip
+def _count(sets: Sequence[PromptTable], max_response_tokens: int) -> dict[str, int]:
+    """What is odd about the records, before any of them is held out."""
 
-    def make_sets(ranks: frozenset[str], texts: frozenset[str]) -> list[StreamedPrompts]:
-        first, made = 0, []
-        for own in indices:
-            made.append(StreamedPrompts(
-                own, encoder, data, seed=config.seed, max_response_tokens=config.rollout.max_new_tokens,
-                first_id=first, held_out=ranks, held_out_texts=texts,
-            ))  # fmt: skip
-            first += len(made[-1])
-        return made
+    def prompts_where(holds: Any) -> int:
+        return sum(int(np.count_nonzero(holds(s))) for s in sets)
 
-    counts = [index.counts for own in indices for index in own]
-    if given is None:
-        num = min(wanted, max(1, sum(c.records for c in counts) // 5))
-        held_out, ranks = _lowest_prompts(make_sets(frozenset(), frozenset()), num)
-        sets = make_sets(frozenset(ranks), frozenset())
-    else:
-        held_out, sets = given.prompts, make_sets(frozenset(), given.texts)
-    return [*sets], held_out, _streamed_report(counts, held_out, drawn=given is None)
+    num_rows = sum(s.num_rows for s in sets)
+    return {
+        "records": num_rows,
+        "duplicates": num_rows - len(np.unique(np.concatenate([s.digests() for s in sets]))),
+        "too_long": num_rows - sum(map(len, sets)),
+        "empty_responses": prompts_where(lambda s: s.column("blank_response")),
+        "without_response": prompts_where(lambda s: s.column("response_tokens") < 0),
+        "truncated_responses": prompts_where(lambda s: s.column("response_tokens") > max_response_tokens),
+        "capped_limits": prompts_where(lambda s: s.column("max_new_tokens") > max_response_tokens),
+    }
 
 
-def _lowest_prompts(sets: list[StreamedPrompts], num: int) -> tuple[list[Prompt], list[str]]:
-    """The `num` usable prompts of the lowest ranks, and their ranks; candidates are twice as many."""
-    candidates: dict[str, tuple[StreamedPrompts, int]] = {}
-    for prompt_set in sets:
-        first = 0
-        for index in prompt_set.indices:
-            for rank, line in index.lowest:
-                candidates.setdefault(rank, (prompt_set, first + line))
-            first += index.counts.lines
-    prompts: list[Prompt] = []
-    ranks: list[str] = []
-    for rank, (prompt_set, line) in sorted(candidates.items(), key=lambda item: item[0]):
-        record = prompt_set.record(line)
-        prompt = None if record is None else prompt_set.encode(record)
-        if prompt is not None and len(prompts) < num:
-            prompts.append(prompt)
-            ranks.append(rank)
-    if not prompts:
+def held_out_rank(text: str, seed: int) -> int:
+    """64 bits; prompts of the lowest ranks are held out: a draw that depends on the text and the seed alone."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=16).digest()[:8], "big")
+
+
+def lowest_ranks(ranks: np.ndarray, num: int) -> np.ndarray:
+    """The `num` lowest ranks, uint64 [num], of prompts whose ranks are `ranks`, uint64 [prompts].
+
+    They name the held-out texts. Which these are is a pure function of (seed, text), so the split hardly moves when
+    data is added; every record that repeats a held-out text leaves training too.
+
+    Raises:
+        DataError: fewer than num + 1 distinct prompts.
+    """
+    distinct = np.unique(ranks)
+    if len(distinct) <= num:
         raise DataError(
-            f"None of {len(candidates)} prompts drawn for validation fits data.max_prompt_tokens. Raise it, or name a "
-            "held-out file in data.validation."
+            f"data.num_validation={num} leaves nothing to train on: the data has {len(distinct)} distinct prompts. "
+            + (f"Set data.num_validation={max(1, len(distinct) // 8)}, or name" if len(distinct) > 1 else "Name")
+            + " a held-out file in data.validation."
         )
-    return prompts, ranks
+    return distinct[:num]
 
 
-def _streamed_report(counts: list[Counts], held_out: list[Prompt], *, drawn: bool) -> DataReport:
-    """`drawn`: the held-out prompts are records of this data. Those of a file of their own are met while training."""
-    records = sum(c.records for c in counts)
-    return DataReport(
-        records=records,
-        training_prompts=records - len(held_out) if drawn else records,
-        held_out_prompts=len(held_out),
-        duplicates=sum(c.duplicates for c in counts),
-        empty_responses=sum(c.empty_responses for c in counts),
-        without_response=sum(c.without_response for c in counts),
-        too_long=None,
-        truncated_responses=None,
-        also_held_out=None,
-    )
+def _first_of_each(sets: Sequence[PromptTable], ranks: Sequence[np.ndarray], held: np.ndarray) -> list[Prompt]:
+    """The first prompt of every held-out text, in the order of the data."""
+    found: dict[int, Prompt] = {}
+    for prompts, own in zip(sets, ranks, strict=True):
+        for index in np.flatnonzero(np.isin(own, held)):
+            found.setdefault(int(own[index]), prompts[int(index)])
+    return list(found.values())
+
+
+def _longest_row(sets: Sequence[PromptTable], max_prompt_tokens: int) -> int:
+    """Tokens of the longest prompt, of those that are dropped too.
+
+    Raises:
+        DataError: all are dropped.
+    """
+    longest = max(int(s.prompt_tokens.max()) for s in sets)
+    if not any(map(len, sets)):
+        raise DataError(
+            f"No prompt is left: all {sum(s.num_rows for s in sets)} are longer than data.max_prompt_tokens="
+            f"{max_prompt_tokens} (the longest has {longest} tokens). Raise data.max_prompt_tokens."
+        )
+    return longest
 
 
 def _refuse_missing_responses(config: RunConfig, report: DataReport) -> None:
@@ -272,13 +213,19 @@ def _refuse_missing_responses(config: RunConfig, report: DataReport) -> None:
         )
 
 
-def _say(report: DataReport) -> None:
-    if report.too_long is None and report.empty_responses:  # in memory the encoder says so
-        logger.warning("%d of %d responses are empty and count as none.", report.empty_responses, report.records)
-    if report.duplicates:
-        logger.warning(
-            "%d of %d records repeat the prompt and response of an earlier one; they are kept.",
-            report.duplicates, report.records,
-        )  # fmt: skip
-    if report.also_held_out:
-        logger.warning("Left out %d training prompts that are held out for validation.", report.also_held_out)
+def _say(config: RunConfig, report: DataReport, longest: int) -> None:
+    limit = config.rollout.max_new_tokens
+    found = {
+        f"Dropped %d of {report.records} prompts longer than data.max_prompt_tokens={config.data.max_prompt_tokens} "
+        f"(the longest has {longest} tokens).": report.too_long,
+        f"Cut %d responses to {limit} tokens; they end without an end token.": report.truncated_responses,
+        f"%d of {report.records} responses are empty and count as none.": report.empty_responses,
+        f"Lowered max_new_tokens of %d records to rollout.max_new_tokens={limit}, for which the memory is planned.":
+            report.capped_limits,
+        f"%d of {report.records} records repeat the prompt and response of another one; they are kept.":
+            report.duplicates,
+        "Left out %d training prompts that are held out for validation.": report.also_held_out,
+    }  # fmt: skip
+    for text, number in found.items():
+        if number:
+            logger.warning(text, number)

@@ -1,4 +1,4 @@
-"""Which prompts come next: a seeded order that a checkpoint can resume exactly, and the held-out split.
+"""Which prompts come next: a seeded order that a checkpoint can resume exactly.
 
 The order of an epoch is a pure function of (seed, epoch); no global random state is read. Knows nothing of batches'
 padding, devices or models.
@@ -6,64 +6,21 @@ padding, devices or models.
 
 from __future__ import annotations
 
-import hashlib
+import array
+import functools
 import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from qswitch.data.sources import iter_rows
+from qswitch.data.table import PromptTable
 from qswitch.data.template import Prompt
 from qswitch.errors import DataError
 
 if TYPE_CHECKING:
     import torch
-
-
-LARGEST_SHUFFLED_LIST = 1 << 18
-_WORD = 2**64 - 1
-
-
-class _HasText(Protocol):
-    @property
-    def text(self) -> str: ...
-
-
-Item = TypeVar("Item", bound=_HasText)
-
-
-class Permutation:
-    """A permutation of 0..size-1 that is drawn from a key and takes constant memory.
-
-    A Feistel network over the smallest power of four that holds `size`; an index that leaves the range walks on until
-    it is back in it (cycle walking: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
-    """
-
-    ROUNDS = 6
-
-    def __init__(self, size: int, key: str) -> None:
-        self.size = size
-        self._half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-        self._mask = (1 << self._half_bits) - 1
-        digest = hashlib.blake2b(key.encode(), digest_size=8 * self.ROUNDS).digest()
-        self._keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "big") for i in range(self.ROUNDS)]
-
-    def __getitem__(self, index: int) -> int:
-        while True:
-            index = self._encrypt(index)
-            if index < self.size:
-                return index
-
-    def _encrypt(self, value: int) -> int:
-        left, right = value >> self._half_bits, value & self._mask
-        for key in self._keys:
-            # The finaliser of splitmix64: every bit of its input moves about half of its output.
-            mixed = (right + key) & _WORD
-            mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-            mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _WORD
-            left, right = right, left ^ ((mixed ^ (mixed >> 31)) & self._mask)
-        return left << self._half_bits | right
 
 
 class _EpochOrder:
@@ -75,14 +32,8 @@ class _EpochOrder:
 
     def _start(self, epoch: int, cursor: int) -> None:
         self.epoch, self.cursor = epoch, cursor
-        # A shuffled list where it is small; beyond, a permutation that is computed index by index and takes no memory.
-        self.order: Sequence[int] | Permutation
-        if self.size <= LARGEST_SHUFFLED_LIST:
-            order = list(range(self.size))
-            random.Random(f"{self.seed}:{epoch}").shuffle(order)
-            self.order = order
-        else:
-            self.order = Permutation(self.size, f"{self.seed}:{epoch}")
+        self.order = array.array("q", range(self.size))
+        random.Random(f"{self.seed}:{epoch}").shuffle(self.order)  # type: ignore[arg-type]
 
     def next(self, n: int) -> list[tuple[int, int]]:
         """The next n (index, epoch) pairs."""
@@ -121,45 +72,23 @@ class _EpochOrder:
         self._start(state["epoch"], state["cursor"])
 
 
-class PromptSet(Protocol):
-    """Prompts by index, in memory or read when asked for; None where a record does not become a prompt."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Prompt | None: ...
-
-    @property
-    def fingerprint(self) -> int:
-        """A checksum of the content, for telling other data."""
-        ...
-
-
-class PromptsInMemory:
-    """A set whose prompts are all there."""
-
-    def __init__(self, prompts: Sequence[Prompt]) -> None:
-        self.prompts = list(prompts)
-        self.fingerprint = 0
-        for prompt in self.prompts:
-            content = repr((prompt.example_id, prompt.prompt_ids, prompt.response_ids))
-            self.fingerprint = zlib.crc32(content.encode(), self.fingerprint)
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, index: int) -> Prompt:
-        return self.prompts[index]
-
-
 @dataclass(frozen=True)
 class Mixture:
     """Sets of prompts of which each gives its share of the examples, whatever its size."""
 
-    sets: Sequence[PromptSet]
+    sets: Sequence[Sequence[Prompt]]
     weights: Sequence[float]
 
     def __len__(self) -> int:
         return sum(len(s) for s in self.sets)
+
+
+def _fingerprint(prompts: Sequence[Prompt]) -> int:
+    """A checksum of the content, for telling other data."""
+    if isinstance(prompts, PromptTable):
+        return prompts.fingerprint
+    content = ((p.example_id, p.prompt_ids, p.response_ids) for p in prompts)
+    return functools.reduce(lambda crc, one: zlib.crc32(repr(one).encode(), crc), content, 0)
 
 
 class PromptLoader:
@@ -169,17 +98,14 @@ class PromptLoader:
     weight w (of 1) has given n * w of them, within one. Each set has its own order and its own epochs.
     """
 
-    def __init__(self, prompts: Sequence[Prompt] | PromptSet | Mixture, seed: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt] | Mixture, seed: int) -> None:
         if not len(prompts):
             raise DataError("There is no prompt to train on. Name more data, or lower data.num_validation.")
-        if isinstance(prompts, Mixture):
-            self._sets, weights = list(prompts.sets), list(prompts.weights)
-        else:
-            self._sets = [PromptsInMemory(prompts) if isinstance(prompts, Sequence) else prompts]
-            weights = [1.0]
+        mixture = prompts if isinstance(prompts, Mixture) else Mixture([prompts], [1.0])
+        self._sets, weights = list(mixture.sets), mixture.weights
         self._shares = [w / sum(weights) for w in weights]
         self._taken = [0] * len(self._sets)
-        self._orders = [_EpochOrder(len(s), seed, s.fingerprint) for s in self._sets]
+        self._orders = [_EpochOrder(len(s), seed, _fingerprint(s)) for s in self._sets]
 
     @property
     def epoch(self) -> int:
@@ -187,11 +113,7 @@ class PromptLoader:
         return max(order.epoch for order in self._orders)
 
     def next(self, n: int) -> list[tuple[Prompt, int]]:
-        """The next n prompts, each with its visit: how often that example has been handed out before.
-
-        Raises:
-            DataError: a whole epoch of a set held no usable prompt, or a record cannot be read.
-        """
+        """The next n prompts, each with its visit: how often that example has been handed out before."""
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
         return [self._next() for _ in range(n)]
@@ -200,16 +122,8 @@ class PromptLoader:
         total = sum(self._taken) + 1
         chosen = max(range(len(self._sets)), key=lambda i: (total * self._shares[i] - self._taken[i], -i))
         self._taken[chosen] += 1
-        prompts, order = self._sets[chosen], self._orders[chosen]
-        for _ in range(len(prompts)):
-            index, epoch = order.next(1)[0]
-            prompt = prompts[index]
-            if prompt is not None:
-                return prompt, epoch
-        raise DataError(
-            f"None of {len(prompts):,} records is left to train on: all are held out or longer than "
-            "data.max_prompt_tokens. Raise data.max_prompt_tokens, or name other data."
-        )
+        ((index, epoch),) = self._orders[chosen].next(1)
+        return self._sets[chosen][index], epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Cursors and epochs, and what they are valid for; fit for JSON."""
@@ -268,36 +182,6 @@ class BlockLoader:
             DataError: the state belongs to another corpus, block length or seed.
         """
         self._order.load_state_dict(state)
-
-
-def split_validation(items: Sequence[Item], num: int, seed: int) -> tuple[list[Item], list[Item]]:
-    """(training, validation) of records or prompts: `num` distinct prompt texts held out, in no order of the data.
-
-    Which texts are held out is a pure function of (seed, text), so the split hardly moves when data is added. Every
-    record that repeats a held-out text leaves training too, and validation has one record a text.
-
-    Raises:
-        DataError: fewer than num + 1 distinct prompts.
-    """
-    distinct = {item.text for item in items}
-    if len(distinct) <= num:
-        raise DataError(
-            f"data.num_validation={num} leaves nothing to train on: the data has {len(distinct)} distinct prompts. "
-            + (f"Set data.num_validation={max(1, len(distinct) // 8)}, or name" if len(distinct) > 1 else "Name")
-            + " a held-out file in data.validation."
-        )
-
-    held_out = set(sorted(distinct, key=lambda text: held_out_rank(text, seed))[:num])
-    first: dict[str, Item] = {}
-    for item in items:
-        if item.text in held_out:
-            first.setdefault(item.text, item)
-    return [item for item in items if item.text not in held_out], list(first.values())
-
-
-def held_out_rank(text: str, seed: int) -> bytes:
-    """Prompts of the lowest ranks are held out: a draw that depends on the text and the seed alone."""
-    return hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=16).digest()
 
 
 def load_corpus_tokens(

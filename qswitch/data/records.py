@@ -9,12 +9,12 @@ import difflib
 import functools
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qswitch.config import DataSection
-from qswitch.data.sources import Notify, Row, iter_rows
+from qswitch.data.sources import Row, iter_rows
 from qswitch.errors import DataError
 
 MAPPABLE_FIELDS = (
@@ -38,7 +38,6 @@ _FIELD_NAMES = {
     "system": ("system", "system_prompt"),
     "max_new_tokens": ("max_new_tokens",),
 }
-_RECORDS_PER_NOTE = 1000
 _FORMATS = ("messages", "conversations", "instruction", "prompt")
 _ROLES = {
     "system": "system",
@@ -87,35 +86,32 @@ class Record:
         return "\n".join(f"{m.role}: {m.content.strip()}" for m in self.messages)
 
 
-def load_records(
-    data: DataSection,
-    reference: str | list[str],
-    *,
-    limit: int | None = None,
-    split: str | None = None,
-    first_id: int = 0,
-    notify: Notify | None = None,
-) -> list[Record]:
-    """Records of `reference` (data.train, data.validation or an evaluation file), at most `limit`, ids from `first_id`.
+def iter_records(
+    data: DataSection, reference: str | list[str], *, limit: int | None = None, split: str | None = None
+) -> Iterator[Record]:
+    """Records of `reference` (data.train, data.validation or an evaluation file), at most `limit`, ids from 0.
 
-    `split` defaults to data.split; `notify` hears how many records have been read.
+    `split` defaults to data.split.
 
     Raises:
         DataError: nothing there, a line that cannot be read, no known format, a wrong type, an empty prompt; names
-            file, line, reason and remedy.
+            file, line, reason and remedy. After the last record: a column of data.columns that no row had.
     """
     check_columns(data)
-    records: list[Record] = []
     columns: dict[str, None] = {}
-    for row in itertools.islice(iter_rows(reference, split=split or data.split), limit):
+    for index, row in enumerate(itertools.islice(iter_rows(reference, split=split or data.split), limit)):
         columns.update(dict.fromkeys(row.fields))
-        records.append(record_of_row(row, first_id + len(records), data))
-        if notify is not None and len(records) % _RECORDS_PER_NOTE == 0:
-            notify(f"reading {reference}", len(records), None)
+        yield record_of_row(row, index, data)
     for ours, column in data.columns.items():
         if column not in columns:
             raise DataError(_unknown_column(ours, column, columns, str(reference)))
-    return records
+
+
+def load_records(
+    data: DataSection, reference: str | list[str], *, limit: int | None = None, split: str | None = None
+) -> list[Record]:
+    """The records of `iter_records` as a list."""
+    return list(iter_records(data, reference, limit=limit, split=split))
 
 
 def check_columns(data: DataSection) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import csv
 import difflib
+import functools
 import importlib.util
 import io
 import itertools
@@ -89,6 +90,25 @@ def _rows_of(reference: str, split: str, text_files: bool, stream_hub: bool) -> 
             yield from _rows_of_file(file, suffixes)
 
 
+def source_stamp(reference: str | list[str], split: str) -> list[Any]:
+    """What changes, as JSON, when the data behind a reference does: its files with their sizes and times.
+
+    Raises:
+        DataError: nothing there.
+    """
+    stamp: list[Any] = []
+    for one in [reference] if isinstance(reference, str) else reference:
+        path = reference_path(one)
+        if path is None:
+            files = [Path(file["filename"]) for file in _hub_dataset(one, split).cache_files]
+        else:
+            files = (
+                sorted(filter(Path.is_file, path.rglob("*"))) if _is_saved_dataset(path) else data_files(path, split)
+            )
+        stamp.append([one, split, *([str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files)])
+    return stamp
+
+
 def reference_path(reference: str, suffixes: tuple[str, ...] = RECORD_SUFFIXES) -> Path | None:
     """The file or folder of a reference; None for a hub id.
 
@@ -133,8 +153,14 @@ def data_files(path: Path, split: str, suffixes: tuple[str, ...] = RECORD_SUFFIX
     if not chosen:
         raise DataError(f"The folder {path} has files of the splits {', '.join(named)}, but none of {split}.")
     if len(chosen) < len(files):
-        logger.warning("%s: read %d of its %d files, those of the split %s.", path, len(chosen), len(files), split)
+        _warn_once(f"{path}: read {len(chosen)} of its {len(files)} files, those of the split {split}.")
     return chosen
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_once(text: str) -> None:
+    """A data set is opened several times on the way to its prompts."""
+    logger.warning(text)
 
 
 def _split_of(inner: Path) -> str | None:
@@ -399,25 +425,28 @@ def _parquet_file(path: Path) -> Iterator[Row]:
 
 
 def _rows_of_hub(reference: str, split: str, stream: bool) -> Iterator[Row]:
+    for number, fields in enumerate(_hub_dataset(reference, split, stream), 1):
+        yield Row(dict(fields), f"{reference} {split} record {number}")
+
+
+def _hub_dataset(reference: str, split: str, stream: bool = False) -> Any:
     import datasets
 
     name, _, configuration = reference.partition(":")
     options: dict[str, Any] = {"split": split} | ({"streaming": True} if stream else {})
     try:
         try:
-            rows = datasets.load_dataset(name, configuration or None, **options)
+            return datasets.load_dataset(name, configuration or None, **options)
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error):
                 raise
             # An old data set that Python code reads. The hub keeps a conversion of its own beside it.
-            rows = datasets.load_dataset(name, configuration or None, **options, revision="refs/convert/parquet")
+            return datasets.load_dataset(name, configuration or None, **options, revision="refs/convert/parquet")
     except Exception as error:  # network, missing data set, split, configuration or token: many kinds, one remedy
         raise DataError(
             f"{reference} is no file here, and the hub gave no data set (split {split}): {_first_line(error)}. "
             "Check the name, data.split, the network and HF_TOKEN; a configuration is written owner/name:configuration."
         ) from None
-    for number, fields in enumerate(rows, 1):
-        yield Row(dict(fields), f"{reference} {split} record {number}")
 
 
 def _first_line(error: Exception) -> str:

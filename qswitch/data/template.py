@@ -5,6 +5,8 @@ One template serves teacher and student. Knows nothing of files, order or models
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qswitch.data.records import Record
-from qswitch.data.sources import Notify
 from qswitch.errors import DataError
+from qswitch.models.vocab import PROBES
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +44,6 @@ _PLAIN_JINJA = (
     "{% if not loop.first and message.role != 'assistant' %}{{ '\\n\\n' }}{% endif %}{{ message.content }}"
     "{% if loop.last and message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-_BATCH_TEXTS = 1024
 
 
 @dataclass(frozen=True)
@@ -59,23 +60,6 @@ class Prompt:
     """Response limit of this example, tokens; None: the run's."""
     earlier_turns: tuple[tuple[int, int], ...] = ()
     """[start, end) within prompt_ids of the assistant's earlier turns, which ground-truth training learns too."""
-
-
-@dataclass(frozen=True)
-class EncodeCounts:
-    """What `encode_all` did with the records, in records."""
-
-    kept: int
-    too_long: int
-    """Dropped: the prompt exceeds the limit."""
-    truncated_responses: int
-    """Kept, the response cut to the limit, without end token."""
-    empty_response: int
-    """Kept, the response is blank and counts as none."""
-    without_response: int
-    """Kept, with no response to learn from: none in the data, or a blank one."""
-    capped_limits: int
-    """Kept, the record's own max_new_tokens lowered to the run's."""
 
 
 class PromptEncoder:
@@ -110,6 +94,13 @@ class PromptEncoder:
         self._start_ids = _start_ids(tokenizer)
         if self._jinja is not None:
             _check_template(self, template)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the token ids of some record would: by the tokenizer, the template or the end tokens."""
+        return hashlib.sha256(
+            json.dumps([_tokenizer_content(self.tokenizer), self._kind, self._jinja, self.end_token_ids]).encode()
+        ).hexdigest()
 
     def render(self, record: Record) -> str:
         """The prompt of `record` as text, ending where the response begins."""
@@ -242,65 +233,6 @@ def template_source(encoder: PromptEncoder) -> str:
     return start + (_ALPACA_JINJA if encoder._kind == "alpaca" else _PLAIN_JINJA)
 
 
-def encode_all(
-    records: Sequence[Record],
-    encoder: PromptEncoder,
-    *,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-    notify: Notify | None = None,
-) -> tuple[list[Prompt], EncodeCounts]:
-    """Encodes records, drops over-long prompts and cuts over-long responses; says so in one message each.
-
-    `notify` hears how many of the records are done.
-
-    Raises:
-        DataError: no record is left, or one cannot be encoded.
-    """
-    prompts: list[Prompt] = []
-    too_long = truncated = empty = without = capped = longest = 0
-    for start in range(0, len(records), _BATCH_TEXTS):
-        batch = records[start : start + _BATCH_TEXTS]
-        for record, encoded in zip(batch, encoder.encode_batch(batch), strict=True):
-            longest = max(longest, len(encoded.prompt_ids))
-            prompt = fit_prompt(encoded, max_prompt_tokens, max_response_tokens)
-            if prompt is None:
-                too_long += 1
-                continue
-            empty += record.response is not None and prompt.response_ids is None
-            without += prompt.response_ids is None
-            truncated += len(prompt.response_ids or ()) < len(encoded.response_ids or ())
-            capped += prompt.max_new_tokens != encoded.max_new_tokens
-            prompts.append(prompt)
-        if notify is not None:
-            notify("tokenising", start + len(batch), len(records))
-    if not prompts:
-        raise DataError(
-            f"No prompt is left: all {len(records)} are longer than data.max_prompt_tokens={max_prompt_tokens} (the "
-            f"longest has {longest} tokens). Raise data.max_prompt_tokens."
-            if records
-            else "There are no records to encode. Name a data file that holds some."
-        )
-    if too_long:
-        logger.warning(
-            "Dropped %d of %d prompts longer than data.max_prompt_tokens=%d (the longest has %d tokens).",
-            too_long, len(records), max_prompt_tokens, longest,
-        )  # fmt: skip
-    if truncated:
-        logger.warning(
-            "Cut %d of %d responses to %d tokens; they end without an end token.",
-            truncated, len(prompts), max_response_tokens,
-        )  # fmt: skip
-    if empty:
-        logger.warning("%d of %d responses are empty and count as none.", empty, len(prompts))
-    if capped:
-        logger.warning(
-            "Lowered max_new_tokens of %d records to rollout.max_new_tokens=%d, for which the memory is planned.",
-            capped, max_response_tokens,
-        )  # fmt: skip
-    return prompts, EncodeCounts(len(prompts), too_long, truncated, empty, without, capped)
-
-
 def fit_prompt(prompt: Prompt, max_prompt_tokens: int, max_response_tokens: int) -> Prompt | None:
     """The prompt within the run's limits: response cut, its own limit lowered; None where the prompt is too long."""
     if len(prompt.prompt_ids) > max_prompt_tokens:
@@ -394,6 +326,15 @@ def _check_template(encoder: PromptEncoder, template: str) -> None:
         raise DataError(
             f"data.template={template}: the template leaves out the user's turn. It must print every message's content."
         )
+
+
+def _tokenizer_content(tokenizer: Any) -> list[Any]:
+    """All that decides a tokenizer's ids, as JSON; of one that is no Rust program its vocabulary and probes."""
+    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return [named, backend.to_str()]
+    return [named, type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), *map(tokenizer.encode, PROBES)]
 
 
 def _start_ids(tokenizer: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""Laws of the order: seeded, complete, resumable; and of the split: disjoint, stable."""
+"""Laws of the order: seeded, complete, resumable."""
 
 import json
 import random
@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from qswitch.data.loader import BlockLoader, PromptLoader, load_corpus_tokens, split_validation
+from qswitch.data.loader import BlockLoader, PromptLoader, load_corpus_tokens
 from qswitch.data.template import Prompt
 from qswitch.errors import DataError
 
@@ -75,29 +75,6 @@ def test_loader_limits():
         PromptLoader([], 0)
     with pytest.raises(ValueError, match="at least 1"):
         PromptLoader(prompts(2), 0).next(0)
-
-
-def test_split_is_disjoint_by_text_and_loses_no_training_text():
-    items = prompts(40, repeat=2)
-    train, held_out = split_validation(items, 6, seed=0)
-    assert len(held_out) == len({p.text for p in held_out}) == 6
-    assert not {p.text for p in train} & {p.text for p in held_out}
-    assert {p.text for p in train} | {p.text for p in held_out} == {p.text for p in items}
-    assert len(train) == 40 - 12
-
-
-def test_split_depends_on_seed_and_text_only():
-    items = prompts(50)
-    held_out = {p.text for p in split_validation(items, 5, seed=1)[1]}
-    assert held_out == {p.text for p in split_validation(items[::-1], 5, seed=1)[1]}
-    assert held_out != {p.text for p in split_validation(items, 5, seed=2)[1]}
-    assert len(held_out & {p.text for p in split_validation(prompts(51), 5, seed=1)[1]}) >= 4
-
-
-def test_split_that_leaves_nothing_names_a_number_that_works():
-    with pytest.raises(DataError, match=r"num_validation=8 leaves nothing.*8 distinct.*num_validation=1"):
-        split_validation(prompts(8), 8, seed=0)
-    assert len(split_validation(prompts(8), 1, seed=0)[0]) == 7
 
 
 def test_blocks_cover_the_corpus_once_an_epoch_and_resume():

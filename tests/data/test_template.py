@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from qswitch.data.records import Message, Record
-from qswitch.data.template import PromptEncoder, encode_all, pad_left, template_source
+from qswitch.data.template import PromptEncoder, pad_left, template_source
 from qswitch.errors import DataError
 
 CHAT = (
@@ -155,43 +155,6 @@ def test_template_that_refuses_a_record_names_its_line():
 def test_response_without_any_end_token_is_refused():
     with pytest.raises(DataError, match=r"f\.jsonl line 1: the tokenizer has no end-of-sequence token"):
         PromptEncoder(byte_tokenizer(eos=None), "plain").encode(record("Hi", "Yo"))
-
-
-def test_encode_all_drops_cuts_and_counts(caplog):
-    encoder = PromptEncoder(byte_tokenizer(), "plain")
-    records = [
-        record("12345", "abc", id=0),
-        record("123456", "abc", id=1),
-        record("1", "abcdef", id=2, max_new_tokens=9),
-        record("2", " ", id=3),
-        record("3", None, id=4),
-    ]
-    with caplog.at_level(logging.WARNING):
-        prompts, counts = encode_all(records, encoder, max_prompt_tokens=5, max_response_tokens=4)
-    assert (counts.kept, counts.too_long, counts.truncated_responses, counts.empty_response) == (4, 1, 1, 1)
-    assert [p.example_id for p in prompts] == [0, 2, 3, 4]
-    eos = encoder.end_token_ids[0]
-    assert prompts[0].response_ids[-1] == eos and len(prompts[0].response_ids) == 4
-    assert eos not in prompts[1].response_ids and len(prompts[1].response_ids) == 4
-    assert prompts[1].max_new_tokens == 4, "its own limit never exceeds the planned one"
-    assert (counts.without_response, counts.capped_limits) == (2, 1)
-    assert prompts[2].response_ids is None and prompts[3].response_ids is None
-    assert [r.getMessage() for r in caplog.records] == [
-        "Dropped 1 of 5 prompts longer than data.max_prompt_tokens=5 (the longest has 6 tokens).",
-        "Cut 1 of 4 responses to 4 tokens; they end without an end token.",
-        "1 of 4 responses are empty and count as none.",
-        "Lowered max_new_tokens of 1 records to rollout.max_new_tokens=4, for which the memory is planned.",
-    ]
-
-
-def test_nothing_left_is_an_error():
-    encoder = PromptEncoder(byte_tokenizer(), "plain")
-    with pytest.raises(
-        DataError, match=r"all 1 are longer than data\.max_prompt_tokens=2 \(the longest has 6 tokens\)"
-    ):
-        encode_all([record("123456")], encoder, max_prompt_tokens=2, max_response_tokens=4)
-    with pytest.raises(DataError, match="no records"):
-        encode_all([], encoder, max_prompt_tokens=2, max_response_tokens=4)
 
 
 def test_batch_equals_single():

@@ -1,0 +1,199 @@
+"""From data settings to disjoint prompt sets: the same from every format, counted, in shares, resumable."""
+
+import gzip
+import json
+import random
+
+import pytest
+
+from qswitch.data.gather import gather_prompts, held_out_rank
+from qswitch.data.loader import Mixture, PromptLoader
+from qswitch.data.template import Prompt, PromptEncoder
+from qswitch.errors import DataError
+from qswitch.layers import build_config
+from tests.tiny import tiny_tokenizer
+
+
+def write(path, rows):
+    path.write_text("".join((json.dumps(row) if row is not None else "") + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rows(n):
+    return [{"prompt": f"say {i}", "response": f"it is {i}"} for i in range(n)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QSWITCH_CACHE", str(tmp_path / "cache"))
+
+
+def gathered(train, max_new_tokens=16, seed=0, **changes):
+    data = {"train": str(train) if not isinstance(train, list) else train, "num_validation": 3, **changes}
+    config = build_config({"teacher": {"model": "t"}, "student": {"model": "s"}, "data": data, "seed": seed,
+                           "rollout": {"max_new_tokens": max_new_tokens}})  # fmt: skip
+    return gather_prompts(config, PromptEncoder(tiny_tokenizer(), "plain"))
+
+
+def texts(prompts):
+    return [p.text for p in prompts]
+
+
+def contents(found):
+    return [(p.example_id, p.text, tuple(p.prompt_ids), tuple(p.response_ids or ())) for p in found.train]
+
+
+@pytest.mark.parametrize("ending", ["jsonl.gz", "csv"])
+def test_every_format_gives_the_same_prompts(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    if ending == "csv":
+        path.write_text("prompt,response\n" + "".join(f"say {i},it is {i}\n" for i in range(12)))
+    else:
+        path.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in rows(12)).encode()))
+    plain, other = gathered(write(tmp_path / "plain.jsonl", rows(12))), gathered(path)
+    assert contents(other) == contents(plain)
+    assert other.held_out == plain.held_out
+
+
+def test_the_split_against_the_rule_in_words(tmp_path):
+    """Of the distinct texts those with the lowest draws are held out; whatever repeats one leaves training."""
+    data = [{"prompt": f"text {i // 2}"} for i in range(40)]
+    found = gathered(write(tmp_path / "a.jsonl", data), num_validation=6)
+    draws = sorted({f"text {i}" for i in range(20)}, key=lambda text: held_out_rank(text, 0))
+    assert set(texts(found.held_out)) == set(draws[:6]) and len(found.held_out) == 6
+    assert [p.example_id for p in found.held_out] == sorted(p.example_id for p in found.held_out)
+    assert all(p.example_id % 2 == 0 for p in found.held_out), "the first record of a text"
+    assert set(texts(found.train)) == set(draws[6:]) and len(found.train) == 28
+
+
+def test_the_split_depends_on_seed_and_text_only(tmp_path):
+    data = [{"prompt": f"text {i}"} for i in range(50)]
+
+    def held_out(rows, seed=1):
+        return set(texts(gathered(write(tmp_path / "a.jsonl", rows), num_validation=5, seed=seed).held_out))
+
+    assert held_out(data) == held_out(data[::-1])
+    assert held_out(data) != held_out(data, seed=2)
+    assert len(held_out(data) & held_out([*data, {"prompt": "text 50"}])) >= 4
+
+
+def test_a_split_that_leaves_nothing_names_a_number_that_works(tmp_path):
+    same = write(tmp_path / "a.jsonl", [{"prompt": f"text {i % 8}"} for i in range(80)])
+    with pytest.raises(DataError, match=r"num_validation=8 leaves nothing.*8 distinct.*num_validation=1"):
+        gathered(same, num_validation=8)
+    assert len(gathered(same, num_validation=1).train) == 70
+
+
+def test_oddities_are_counted_and_said(tmp_path, caplog):
+    odd = [
+        *rows(8),
+        {"prompt": "say 1", "response": "it is 1"},
+        {"prompt": "blank", "response": " "},
+        {"prompt": "none"},
+        {"prompt": "x" * 41, "response": "y"},
+        {"prompt": "long", "response": "z" * 20},
+        {"prompt": "own limit", "response": "a", "max_new_tokens": 99},
+    ]
+    held = write(tmp_path / "v.jsonl", [{"prompt": "say 2"}, {"prompt": "elsewhere", "response": "yes"}])
+    found = gathered(write(tmp_path / "a.jsonl", odd), validation=str(held), max_prompt_tokens=40)
+    report = found.report.to_dict()
+    assert report == {
+        "records": 14, "training_prompts": 12, "held_out_prompts": 2, "duplicates": 1, "empty_responses": 1,
+        "without_response": 2, "too_long": 1, "truncated_responses": 1, "capped_limits": 1, "also_held_out": 1,
+        "longest_prompt_tokens": 9,
+    }  # fmt: skip
+    by_text = {p.text: p for p in found.train}
+    assert len(by_text["long"].response_ids) == 16 and 2 not in by_text["long"].response_ids, "cut, without its end"
+    assert by_text["own limit"].max_new_tokens == 16, "its own limit never exceeds the planned one"
+    assert by_text["blank"].response_ids is None and by_text["none"].response_ids is None
+    assert [r.getMessage() for r in caplog.records] == [
+        "Dropped 1 of 14 prompts longer than data.max_prompt_tokens=40 (the longest has 41 tokens).",
+        "Cut 1 responses to 16 tokens; they end without an end token.",
+        "1 of 14 responses are empty and count as none.",
+        "Lowered max_new_tokens of 1 records to rollout.max_new_tokens=16, for which the memory is planned.",
+        "1 of 14 records repeat the prompt and response of another one; they are kept.",
+        "Left out 1 training prompts that are held out for validation.",
+    ]
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    long = write(tmp_path / "a.jsonl", [{"prompt": "123456"}])
+    with pytest.raises(DataError, match=r"all 1 are longer than data\.max_prompt_tokens=2 \(the longest has 6 tokens"):
+        gathered(long, max_prompt_tokens=2)
+    with pytest.raises(DataError, match=r"Every training prompt is also in data\.validation"):
+        gathered(long, validation=str(long))
+
+
+def test_a_run_resumes_with_the_prompt_that_was_next(tmp_path):
+    path = write(tmp_path / "a.jsonl", rows(30))
+    loader = PromptLoader(gathered(path).train, 3)
+    loader.next(11)
+    state = json.loads(json.dumps(loader.state_dict()))
+    expected = [(p.example_id, v) for p, v in loader.next(60)]
+    again = PromptLoader(gathered(path).train, 3)
+    again.load_state_dict(state)
+    assert [(p.example_id, v) for p, v in again.next(60)] == expected
+    moved = PromptLoader(gathered(write(tmp_path / "moved.jsonl", rows(30))).train, 3)
+    moved.load_state_dict(state)
+    assert [(p.example_id, v) for p, v in moved.next(60)] == expected, "the same content under another name"
+
+
+def test_other_content_is_told_on_resume(tmp_path):
+    path = write(tmp_path / "a.jsonl", rows(30))
+    state = PromptLoader(gathered(path).train, 3).state_dict()
+    for changed in ([*rows(29), {"prompt": "say 29", "response": "it is 92"}], rows(30)[::-1]):
+        other = gathered(write(path, changed))
+        with pytest.raises(DataError, match="changed since the checkpoint"):
+            PromptLoader(other.train, 3).load_state_dict(state)
+
+
+def test_the_order_is_the_seeded_shuffle_of_the_kept_prompts(tmp_path):
+    found = gathered(write(tmp_path / "a.jsonl", rows(30)))
+    expected = []
+    for epoch in range(2):
+        order = list(range(27))
+        random.Random(f"5:{epoch}").shuffle(order)
+        expected += [(found.train[i].example_id, epoch) for i in order]
+    assert [(p.example_id, visit) for p, visit in PromptLoader(found.train, 5).next(54)] == expected
+
+
+# ------------------------------------------------------------------------------------------------------------- mixture
+
+
+def some_prompts(first, n):
+    return [Prompt(first + i, [1], None, str(first + i)) for i in range(n)]
+
+
+def test_a_mixture_gives_every_set_its_share_at_every_moment():
+    mixture = Mixture([some_prompts(0, 10), some_prompts(100, 50), some_prompts(1000, 3)], [5, 3, 2])
+    loader = PromptLoader(mixture, 1)
+    taken = [0, 0, 0]
+    for n in range(1, 201):
+        prompt, _ = loader.next(1)[0]
+        taken[0 if prompt.example_id < 100 else 1 if prompt.example_id < 1000 else 2] += 1
+        assert all(abs(t - n * w / 10) <= 1 for t, w in zip(taken, (5, 3, 2), strict=True))
+    assert taken == [100, 60, 40]
+
+
+def test_in_a_mixture_no_example_is_visited_twice_in_the_same_way_and_it_resumes():
+    def make():
+        return PromptLoader(Mixture([some_prompts(0, 4), some_prompts(100, 9)], [1, 2]), 5)
+
+    loader = make()
+    taken = [(p.example_id, v) for p, v in loader.next(50)]
+    assert len(set(taken)) == 50
+    state = json.loads(json.dumps(loader.state_dict()))
+    expected = loader.next(30)
+    again = make()
+    again.load_state_dict(state)
+    assert again.next(30) == expected
+
+
+def test_weights_of_the_configuration_make_the_mixture(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", rows(12)), write(tmp_path / "b.jsonl", [{"prompt": f"B {i}"} for i in range(40)])
+    found = gathered([str(a), str(b)], weights=[3, 1])
+    taken = PromptLoader(found.train, 0).next(80)
+    everything = [*(p for p, _ in taken), *found.held_out]
+    assert all((p.text[0] == "B") == (p.example_id >= 12) for p in everything), "numbered through over both"
+    kinds = [p.text[0] for p, _ in taken]
+    assert (kinds.count("s"), kinds.count("B")) == (60, 20)
