@@ -1,11 +1,11 @@
-"""How much host memory does a merge take, in bytes per parameter of the student?
+"""Does a merge take the host memory that is forecast for it, whatever the vocabulary?
 
     python -m benchmarks.merge_memory --output benchmarks/results/merge_memory.json
 
-Builds a Llama of random weights (tied head, hidden width 1,024), gives it a LoRA run, and merges it in a process of its
-own. Reported is the process's peak resident memory less what it held when the merge began, libraries included, for two
-depths; the slope between them is the cost of a parameter without what a merge of nothing costs. As yardstick, in the
-same process shape, the passes in fp64 over the whole model at once, which the merge did before it went layer by layer.
+Builds Llamas of random weights (tied head, hidden width 640), one for each vocabulary, gives each a LoRA run, and
+merges it in a process of its own. Reported is how much the peak of its resident memory grew beyond what it held when
+the merge began, libraries loaded, beside `merge_bytes`, by which `qswitch merge` refuses what does not fit. The prompts
+of the check are cut to 24 tokens, about what a subword tokenizer makes of them.
 """
 
 from __future__ import annotations
@@ -22,21 +22,24 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.provenance import publish
-from qswitch.export.merge import merge_run
+from qswitch.export.merge import merge_bytes, merge_run
 from qswitch.layers import build_config
 from qswitch.models.runtime import Runtime
+from qswitch.models.shrink import CALIBRATION_PROMPTS
 from qswitch.models.student import load_student, save_adapter
+from qswitch.plan.shapes import shape_for
 from qswitch.run_dir import RunDir
 from tests.tiny import tiny_tokenizer
 
-VOCAB_SIZE = 16_384
+VOCABULARIES = (16_384, 49_152, 262_144)
+PROMPT_TOKENS = 24
 
 
-def make_run(folder: Path, layers: int) -> int:
+def make_run(folder: Path, vocab_size: int, layers: int) -> int:
     """A run directory under `folder` of a random student with an adapter; its number of parameters."""
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=1024, intermediate_size=4096, num_hidden_layers=layers,
-        num_attention_heads=16, num_key_value_heads=16, tie_word_embeddings=True,
+        vocab_size=vocab_size, hidden_size=640, intermediate_size=2048, num_hidden_layers=layers,
+        num_attention_heads=10, num_key_value_heads=10, tie_word_embeddings=True,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder / "base")
@@ -62,55 +65,35 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def measure(folder: Path, whole: bool) -> None:
-    """In a process of its own: merge, and print the growth of the peak."""
-    if whole:
-        import qswitch.export.merge as export
-
-        export._parts = lambda hf: iter([hf])  # the yardstick: one part, the model
+def measure(folder: Path) -> None:
+    """In a process of its own: merge, and print the forecast and the growth of the peak."""
+    prompts = [text[:PROMPT_TOKENS] for text in CALIBRATION_PROMPTS]  # a token each character
+    shape = shape_for(RunDir.open(folder / "run").config.student)
+    forecast = merge_bytes(shape, [PROMPT_TOKENS] * len(prompts))
     forget_peak()
     before = peak_bytes()
-    merge_run(folder / "run", folder / f"merged-{whole}")
-    print(json.dumps({"bytes": peak_bytes() - before}))
+    merge_run(folder / "run", folder / "merged", prompts=prompts)
+    print(json.dumps({"forecast_bytes": forecast, "peak_growth_bytes": peak_bytes() - before}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs=2, default=[4, 12])
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--whole", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     if args.measure is not None:
-        measure(args.measure, args.whole)
+        measure(args.measure)
         return
     rows: list[dict[str, Any]] = []
-    for layers in args.layers:
+    for vocab_size in VOCABULARIES:
         with tempfile.TemporaryDirectory() as text:
-            parameters = make_run(Path(text), layers)
-            for whole in (False, True):
-                command = [sys.executable, "-m", "benchmarks.merge_memory", "--measure", text]
-                answer = subprocess.run(
-                    [*command, *(["--whole"] if whole else [])], check=True, capture_output=True, text=True
-                ).stdout
-                grown = json.loads(answer.splitlines()[-1])["bytes"]
-                rows.append(
-                    {
-                        "layers": layers,
-                        "parameters": parameters,
-                        "fp64": "whole model" if whole else "by layer",
-                        "peak_growth_bytes": grown,
-                        "bytes_per_parameter": round(grown / parameters, 2),
-                    }
-                )
-    slopes = {}
-    for kind in ("by layer", "whole model"):
-        small, large = (r for r in rows if r["fp64"] == kind)
-        slopes[kind] = round(
-            (large["peak_growth_bytes"] - small["peak_growth_bytes"]) / (large["parameters"] - small["parameters"]), 2
-        )
-    result = {"benchmark": "merge_memory", "rows": rows, "bytes_per_further_parameter": slopes}
-    publish(result, args.output)
+            parameters = make_run(Path(text), vocab_size, args.layers)
+            command = [sys.executable, "-m", "benchmarks.merge_memory", "--measure", text]
+            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            row = {"vocabulary": vocab_size, "parameters": parameters, **json.loads(answer.splitlines()[-1])}
+            rows.append({**row, "measured_over_forecast": round(row["peak_growth_bytes"] / row["forecast_bytes"], 3)})
+    publish({"benchmark": "merge_memory", "layers": args.layers, "rows": rows}, args.output)
 
 
 if __name__ == "__main__":

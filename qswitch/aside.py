@@ -49,6 +49,17 @@ def file_aside(target: Path) -> Iterator[Path]:
         yield partial
 
 
+@contextlib.contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder inside `folder` for what is needed meanwhile only; it vanishes when the block ends.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    with _aside(folder / "scratch", Path.mkdir, keep=False) as partial:
+        yield partial
+
+
 def sweep(folder: Path) -> list[str]:
     """Remove what dead processes left half-written in `folder`; the names of what was removed.
 
@@ -66,7 +77,7 @@ def sweep(folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _aside(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
+def _aside(target: Path, create: Callable[[Path], None], *, keep: bool = True) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target.parent)
     while True:
@@ -79,9 +90,10 @@ def _aside(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
             file_mode = stat.S_IMODE(partial.stat().st_mode) & 0o666  # the umask, which is read by setting it otherwise
             try:
                 yield partial
-                _settle(partial, file_mode)
-                os.replace(partial, target)
-                _flush(target.parent)
+                if keep:
+                    _settle(partial, file_mode)
+                    os.replace(partial, target)
+                    _flush(target.parent)
             finally:
                 _remove(partial)
             return

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from qswitch import __version__
 from qswitch.cli_options import AsJson, Config, DryRun, Overrides, Preset, Vram, load_settings, show
 from qswitch.cli_results import results_app
+from qswitch.cli_student import student_app
 from qswitch.errors import ConfigError, QSwitchError
 
 
@@ -274,5 +275,6 @@ def presets_copy(
     print(f"wrote {target}; run it with: qswitch distill --config {target}")
 
 
+app.add_typer(student_app)
 app.add_typer(results_app)
 app.add_typer(presets_app, name="presets")

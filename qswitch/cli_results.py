@@ -1,10 +1,10 @@
-"""Commands about what runs have made: merge, generate, evaluate, compare, measure, report; and cutting a student."""
+"""Commands about what runs have made: evaluate, compare, measure, report; and cutting a student."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -12,40 +12,6 @@ from qswitch.cli_options import AsJson, Config, Overrides, Preset, load_settings
 from qswitch.errors import ConfigError
 
 results_app = typer.Typer()
-
-
-@results_app.command(epilog="Example: qswitch merge runs/my-run --output-dir merged")
-def merge(
-    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
-    output_dir: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
-    dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the saved weights.")] = "bf16",
-    as_json: AsJson = False,
-) -> None:
-    """Merge the adapter into the unquantised student: a model that runs anywhere, compared with the adapter."""
-    from qswitch.console import merged
-    from qswitch.export.merge import merge_run
-
-    show(merge_run(run_path, output_dir, dtype=dtype), as_json, merged)
-
-
-@results_app.command(epilog='Example: qswitch generate runs/my-run --prompt "Why is the sky blue?" --show-writers')
-def generate(
-    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
-    prompt: Annotated[str, typer.Option(help="What to ask.")],
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Response limit, tokens.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, another response.")] = 0,
-    show_writers: Annotated[
-        bool, typer.Option("--show-writers", help="Let the run's policy write, and colour tokens by writer.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Let the student answer, alone or with the teacher intervening."""
-    from qswitch.console import coloured
-    from qswitch.rollout.generate import generate_from_run
-
-    result = generate_from_run(run_path, prompt, max_new_tokens=max_new_tokens, seed=seed, show_writers=show_writers)
-    tokens = [(token.text, token.writer) for token in result.tokens]
-    show(result, as_json, lambda found: coloured(tokens) if show_writers else found.text)
 
 
 @results_app.command(

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
 from qswitch.run_dir import RunDir
+from qswitch.units import GIB
 
 if TYPE_CHECKING:
     from qswitch.distill.session import Summary
+    from qswitch.export.gguf import GgufParity
+    from qswitch.export.hub import Push
     from qswitch.export.merge import MergeReport
     from qswitch.models.shrink import ShrinkReport
+    from qswitch.rollout.generate import Generation
 
 WRITER_STYLES = {"teacher": "black on bright_yellow", "student": "bright_cyan", "mixture": "bright_magenta"}
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """Text whose control characters, tabs and line ends aside, a terminal shows as escapes instead of obeying them."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def print_summary(run_dir: RunDir, summary: Summary) -> None:
@@ -48,7 +60,7 @@ def coloured(tokens: list[tuple[str, str]]) -> str:
     console = Console(highlight=False)
     colours = console.is_terminal and not console.no_color
     text = Text()
-    for piece, writer in tokens:
+    for piece, writer in ((printable(text), writer) for text, writer in tokens):
         marked = piece if colours or writer != "teacher" or not piece.strip() else f"[{piece}]"
         text.append(marked, style=WRITER_STYLES[writer])
     legend = Text("\n").append("student", style=WRITER_STYLES["student"]).append("  ")
@@ -66,6 +78,42 @@ def merged(report: MergeReport) -> str:
         f"{report.max_logit_difference:.2e} in fp32 (a pass rounds by {report.pass_rounding:.2e}), "
         f"{report.merge_error:.2e} in exact arithmetic; KL {report.kl_nats:.2e} nats (as saved)"
     )
+
+
+def written_as_gguf(files: Sequence[GgufParity]) -> str:
+    """Where the GGUF files lie, how far each is from the merged folder, and how Ollama takes them."""
+    lines = []
+    for file in files:
+        size = f"{file.path} ({file.num_bytes / GIB:.2f} GiB)"
+        if file.kl_nats is None or file.top1_agreement is None:
+            lines.append(f"{size}: not compared with the merged folder. {file.note}")
+            continue
+        ids = {True: ", same token ids", False: ", OTHER TOKEN IDS", None: ""}[file.same_prompt_ids]
+        lines.append(
+            f"{size}: KL to the merged folder {file.kl_nats:.2e} nats, {file.top1_agreement:.1%} of the most likely "
+            f"tokens the same{ids}, on {file.num_prompts} prompts (read by {file.read_by})"
+        )
+    return "\n".join([*lines, f"Ollama: ollama create NAME -f {files[0].path.parent / 'Modelfile'}"])
+
+
+def pushed(push: Push) -> str:
+    """The files that are on the hub, or would go there."""
+    lines = [f"{size / GIB:8.3f} GiB  {name}" for name, size in push.files.items()]
+    total = f"{len(push.files)} files, {sum(push.files.values()) / GIB:.2f} GiB,"
+    access = "private" if push.private else "public"
+    end = f"are in {push.url}" if push.url else f"would go to {push.repository}, {access} if it is new"
+    return "\n".join([*lines, f"{total} {end}."])
+
+
+def answers(generations: Sequence[Generation], *, coloured_by_writer: bool) -> str:
+    """What a student answered; several with their prompts."""
+    lines = []
+    for one in generations:
+        if len(generations) > 1:
+            lines.append(f"> {printable(one.prompt)}")
+        tokens = [(token.text, token.writer) for token in one.tokens]
+        lines.append(coloured(tokens) if coloured_by_writer else printable(one.text))
+    return "\n".join(lines)
 
 
 def shrunk(report: ShrinkReport) -> str:

@@ -105,7 +105,8 @@ def _evaluate(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     first = settings.subjects[0]
-    prompts = {s.name: _encode(settings, first, s, template, say) for s in sets}
+    longest = _longest_prompt(settings)
+    prompts = {s.name: _encode(settings, first, s, template, longest, say) for s in sets}
     for name, one in prompts.items():
         folder.write_set(name, {"ids": list(one.prompts), "reference_tokens": one.reference_tokens})
 
@@ -135,6 +136,23 @@ class EncodedSet:
     left_out: int
     reference_tokens: dict[int, int]
     """Length of the first reference in tokens of the first model's tokenizer; it decides the bucket."""
+
+
+def _longest_prompt(settings: EvaluationSettings) -> int:
+    """The protocol's limit, or what the response leaves of the shortest context: all models read the same prompts.
+
+    Raises:
+        ConfigError: the response leaves nothing.
+    """
+    protocol = settings.protocol
+    models = [*settings.subjects, *([settings.teacher] if settings.teacher is not None else [])]
+    context, name = min((model.context_tokens(), model.name) for model in models)
+    if protocol.max_new_tokens >= context:
+        raise ConfigError(
+            f"--max-new-tokens {protocol.max_new_tokens}: the context of {name} is {context} tokens, the prompt "
+            "included. Give less."
+        )
+    return min(protocol.max_prompt_tokens, context - protocol.max_new_tokens)
 
 
 def _load_sets(settings: EvaluationSettings) -> list[TestSet]:
@@ -180,14 +198,24 @@ def _overlaps(
 
 
 def _encode(
-    settings: EvaluationSettings, subject: Subject, test_set: TestSet, template: str, say: Callable[[str], None]
+    settings: EvaluationSettings,
+    subject: Subject,
+    test_set: TestSet,
+    template: str,
+    longest: int,
+    say: Callable[[str], None],
 ) -> EncodedSet:
     tokenizer = subject.tokenizer(template)
     encoder = PromptEncoder(tokenizer, template)
-    prompts, left_out = encode_test_set(test_set, encoder, max_prompt_tokens=settings.protocol.max_prompt_tokens)
+    prompts, left_out = encode_test_set(test_set, encoder, max_prompt_tokens=longest)
     if left_out:
-        say(f"{test_set.name}: left out {left_out} records whose prompt has more than "
-            f"{settings.protocol.max_prompt_tokens} tokens")  # fmt: skip
+        limit = f"{longest} tokens"
+        if longest < settings.protocol.max_prompt_tokens:
+            limit += (
+                f" (--max-prompt-tokens {settings.protocol.max_prompt_tokens}, but the context of the models has no "
+            )
+            limit += "place for more beside the response)"
+        say(f"{test_set.name}: left out {left_out} records whose prompt has more than {limit}")
     first = [(t.record.id, t.references[0]) for t in test_set.records if t.references and t.record.id in prompts]
     ids = tokenizer([text for _, text in first], add_special_tokens=False)["input_ids"] if first else []
     lengths = {record_id: len(row) for (record_id, _), row in zip(first, ids, strict=True)}

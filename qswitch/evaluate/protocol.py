@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -62,8 +63,8 @@ def make_protocol(name: str, **changes: Any) -> tuple[Protocol, list[str]]:
     protocol = replace(named, **given)
     if not protocol.seeds or len(set(protocol.seeds)) < len(protocol.seeds):
         raise ConfigError(f"The seeds {list(protocol.seeds)} must be at least one, all different.")
-    if protocol.temperature < 0:
-        raise ConfigError(f"The temperature {protocol.temperature} is negative. Use 0 for greedy responses.")
+    if not (math.isfinite(protocol.temperature) and protocol.temperature >= 0):
+        raise ConfigError(f"The temperature is {protocol.temperature}. Give a number from 0 (greedy) on.")
     if protocol.temperature == 0 and len(protocol.seeds) > 1:
         raise ConfigError("Greedy responses are the same for every seed. Give one seed, or a temperature above 0.")
     departures = [

@@ -15,7 +15,14 @@ from typing import Any, Literal, cast
 from qswitch.config import TrainSection
 from qswitch.errors import ModelError, RunDirError
 from qswitch.models.language_model import LanguageModel, verify_head
-from qswitch.models.load import load_teacher, read_model, read_tokenizer, resolve_precision
+from qswitch.models.load import (
+    context_tokens,
+    load_teacher,
+    read_context_tokens,
+    read_model,
+    read_tokenizer,
+    resolve_precision,
+)
 from qswitch.models.pair import load_pair_tokenizer, template_tokenizer
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime, make_runtime
@@ -86,6 +93,14 @@ class Subject:
         if self.run_dir is not None:
             return template_tokenizer(load_pair_tokenizer(self.run_dir.config), template)
         return read_tokenizer(self._tokenizer_source(), self.trust_remote_code)
+
+    def context_tokens(self) -> int:
+        """The longest sequence that the model was made for, by its configuration; sys.maxsize where it does not say."""
+        if self.run_dir is not None:
+            config = self.run_dir.config
+            return context_tokens(config.teacher if self.part == "teacher" else config.student)
+        source = self._base() if self.kind == "adapter" else resolve_reference(self.reference)
+        return read_context_tokens(source, self.trust_remote_code)
 
     def runtime(self, device: str | None) -> Runtime:
         """Device and arithmetic: the run's, unless another device is named; weights asked for in fp32 compute in it."""

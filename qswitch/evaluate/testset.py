@@ -94,8 +94,9 @@ def encode_test_set(
     if not kept:
         shortest = min(len(p.prompt_ids) for p in encoded)
         raise DataError(
-            f"{test_set.reference}: every prompt is longer than --max-prompt-tokens {max_prompt_tokens} (the shortest "
-            f"has {shortest} tokens). Raise it."
+            f"{test_set.reference}: every prompt is longer than {max_prompt_tokens} tokens, the least of "
+            f"--max-prompt-tokens and what --max-new-tokens leaves of the context (the shortest has {shortest}). Raise "
+            "the one or lower the other."
         )
     return kept, len(encoded) - len(kept)
 

@@ -6,10 +6,11 @@ with transformers alone and compared with base + adapter on prompts.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,18 +20,20 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from qswitch.config import RunConfig
-from qswitch.errors import ModelError, QSwitchError
+from qswitch.errors import ModelError, PlanError, QSwitchError
+from qswitch.export.card import model_card, reference_names
+from qswitch.export.hub import MERGED_FOLDER
 from qswitch.models.host_memory import bound_kernel_cache, return_freed_memory
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import read_model, read_tokenizer
-from qswitch.models.messages import quiet
+from qswitch.models.messages import first_line, quiet
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
 from qswitch.models.shrink import CALIBRATION_PROMPTS, refuse_non_empty, write_model_folder
 from qswitch.models.student import attach_lora, load_adapter
 from qswitch.plan.machine import detect_budget_bytes
-from qswitch.plan.shapes import shape_for
-from qswitch.run_dir import RunDir
+from qswitch.plan.shapes import ModelShape, shape_for
+from qswitch.run_dir import RunDir, write_atomically
 from qswitch.units import GIB
 
 logger = logging.getLogger(__name__)
@@ -39,17 +42,15 @@ MAX_MERGE_ERROR = 1e-4
 """Largest logit difference of the fp32 merge against base + adapter, passes in fp64; above it nothing is written."""
 MAX_KL_NATS = 1e-3
 """Of the saved model against base + adapter."""
+REPORT_FILE = "merge.json"
+SENTENCEPIECE_FILE = "tokenizer.model"
 MERGE_ALLOWANCE_BYTES = 700 * 2**20
-"""Host memory of a merge beside weights: libraries, logits, kernels; benchmarks/merge_memory.py measures the whole."""
-
-
-HUB_LICENCES = ("Apache-2.0", "MIT")
-"""Licences of the presets that the hub knows by name; it refuses a card with another one in its license field."""
+"""Host memory of a merge beside weights and logits: libraries, tokenizer, kernels and their buffers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeReport:
-    """Where the merged model is, and how far it is from base + adapter."""
+    """Where the merged model is, and how far it is from base + adapter; MERGED/merge.json."""
 
     output_dir: Path
     max_logit_difference: float
@@ -63,6 +64,8 @@ class MergeReport:
     """KL(base + adapter || saved model), mean over the tokens of the prompts, both computed in fp32."""
     num_prompts: int
     dtype: str
+    adapter_sha256: str
+    """Of the adapter's weights: whether the folder is still that of the run."""
 
     @property
     def agrees(self) -> bool:
@@ -72,33 +75,41 @@ class MergeReport:
 
 def merge_run(
     run_path: Path | str,
-    output_dir: Path | str,
+    output_dir: Path | str | None = None,
     *,
     dtype: Literal["bf16", "fp32"] = "bf16",
     prompts: Sequence[str] | None = None,
 ) -> MergeReport:
     """Merge RUN/adapter (or the latest checkpoint's) into its unquantised base and save a plain model folder.
 
-    Runs on the CPU and needs 4 bytes of memory per parameter and 8 more for each of the largest tensor; where less is
-    free it says so and goes on, since swap may have room.
+    The folder is RUN/merged where none is named. One that holds this very merge already is left as it is.
+
+    Runs on the CPU and needs the memory that `merge_bytes` forecasts, 6 bytes a parameter and more for a large
+    vocabulary.
 
     Raises:
+        PlanError: the memory is not there; nothing was read.
         RunDirError: run_path is no run directory.
         ModelError: no adapter yet, output_dir is not empty, or merging changes the logits (then nothing is written).
     """
-    output_dir = Path(output_dir)
-    refuse_non_empty(output_dir)
     run_dir = RunDir.open(Path(run_path))
     config = run_dir.config
     adapter = _adapter_folder(run_dir)
+    output_dir = run_dir.path / MERGED_FOLDER if output_dir is None else Path(output_dir)
+    adapter_sha256 = _sha256(adapter)
+    done = read_merge_report(output_dir)
+    if done is not None and (done.adapter_sha256, done.dtype) == (adapter_sha256, dtype):
+        logger.info("%s holds this merge already", output_dir)
+        return done
+    refuse_non_empty(output_dir)
     base = _base(config, run_dir)
     tokenizer = _student_tokenizer(config, adapter, base)
-    _warn_of_memory(config)
     # Before the first pass: else glibc and oneDNN keep two bytes for every byte of the model.
     return_freed_memory()
     bound_kernel_cache()
     texts = list(CALIBRATION_PROMPTS if prompts is None else prompts)
     ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
+    _refuse_what_does_not_fit(config, [row.shape[1] for row in ids])
 
     reference = _trained(config, base, adapter)
     before, before_exact = _logits(reference.hf, ids), _exact_logits(reference.hf, ids)
@@ -114,8 +125,8 @@ def merge_run(
     _restore_hidden_config(merged, base)
     _set_end_tokens(merged, adapter)
     merged.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
-    card = model_card(config, base, _summary(run_dir), merge_error, dtype)
-    write_model_folder(merged, tokenizer, output_dir, {"README.md": card})
+    card = model_card(config, base.name, _summary(run_dir), merge_error, dtype)
+    write_model_folder(merged, tokenizer, output_dir, {"README.md": card}, copies=_sentencepiece_files(base))
     del merged, reference
 
     kl_nats = _kl_nats(before, _logits(_plain(output_dir), ids))
@@ -127,7 +138,9 @@ def merge_run(
         kl_nats=kl_nats,
         num_prompts=len(ids),
         dtype=dtype,
+        adapter_sha256=adapter_sha256,
     )
+    write_atomically(output_dir / REPORT_FILE, json.dumps({**asdict(report), "output_dir": None}, indent=1) + "\n")
     if not report.agrees:
         logger.warning(
             "The model saved in %s differs from base + adapter by KL %.3g nats (limit %g). Compare them with `qswitch "
@@ -139,22 +152,74 @@ def merge_run(
     return report
 
 
-def _warn_of_memory(config: RunConfig) -> None:
+def read_merge_report(folder: Path) -> MergeReport | None:
+    """MERGED/merge.json; None where the folder is no finished merge."""
+    path = folder / REPORT_FILE
+    if not path.is_file():
+        return None
+    try:
+        return MergeReport(**{**json.loads(path.read_text(encoding="utf-8")), "output_dir": folder})
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path} cannot be read ({first_line(error)}). Remove {folder} and merge again.") from None
+
+
+def _sha256(adapter: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(adapter.glob("*.safetensors")):
+        with path.open("rb") as handle:
+            while block := handle.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _sentencepiece_files(base: ResolvedModel) -> list[Path]:
+    """tokenizer.model of the base, where it has one: converters to GGUF read it, and transformers does not save it."""
+    folder = Path(base.path)
+    if folder.is_dir():
+        return [path for path in [folder / SENTENCEPIECE_FILE] if path.is_file()]
+    import huggingface_hub
+
+    try:
+        return [Path(huggingface_hub.hf_hub_download(base.path, SENTENCEPIECE_FILE, revision=base.revision))]
+    except huggingface_hub.errors.EntryNotFoundError:  # also where the hub is offline and the cache lacks it
+        return []
+
+
+def _refuse_what_does_not_fit(config: RunConfig, prompt_tokens: Sequence[int]) -> None:
     """A host that runs out of memory ends the process without a word, so what it lacks is said before."""
     try:
         shape = shape_for(config.student)
-        needed = 4 * shape.num_parameters + 8 * shape.largest_tensor_parameters + MERGE_ALLOWANCE_BYTES
     except QSwitchError:  # an architecture that cannot be planned merges all the same
         return
+    needed = merge_bytes(shape, prompt_tokens)
     available, source = detect_budget_bytes("cpu")
     if needed > available:
-        logger.warning(
-            "Merging reads the student unquantised: about %.1f GiB, and %.1f are free (%s). Close other programs, or "
-            "merge on a machine with more memory: the run directory is all it needs.",
-            needed / GIB,
-            available / GIB,
-            source,
+        raise PlanError(
+            f"Merging reads the student unquantised and compares it with the adapter: {needed / GIB:.1f} GiB for "
+            f"{shape.num_parameters / 1e6:.0f} M parameters and {shape.vocab_size} token ids, and "
+            f"{available / GIB:.1f} are free ({source}). Close other programs, or merge on a machine with more memory: "
+            "the run directory is all it needs."
         )
+
+
+def merge_bytes(shape: ModelShape, prompt_tokens: Sequence[int]) -> int:
+    """Host memory of a merge that is checked on prompts of these lengths; benchmarks/merge_memory.py measures it.
+
+    Either of two moments is the highest. While the merged weights are compared in fp64: all weights in fp32, the widest
+    part in 8 bytes instead of 4, and the logits of the prompts, of which one fp32 and two padded fp64 copies stand
+    there. When the saved model is read back: its weights in fp32 with the mapped bf16 file behind them, and the logits
+    of both models in fp32.
+    """
+    tokens, longest = sum(prompt_tokens), max(prompt_tokens)
+    padded = longest * len(prompt_tokens)
+    layer = sum(linear.parameters for linear in shape.layer_linears)
+    comparing = (
+        4 * shape.num_parameters
+        + 4 * max(layer, shape.embedding_parameters)
+        + (4 * tokens + 2 * 8 * padded + 2 * 8 * longest) * shape.vocab_size
+    )
+    reading = 6 * shape.num_parameters + (2 * 4 * tokens + 5 * 8 * longest) * shape.vocab_size
+    return max(comparing, reading) + MERGE_ALLOWANCE_BYTES
 
 
 def _set_end_tokens(merged: Any, adapter: Path) -> None:
@@ -176,7 +241,7 @@ def _adapter_folder(run_dir: RunDir) -> Path:
 def _base(config: RunConfig, run_dir: RunDir) -> ResolvedModel:
     """The student's base: the one cut into the run directory, else what student.model names."""
     if run_dir.student_base_path.is_dir():
-        source = Path(_names(config.student.model)[0]).name.removesuffix(".gguf")
+        source = Path(reference_names(config.student.model)[0]).name.removesuffix(".gguf")
         return ResolvedModel(str(run_dir.student_base_path), None, f"{source}-{config.student.shrink_to_layers}-layers")
     return resolve_reference(config.student.model, config.student.revision)
 
@@ -232,7 +297,7 @@ def _exact_logits(hf: Any, ids: Sequence[Tensor]) -> list[Tensor]:
     try:
         with torch.no_grad():
             logits = hf(input_ids=padded, use_cache=False).logits
-            return [one[:length].clone() for one, length in zip(logits, lengths, strict=True)]
+            return [one[:length] for one, length in zip(logits, lengths, strict=True)]
     finally:
         for handle in handles:
             handle.remove()
@@ -275,75 +340,3 @@ def _summary(run_dir: RunDir) -> dict[str, Any]:
     if not run_dir.summary_path.is_file():
         return {}
     return json.loads(run_dir.summary_path.read_text(encoding="utf-8"))
-
-
-def model_card(config: RunConfig, base: ResolvedModel, summary: dict[str, Any], merge_error: float, dtype: str) -> str:
-    """README.md of the merged model: what it is, from what, how it was trained, its figures, how to load it."""
-    teacher, student = _named(config.teacher.model), _named(config.student.model)
-    licences = config.about.licences
-    licence = next((licences[name] for name in _names(config.student.model) if name in licences), None)
-    header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if licence in HUB_LICENCES:
-        header.append(f"license: {licence.lower()}")
-    elif licence:
-        header += ["license: other", f"license_name: {licence}"]
-    header += ["tags:", "- distillation", "- qswitch", "---", ""]
-    rollout, loss = config.rollout, config.loss
-    cut = f", cut to {config.student.shrink_to_layers} layers" if config.student.shrink_to_layers else ""
-    unknown = "that of the student model; check it, and that of the teacher, before sharing"
-    lines = [
-        f"# {base.name}, distilled with qswitch",
-        "",
-        f"- Student: {student}{cut}",
-        f"- Teacher: {teacher} ({config.teacher.precision})",
-        f"- Licence: {licence or unknown}",
-        f"- Method: rollout policy `{rollout.policy}`"
-        + (f", schedule `{rollout.schedule}`" if rollout.policy == "switch" else "")
-        + f", loss `{loss.divergence}` over `{loss.scope}`, {config.train.max_steps} steps",
-        f"- Adapter: {_adapter_line(config)}; weights saved in {dtype}",
-        f"- Merge check: merging changed logits by at most {merge_error:.2g} against base + adapter",
-    ]
-    figures = {
-        "kl_before_nats": "KL(teacher || student) before, nats per token, held-out prompts",
-        "kl_after_nats": "the same after training",
-        "steps": "optimizer steps",
-        "seconds": "seconds of training",
-    }
-    known = [f"| {label} | {summary[key]:.4g} |" for key, label in figures.items() if _is_number(summary.get(key))]
-    if known:
-        lines += ["", "| figure | value |", "|---|---|", *known]
-    lines += [
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
-        "```",
-        "",
-    ]
-    return "\n".join([*header, *lines])
-
-
-def _adapter_line(config: RunConfig) -> str:
-    if config.student.adapter == "none":
-        return "none, every weight was trained"
-    lora = config.student.lora
-    kind = "DoRA" if lora.use_dora else "LoRA"
-    return f"{kind} r={lora.r} alpha={lora.alpha:g}, merged into the unquantised base"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _names(reference: str | list[str]) -> list[str]:
-    return [reference] if isinstance(reference, str) else list(reference)
-
-
-def _named(reference: str | list[str]) -> str:
-    """References for people: a local folder by its last part only."""
-    shown = [Path(name).name if Path(name).expanduser().is_dir() else name for name in _names(reference)]
-    return " or ".join(f"`{name}`" for name in shown)

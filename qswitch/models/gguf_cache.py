@@ -45,7 +45,7 @@ def materialise_gguf(path: Path) -> Path:
     logger.info("Converting %s to %s (once)", path, folder)
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        with folder_aside(folder) as partial, quiet(), _no_gguf_bar():
+        with folder_aside(folder) as partial, quiet(), no_gguf_bar():
             tokenizer = AutoTokenizer.from_pretrained(**source)
             loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
             plain_model(loaded).to(torch.bfloat16).save_pretrained(partial)
@@ -78,7 +78,7 @@ def plain_model(loaded: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _no_gguf_bar() -> Iterator[None]:
+def no_gguf_bar() -> Iterator[None]:
     """The GGUF reader of transformers has a tqdm bar of its own that no setting switches off."""
     from transformers import modeling_gguf_pytorch_utils as reader
 

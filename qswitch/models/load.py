@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,26 @@ def with_adapter(hf: Any, folder: Path, *, merge: bool, dtype: torch.dtype) -> A
         if "lora_" in name and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     return wrapped
+
+
+def context_tokens(section: ModelSection) -> int:
+    """The longest sequence that a model was made for, by its configuration; sys.maxsize where it does not say.
+
+    Raises:
+        ModelError: it cannot be had or read.
+    """
+    return read_context_tokens(resolve_reference(section.model, section.revision), section.trust_remote_code)
+
+
+def read_context_tokens(resolved: ResolvedModel, trust_remote_code: bool = False) -> int:
+    """As `context_tokens`, of a resolved model."""
+    from transformers import AutoConfig
+
+    with quiet(), explained(resolved.name, "model"):
+        config = AutoConfig.from_pretrained(
+            resolved.path, revision=resolved.revision, trust_remote_code=trust_remote_code
+        )
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def load_base(

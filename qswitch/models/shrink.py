@@ -10,6 +10,7 @@ import contextlib
 import copy
 import logging
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,8 +296,15 @@ def refuse_non_empty(output_dir: Path) -> None:
         raise ModelError(f"{output_dir} is not empty. Give a new folder, or remove it first.")
 
 
-def write_model_folder(hf: Any, tokenizer: Any, output_dir: Path, extra: dict[str, str] | None = None) -> None:
-    """Save model, tokenizer, chat template, generation config and `extra` text files, complete or not at all."""
+def write_model_folder(
+    hf: Any,
+    tokenizer: Any,
+    output_dir: Path,
+    extra: dict[str, str] | None = None,
+    *,
+    copies: Sequence[Path] = (),
+) -> None:
+    """Save model, tokenizer, chat template, generation config, `extra` text files and `copies`, all or nothing."""
     try:
         with folder_aside(output_dir) as partial:
             with quiet():
@@ -304,5 +312,7 @@ def write_model_folder(hf: Any, tokenizer: Any, output_dir: Path, extra: dict[st
                 tokenizer.save_pretrained(partial)
             for name, text in (extra or {}).items():
                 (partial / name).write_text(text, encoding="utf-8")
+            for path in copies:
+                shutil.copyfile(path, partial / path.name)
     except OSError as error:
         raise ModelError(f"{output_dir} cannot be written: {error}. Check the path and the free space.") from error

@@ -1,70 +1,210 @@
-"""One response from a finished or running run, for a person to look at."""
+"""Responses from a finished or running run, for a person to look at or a program to read.
+
+Knows no terminal; `chat.py` holds a conversation with the same student.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from qswitch.data.records import Message, Record
+from qswitch.aside import file_aside
+from qswitch.config import DataSection
+from qswitch.data.records import Message, Record, load_records
 from qswitch.data.template import PromptEncoder
-from qswitch.errors import RunDirError
-from qswitch.models.load import load_teacher
+from qswitch.errors import ConfigError, RunDirError
+from qswitch.models.language_model import LanguageModel
+from qswitch.models.load import context_tokens, load_teacher
 from qswitch.models.pair import load_pair_tokenizer, template_tokenizer
 from qswitch.models.runtime import make_runtime
 from qswitch.models.student import load_adapter, load_student
 from qswitch.rollout.decode import RolloutRequest, rollout
-from qswitch.rollout.policy import StudentPolicy, make_policy
+from qswitch.rollout.policy import Policy, StudentPolicy, make_policy
 from qswitch.rollout.transcript import WrittenToken, written_tokens
 from qswitch.run_dir import RunDir
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
     """A response and its tokens with their writers."""
 
+    prompt: str
+    """What was asked, without the template: the last message."""
     text: str
     tokens: list[WrittenToken]
 
 
-def generate_from_run(
-    run_path: Path, prompt: str, *, max_new_tokens: int | None = None, seed: int = 0, show_writers: bool = False
-) -> Generation:
-    """Let the student of a run answer; with show_writers the run's policy writes, teacher included.
+class Answerer:
+    """The trained student of a run, and its teacher, read when it is first asked, ready to answer conversations.
+
+    Args:
+        run_path: run directory, finished or with a checkpoint.
+        max_new_tokens: response limit; None: the run's.
+        temperature: of both models; None: the run's.
+        seed: of the noise that every token is drawn with.
 
     Raises:
         RunDirError: the run has neither a final adapter nor a checkpoint.
+        ConfigError: the temperature is no number, or the limit leaves the prompt no place in the models' context.
     """
-    run_dir = RunDir.open(run_path)
-    config = run_dir.config
-    adapter = run_dir.adapter_path
-    if not adapter.exists():
-        latest = run_dir.latest_checkpoint()
-        if latest is None:
-            raise RunDirError(f"{run_path} holds no adapter yet. Wait for its first checkpoint, or resume the run.")
-        adapter = latest / "adapter"
-    runtime = make_runtime(config.train)
-    pair = load_pair_tokenizer(config)
-    student = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=run_dir.student_base_path)
-    load_adapter(student, adapter)
-    teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size) if show_writers else None
-    encoder = PromptEncoder(
-        template_tokenizer(pair, config.data.template), config.data.template, end_token_ids=pair.eos_ids
-    )
-    turns = (Message("system", config.data.system_prompt),) if config.data.system_prompt else ()
-    record = Record(id=0, messages=(*turns, Message("user", prompt)), response=None, source="command line")
-    encoded = encoder.encode(record)
-    request = RolloutRequest(0, 0, encoded.prompt_ids, max_new_tokens or config.rollout.max_new_tokens)
-    written, _ = rollout(
-        [request],
-        teacher=teacher,
-        student=student,
-        policy=make_policy(config.rollout) if show_writers else StudentPolicy(),
-        seed=seed,
-        temperature=config.rollout.temperature,
-        eos_ids=pair.eos_ids,
-        pad_id=pair.pad_id,
-        batch_size=1,
-        keep="nothing",
-    )
-    tokens = written_tokens(written[0], pair.tokenizer)
-    return Generation(text=pair.tokenizer.decode(written[0].response_ids, skip_special_tokens=True), tokens=tokens)
+
+    def __init__(
+        self,
+        run_path: Path,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
+            raise ConfigError(f"--temperature {temperature}: give a number from 0 (greedy) on.")
+        run_dir = RunDir.open(run_path)
+        self.config = run_dir.config
+        adapter = run_dir.adapter_path
+        if not adapter.exists():
+            latest = run_dir.latest_checkpoint()
+            if latest is None:
+                raise RunDirError(f"{run_path} holds no adapter yet. Wait for its first checkpoint, or resume the run.")
+            adapter = latest / "adapter"
+        self._limit = self.config.rollout.max_new_tokens if max_new_tokens is None else max_new_tokens
+        self.context_tokens = min(context_tokens(self.config.teacher), context_tokens(self.config.student))
+        """The longest sequence that both models were made for, prompt and response."""
+        if max_new_tokens is not None and max_new_tokens >= self.context_tokens:
+            raise ConfigError(
+                f"--max-new-tokens {max_new_tokens}: the context of the models is {self.context_tokens} tokens, the "
+                "prompt included. Give less."
+            )
+        self._runtime = make_runtime(self.config.train)
+        self._pair = load_pair_tokenizer(self.config)
+        self._temperature = self.config.rollout.temperature if temperature is None else temperature
+        self._seed = seed
+        self._student = load_student(
+            self.config, self._runtime, vocab_size=self._pair.vocab_size, base_path=run_dir.student_base_path
+        )
+        load_adapter(self._student, adapter)
+        self._teacher: LanguageModel | None = None
+        template = self.config.data.template
+        self._encoder = PromptEncoder(
+            template_tokenizer(self._pair, template), template, end_token_ids=self._pair.eos_ids
+        )
+
+    def fits(self, messages: Sequence[Message]) -> bool:
+        """Whether a conversation leaves the response all the tokens that it may have."""
+        return len(self._encode(0, messages)) + self._limit <= self.context_tokens
+
+    def answer(
+        self, conversations: Sequence[Sequence[Message]], policy: Policy, *, first_id: int = 0
+    ) -> list[Generation]:
+        """One response to each conversation; the i-th draws the noise of example `first_id` + i.
+
+        A response that would pass the end of the context is cut there, which is said once.
+
+        Raises:
+            DataError: the run's template refuses a conversation.
+            ConfigError: a conversation fills the context of the models.
+        """
+        requests, cut = [], 0
+        for i, messages in enumerate(conversations):
+            ids = self._encode(i, messages)
+            room = min(self._limit, self.context_tokens - len(ids))
+            if room < 1:
+                raise ConfigError(
+                    f"Prompt {first_id + i + 1} has {len(ids)} tokens, and the context of the models is "
+                    f"{self.context_tokens}. Shorten it."
+                )
+            cut += room < self._limit
+            requests.append(RolloutRequest(first_id + i, 0, ids, room))
+        if cut:
+            logger.warning(
+                "%d of %d responses may be cut at the end of the context of %d tokens.",
+                cut,
+                len(requests),
+                self.context_tokens,
+            )
+        if policy.uses_teacher and self._teacher is None:
+            self._teacher = load_teacher(self.config.teacher, self._runtime, vocab_size=self._pair.vocab_size)
+        written, _ = rollout(
+            requests,
+            teacher=self._teacher if policy.uses_teacher else None,
+            student=self._student if policy.uses_student else None,
+            policy=policy,
+            seed=self._seed,
+            temperature=self._temperature,
+            eos_ids=self._pair.eos_ids,
+            pad_id=self._pair.pad_id,
+            batch_size=self.config.rollout.batch_size,
+            keep="nothing",
+        )
+        return [
+            Generation(
+                prompt=messages[-1].content,
+                text=self._pair.tokenizer.decode(one.response_ids, skip_special_tokens=True),
+                tokens=written_tokens(one, self._pair.tokenizer),
+            )
+            for messages, one in zip(conversations, written, strict=True)
+        ]
+
+    def _encode(self, number: int, messages: Sequence[Message]) -> list[int]:
+        prompt = self.config.data.system_prompt
+        turns = (Message("system", prompt),) if prompt and (not messages or messages[0].role != "system") else ()
+        record = Record(id=number, messages=(*turns, *messages), response=None, source=f"prompt {number + 1}")
+        return self._encoder.encode(record).prompt_ids
+
+
+def generate_from_run(
+    run_path: Path,
+    asked: Sequence[str] | Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    seed: int = 0,
+    show_writers: bool = False,
+) -> list[Generation]:
+    """Let the student of a run answer each; with show_writers the run's policy writes, teacher included.
+
+    Raises:
+        RunDirError, ConfigError, DataError: as `Answerer` and its `answer`.
+    """
+    answerer = Answerer(run_path, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    conversations = [[Message("user", one)] if isinstance(one, str) else one for one in asked]
+    return answerer.answer(conversations, make_policy(answerer.config.rollout) if show_writers else StudentPolicy())
+
+
+def read_conversations(path: Path) -> list[tuple[Message, ...]]:
+    """What to ask: each line of a text file, or each record of a data file, whatever `data.train` may be.
+
+    Raises:
+        DataError: the file cannot be read as records.
+        ConfigError: there is no such file, or no line in it.
+    """
+    if not path.is_file():
+        raise ConfigError(f"--prompts {path}: there is no such file.")
+    if path.suffix != ".txt":
+        return [record.messages for record in load_records(DataSection(train=str(path)), str(path))]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    found: list[tuple[Message, ...]] = [(Message("user", line),) for line in lines if line]
+    if not found:
+        raise ConfigError(f"--prompts {path}: the file holds no line of text.")
+    return found
+
+
+def write_generations(path: Path, generations: Sequence[Generation]) -> None:
+    """A JSON line for each response: the prompt, its text, and the writer of every token; whole or not at all.
+
+    Raises:
+        ConfigError: the file exists or cannot be written.
+    """
+    if path.exists():
+        raise ConfigError(f"--output {path} exists. Choose another name, or remove it.")
+    try:
+        with file_aside(path) as partial:
+            text = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in generations)
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {path} cannot be written ({error.strerror}).") from error

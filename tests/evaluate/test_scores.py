@@ -150,7 +150,8 @@ def test_protocols_say_what_was_changed():
         ("paperr", {}, "no protocol"),
         ("greedy", {"seeds": (1, 2)}, "same for every seed"),
         ("paper", {"seeds": (1, 1)}, "all different"),
-        ("paper", {"temperature": -1.0}, "negative"),
+        ("paper", {"temperature": -1.0}, "from 0"),
+        ("paper", {"temperature": float("nan")}, "from 0"),
     ]:
         with pytest.raises(ConfigError, match=message):
             make_protocol(name, **values)

@@ -10,14 +10,16 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qswitch.config import RunConfig
-from qswitch.errors import ModelError
-from qswitch.export.merge import _exact_logits, _trained, merge_run, model_card
+from qswitch.errors import ModelError, PlanError
+from qswitch.export.card import model_card
+from qswitch.export.merge import _exact_logits, _trained, merge_bytes, merge_run
 from qswitch.layers import build_config
-from qswitch.models.references import ResolvedModel, resolve_reference
+from qswitch.models.references import resolve_reference
 from qswitch.models.runtime import Runtime
 from qswitch.models.student import load_student, save_adapter
+from qswitch.plan.shapes import shape_from_config
 from qswitch.run_dir import RunDir
-from tests.tiny import ARCHITECTURES, save_tiny, tiny_tokenizer
+from tests.tiny import ARCHITECTURES, save_tiny, tiny_config, tiny_tokenizer
 
 FP32 = Runtime(device=torch.device("cpu"), compute_dtype=torch.float32)
 IDS = torch.tensor([[5, 9, 30, 12, 44, 8]])
@@ -98,11 +100,10 @@ def test_template_and_card_come_along(tmp_path):
 
 def test_a_licence_the_hub_does_not_know_is_named_as_other(tmp_path):
     _, config = trained_run(tmp_path)
-    base = ResolvedModel(config.student.model, None, "base")
     config = config.model_copy(
         update={"about": config.about.model_copy(update={"licences": {config.student.model: "Gemma Terms of Use"}})}
     )
-    header = yaml.safe_load(model_card(config, base, {}, 0.0, "bf16").split("---")[1])
+    header = yaml.safe_load(model_card(config, "base", {}, 0.0, "bf16").split("---")[1])
     assert header["license"] == "other" and header["license_name"] == "Gemma Terms of Use"
 
 
@@ -173,12 +174,19 @@ def test_fp64_passes_layer_by_layer_are_those_of_the_whole_model_in_fp64(tmp_pat
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
-def test_a_host_too_small_for_the_merge_is_told_before_anything_is_read(tmp_path, monkeypatch, caplog):
+def test_a_host_too_small_for_the_merge_is_refused_before_anything_is_read(tmp_path, monkeypatch):
     run_dir, _ = trained_run(tmp_path)
     monkeypatch.setattr("qswitch.export.merge.detect_budget_bytes", lambda device: (1000, "available host memory"))
-    merge_run(run_dir.path, tmp_path / "out", prompts=TEXTS)
-    assert "0.0 are free (available host memory)" in caplog.text and "on a machine with more memory" in caplog.text
-    caplog.clear()
-    monkeypatch.undo()
-    merge_run(run_dir.path, tmp_path / "again", prompts=TEXTS)
-    assert "are free" not in caplog.text
+    monkeypatch.setattr("qswitch.export.merge.read_model", None)
+    with pytest.raises(PlanError, match=r"0\.0 are free \(available host memory\)") as refused:
+        merge_run(run_dir.path, tmp_path / "out", prompts=TEXTS)
+    assert refused.value.exit_code == 3 and not (tmp_path / "out").exists()
+
+
+def test_the_vocabulary_counts_in_the_forecast_beyond_its_weights():
+    from dataclasses import replace
+
+    shape = shape_from_config(tiny_config().to_dict())
+    larger = replace(shape, vocab_size=shape.vocab_size + 1000)  # the same weights
+    grown = merge_bytes(larger, [10, 30]) - merge_bytes(shape, [10, 30])
+    assert grown >= 1000 * (4 * 40 + 2 * 8 * 60), "the kept logits of both prompts, padded where they are fp64"
