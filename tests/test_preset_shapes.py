@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qswitch.plan.shapes import shape_from_config
+from qswitch.plan.families import shape_from_config
 from qswitch.presets import load_run_config, preset_names
 
 # Read in stored copies of public files, by source:

@@ -32,7 +32,8 @@ from qswitch.models.runtime import Runtime
 from qswitch.models.shrink import CALIBRATION_PROMPTS, refuse_non_empty, write_model_folder
 from qswitch.models.student import attach_lora, load_adapter
 from qswitch.plan.machine import detect_budget_bytes
-from qswitch.plan.shapes import ModelShape, shape_for
+from qswitch.plan.model_files import shape_for
+from qswitch.plan.shapes import ModelShape
 from qswitch.run_dir import RunDir, write_atomically
 from qswitch.units import GIB
 

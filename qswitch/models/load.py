@@ -18,6 +18,7 @@ from qswitch.models.quantise import QUANTISED, quantization_config, stored_quant
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
 from qswitch.plan.adapters import find_adapter
+from qswitch.plan.counted import unusable_because
 
 ModelSection = TeacherSection | StudentSection
 
@@ -149,8 +150,9 @@ def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_
     common = {"revision": resolved.revision or "main", "trust_remote_code": trust_remote_code}
     with quiet(), explained(resolved.name, "model"):
         config = AutoConfig.from_pretrained(resolved.path, **common)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{resolved.name} is an encoder-decoder model. Use a decoder-only language model.")
+    reason = unusable_because(config)
+    if reason is not None:
+        raise ModelError(f"{resolved.name} ({config.model_type}) cannot be distilled here: {reason}")
 
     options: dict[str, Any] = {"use_safetensors": True, "attn_implementation": attention_kind(config), **common}
     load_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision, runtime.compute_dtype)

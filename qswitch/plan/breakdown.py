@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from qswitch.config import RunConfig, StudentSection
 from qswitch.plan import memory
 from qswitch.plan.machine import Machine
-from qswitch.plan.shapes import ModelShape, shape_for
+from qswitch.plan.model_files import shape_for
+from qswitch.plan.shapes import ModelShape
 from qswitch.units import GIB
 
 PHASES = ("load", "rollout", "train", "validate")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal
@@ -104,10 +105,9 @@ def other_bytes_per_parameter(precision: Precision, compute_bytes: int) -> int:
 @lru_cache(maxsize=64)
 def weight_bytes(shape: ModelShape, precision: Precision, compute_bytes: int, any_width: bool = True) -> int:
     """A whole model: linear layers in `precision`; embeddings, positions, norms and head never quantised."""
-    in_layer = sum(linear_bytes(m, precision, compute_bytes, any_width) for m in shape.layer_linears)
-    outer = sum(linear_bytes(m, precision, compute_bytes, any_width) for m in shape.outer_linears)
+    linears = sum(n * linear_bytes(m, precision, compute_bytes, any_width) for m, n in Counter(shape.linears).items())
     other = shape.other_parameters * other_bytes_per_parameter(precision, compute_bytes)
-    return in_layer * shape.num_layers + outer + other
+    return linears + other
 
 
 def head_bytes(shape: ModelShape, precision: Precision, compute_bytes: int) -> int:
@@ -155,17 +155,18 @@ def _rank(module: LinearShape, lora: LoraSection) -> int:
     return lora.r
 
 
+def _adapted_in_layers(shape: ModelShape, lora: LoraSection) -> tuple[Counter[LinearShape], int]:
+    """How often each module of the layers is adapted, in all, and in how many layers."""
+    chosen = lora.layers_to_transform
+    layers = shape.layers if chosen is None else [shape.layers[i] for i in set(chosen) if i < shape.num_layers]
+    return Counter(m for layer in layers for m in layer if _is_target(m, lora)), len(layers)
+
+
 def _adapted(shape: ModelShape, lora: LoraSection) -> Iterator[tuple[LinearShape, int]]:
-    """(module, how many layers adapt it)."""
-    layers = lora.layers_to_transform
-    num_layers = shape.num_layers if layers is None else len([i for i in set(layers) if i < shape.num_layers])
-    for module in shape.layer_linears:
-        if _is_target(module, lora):
-            yield module, num_layers
-    if layers is None:
-        for module in shape.outer_linears:
-            if _is_target(module, lora):
-                yield module, 1
+    """(module, how many of it are adapted)."""
+    yield from _adapted_in_layers(shape, lora)[0].items()
+    if lora.layers_to_transform is None:
+        yield from Counter(m for m in shape.outer_linears if _is_target(m, lora)).items()
 
 
 def lora_parameters(shape: ModelShape, lora: LoraSection) -> int:
@@ -181,9 +182,9 @@ def lora_parameters(shape: ModelShape, lora: LoraSection) -> int:
         total += lora.r * (shape.hidden_size + shape.vocab_size)
     for name in lora.modules_to_save:
         last = name.rpartition(".")[2]
-        linears = [m for m in shape.layer_linears if m.name == last]
+        linears = [m for layer in shape.layers for m in layer if m.name == last]
         if linears:
-            total += sum(m.parameters for m in linears) * shape.num_layers
+            total += sum(m.parameters for m in linears)
         elif last in ("embed_tokens", "wte", "lm_head"):
             total += shape.embedding_parameters
         else:
@@ -220,12 +221,13 @@ def optimizer_step_bytes(num_trainable: int, optimizer: str, parameter_bytes: in
 
 
 def kv_cache_bytes(shape: ModelShape, rows: int, tokens: int, compute_bytes: int) -> int:
-    """Keys and values of all layers for R rows of L tokens, and the copy one layer makes when it grows.
+    """Keys and values of all layers for R rows of L tokens, and the copy one layer makes when it grows; and the states
+    of layers that keep some of a row instead.
 
     The cache keeps every slot: sliding windows save nothing (see rollout/kv_cache.py).
     """
-    per_layer = 2 * shape.kv_width * compute_bytes * rows * tokens
-    return per_layer * (shape.num_layers + 1)
+    width = sum(shape.kv_widths) + max(shape.kv_widths, default=0)
+    return rows * (width * compute_bytes * tokens + shape.state_bytes_per_row)
 
 
 def forward_bytes(shape: ModelShape, rows: int, tokens: int, compute_bytes: int, adapted: bool = False) -> int:
@@ -304,18 +306,17 @@ def layer_activation_bytes(
     if adapter == "lora":
         shared = b >= FP32_BYTES
         inputs: set[int] = set()
-        for module, count in _adapted(shape, lora):
-            if module not in shape.layer_linears or not count:
-                continue
-            if not shared:
-                per_token += module.in_features * FP32_BYTES
-            else:
+        adapted, num_layers = _adapted_in_layers(shape, lora)
+        for module, count in adapted.items():
+            saved = 0 if shared else module.in_features * FP32_BYTES
+            if shared:
                 inputs.add(module.in_features)
             if lora.dropout:
-                per_token += module.in_features * (FP32_BYTES + 1)
-            per_token += _rank(module, lora) * FP32_BYTES
+                saved += module.in_features * (FP32_BYTES + 1)
+            saved += _rank(module, lora) * FP32_BYTES
             if lora.use_dora:
-                per_token += 2 * module.out_features * FP32_BYTES
+                saved += 2 * module.out_features * FP32_BYTES
+            per_token += math.ceil(saved * count / num_layers)
         per_token += sum(inputs) * b
     else:
         per_token += (shape.attention_width + shape.intermediate_size) * b

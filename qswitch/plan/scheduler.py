@@ -19,9 +19,10 @@ from qswitch.plan import memory
 from qswitch.plan.breakdown import break_down
 from qswitch.plan.cost import step_seconds
 from qswitch.plan.machine import Gpu, Machine, describe_machine, find_budget
+from qswitch.plan.model_files import shape_for
 from qswitch.plan.render import shortage
 from qswitch.plan.run_plan import Plan, in_gib
-from qswitch.plan.shapes import ModelShape, shape_for
+from qswitch.plan.shapes import ModelShape
 from qswitch.units import GIB
 
 MIN_CHUNK_TOKENS = 32
@@ -94,7 +95,7 @@ def plan_run(
     teacher, student = model_shapes(config)
     machine = describe_machine(config.train, device, gpu)
     asked = measure(config, teacher, student, machine)
-    best, better, notes = asked, None, _notes(config, machine)
+    best, better, notes = asked, None, _notes(config, machine, teacher, student)
     if config.data != allowed:
         notes.append(
             f"For the data's longest prompt, {longest_prompt_tokens} tokens; data.max_prompt_tokens allows "
@@ -203,7 +204,7 @@ def _next_better(
     return size, fastest / seconds[id(best)]
 
 
-def _notes(config: RunConfig, machine: Machine) -> list[str]:
+def _notes(config: RunConfig, machine: Machine, teacher: ModelShape, student: ModelShape) -> list[str]:
     names = {2: "bf16", 4: "fp32", 8: "fp64"}
     where = "a GPU" if machine.device == "cuda" else "the CPU"
     notes = [f"Planned for {where}, arithmetic in {names[machine.compute_bytes]}."]
@@ -215,6 +216,11 @@ def _notes(config: RunConfig, machine: Machine) -> list[str]:
         )
     elif machine.compute_bytes == 4 and "bf16" in (config.teacher.precision, config.student.precision):
         notes.append("This CPU has no bf16 units: weights in bf16 are kept in fp32, 4 bytes each.")
+    for family in dict.fromkeys(shape.model_type for shape in (teacher, student) if shape.counted):
+        notes.append(
+            f"Generic: {family} is in no table of families. Its parameters and caches were counted in transformers' "
+            "class; what its layers save for the backward pass is estimated from the names of their modules."
+        )
     notes.append("The cache is planned for a teacher that writes every token, an upper bound.")
     if config.student.adapter == "lora" and config.student.lora.use_dora:
         notes.append("DoRA's norm computation is counted in the activations only.")

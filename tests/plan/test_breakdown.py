@@ -18,10 +18,10 @@ from qswitch.models.runtime import Runtime
 from qswitch.models.student import load_student
 from qswitch.plan import memory
 from qswitch.plan.breakdown import PHASES, break_down
+from qswitch.plan.families import shape_from_config
 from qswitch.plan.machine import GPUS, Machine, find_budget
 from qswitch.plan.render import render_overview
 from qswitch.plan.scheduler import model_shapes, plan_overview, plan_run
-from qswitch.plan.shapes import shape_from_config
 from qswitch.presets import load_run_config, preset_names
 from qswitch.units import GIB
 from tests.tiny import ARCHITECTURES, save_tiny_pair

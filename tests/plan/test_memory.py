@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from qswitch.config import LoraSection
 from qswitch.plan import memory
-from qswitch.plan.shapes import shape_from_config
+from qswitch.plan.families import shape_from_config
 from qswitch.units import GIB
 
 TINY = {"model_type": "llama", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 320,

@@ -1,13 +1,11 @@
-import http.server
-import json
 import math
-import threading
 
 import pytest
 
-from qswitch.config import StudentSection, TeacherSection
+from qswitch.config import TeacherSection
 from qswitch.errors import ConfigError
-from qswitch.plan.shapes import shape_for, shape_from_config
+from qswitch.plan.families import shape_from_config
+from qswitch.plan.model_files import shape_for
 
 BASE = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
@@ -88,106 +86,8 @@ def test_a_tower_is_read_from_text_config():
     assert shape_from_config(nested) == shape_from_config(CONFIGS["gemma3"])
 
 
-def test_shape_for_reads_block_folder_and_hub_cache(tmp_path, monkeypatch):
-    expected = shape_from_config(CONFIGS["llama"])
-    assert shape_for(TeacherSection(model="package:m/f.gguf", shape=CONFIGS["llama"])) == expected
-
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIGS["llama"]))
-    assert shape_for(TeacherSection(model=["package:m/f.gguf", str(folder)])) == expected
-
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    snapshot = tmp_path / "home/hub/models--org--name/snapshots/abc"
-    snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text(json.dumps(CONFIGS["llama"]))
-    assert shape_for(TeacherSection(model="org/name")) == expected
-
-
-def test_shrunk_student_has_fewer_layers():
-    shape = shape_for(StudentSection(model="x/y", shape=CONFIGS["llama"], shrink_to_layers=2))
-    assert shape.num_layers == 2
-    with pytest.raises(ConfigError, match="shrink_to_layers is 9, but the model has 3"):
-        shape_for(StudentSection(model="x/y", shape=CONFIGS["llama"], shrink_to_layers=9))
-
-
-def test_the_models_own_file_comes_before_a_block(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama"]))
-    stale = {**CONFIGS["llama"], "hidden_size": 2 * CONFIGS["llama"]["hidden_size"]}
-    section = TeacherSection(model=str(tmp_path), shape=stale)
-    assert shape_for(section) == shape_from_config(CONFIGS["llama"])
-    # A family that the planner does not know is described by the block.
-    (tmp_path / "config.json").write_text(json.dumps({**CONFIGS["llama"], "model_type": "newcomer"}))
-    assert shape_for(section) == shape_from_config(stale)
-
-
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        ("package:m/f.gguf", "no installed package's file"),
-        ("./nowhere", "there is no such folder"),
-        ("./empty", "the folder has no config.json"),
-        ("./adapter", "an adapter, no model"),
-        ("./weights.safetensors", "a file; name the folder"),
-        ("no/such", "HF_HUB_OFFLINE forbids"),
-    ],
-)
-def test_unknown_shape_says_why(model, reason, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(tmp_path)
-    for folder in ("empty", "adapter"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    (tmp_path / "weights.safetensors").write_text("")
-    with pytest.raises(ConfigError, match=reason) as caught:
-        shape_for(TeacherSection(model=model))
-    assert "teacher.shape" in str(caught.value)
-
-
-class _Hub(http.server.BaseHTTPRequestHandler):
-    """Serves one config.json, and asks for a token under another id."""
-
-    def do_GET(self) -> None:
-        if self.path == "/org/open/resolve/main/config.json":
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(CONFIGS["llama"]).encode())
-        else:
-            self.send_error(401 if "gated" in self.path else 404)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-def test_the_hub_is_asked_for_a_config_that_is_not_at_hand(tmp_path, monkeypatch):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    template = "{endpoint}/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-        template.replace("{endpoint}", f"http://127.0.0.1:{server.server_port}"),
-    )
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    try:
-        assert shape_for(TeacherSection(model="org/open")) == shape_from_config(CONFIGS["llama"])
-        with pytest.raises(ConfigError, match="gated: accept its licence"):
-            shape_for(TeacherSection(model="org/gated"))
-        with pytest.raises(ConfigError, match="check its spelling"):
-            shape_for(TeacherSection(model="org/typo"))
-    finally:
-        server.shutdown()
-        server.server_close()
-    with pytest.raises(ConfigError, match="did not answer"):
-        shape_for(TeacherSection(model="org/open"))
-    assert not list(tmp_path.iterdir())  # nothing was kept
-
-
 def test_bad_shapes_are_explained():
-    with pytest.raises(ConfigError, match="model_type 'mamba'"):
+    with pytest.raises(ConfigError, match="past_key_values"):
         shape_from_config({"model_type": "mamba"})
     with pytest.raises(ConfigError, match="needs intermediate_size"):
         shape_from_config({k: v for k, v in CONFIGS["llama"].items() if k != "intermediate_size"})

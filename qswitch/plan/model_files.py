@@ -1,0 +1,186 @@
+"""Where the description of a model is found: in its files, the hub's cache, a `shape` block, or on the hub. Cold.
+
+Reads config.json, or the header of a GGUF file; never weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qswitch.config import StudentSection, TeacherSection
+from qswitch.errors import ConfigError
+from qswitch.hub import HUB_ID, hub_cache, is_hub_id, package_file
+from qswitch.plan.families import shape_from_config
+from qswitch.plan.gguf_header import config_of_gguf
+from qswitch.plan.shapes import ModelShape
+
+
+def shape_for(section: TeacherSection | StudentSection) -> ModelShape:
+    """The shape of a model section: of its folder, its GGUF file or the hub's cache, else its `shape` block.
+
+    The file is the model, a block only describes it, so the file comes first; the block stands in for models that
+    transformers does not know. With neither, config.json (a few KB, nothing else) is asked of the hub. A student with
+    shrink_to_layers is returned after the cut.
+
+    Raises:
+        ConfigError: no configuration is at hand, it describes no model that can be distilled, or shrink_to_layers does
+            not cut it.
+    """
+    role = "student" if isinstance(section, StudentSection) else "teacher"
+    try:
+        shape = _shape(section, role)
+    except ConfigError as error:
+        raise ConfigError([_of_role(problem, role) for problem in error.problems]) from None
+    layers = section.shrink_to_layers if isinstance(section, StudentSection) else None
+    if layers is not None:
+        if layers > shape.num_layers:
+            raise ConfigError(
+                f"student.shrink_to_layers is {layers}, but the model has {shape.num_layers} layers. Lower it."
+            )
+        shape = shape.with_layers(layers)
+    return shape
+
+
+def _of_role(problem: str, role: str) -> str:
+    """The problem with the setting it belongs to."""
+    if problem.startswith("shape."):
+        return f"{role}.{problem}"
+    return problem if problem.startswith(f"The shape of {role}") else f"{role}.model: {problem}"
+
+
+def _shape(section: TeacherSection | StudentSection, role: str) -> ModelShape:
+    at_hand = _config_at_hand(section)
+    if section.shape is None:
+        values = at_hand if at_hand is not None else _published_config(section, role)
+        return shape_from_config(values, section.trust_remote_code)
+    if at_hand is not None:
+        try:
+            return shape_from_config(at_hand)
+        except ConfigError:
+            pass  # a model that only the block describes
+    return shape_from_config(section.shape)
+
+
+def _config_at_hand(section: TeacherSection | StudentSection) -> Mapping[str, Any] | None:
+    """config.json of the first reference that a local folder, a GGUF file or the hub cache has."""
+    references = [section.model] if isinstance(section.model, str) else section.model
+    for reference in references:
+        file = _gguf_file(reference)
+        if file is not None:
+            return config_of_gguf(file)
+        for path in _config_paths(reference, section.revision):
+            if path.is_file():
+                return _read_config(path)
+    return None
+
+
+def _gguf_file(reference: str) -> Path | None:
+    """The GGUF file that a path or a `package:` reference names, where it is here."""
+    if reference.startswith("package:"):
+        try:
+            path = package_file(reference)
+        except LookupError:
+            return None
+    else:
+        path = Path(reference).expanduser()
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
+def _published_config(section: TeacherSection | StudentSection, role: str) -> Mapping[str, Any]:
+    """config.json of a hub model, read and not kept; the download of the model puts it into the cache.
+
+    Not through huggingface_hub, which retries for 23 s before it says that there is no network.
+    """
+    references = [section.model] if isinstance(section.model, str) else section.model
+    reasons = []
+    for reference in references:
+        if not is_hub_id(reference):
+            kind = _no_package_because(reference) if reference.startswith("package:") else _no_model_because(reference)
+            reasons.append(f"{reference}: {kind}")
+        elif os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+            reasons.append(f"{reference}: not in the hub cache, and HF_HUB_OFFLINE forbids to ask the hub")
+        else:
+            try:
+                return _ask_hub(reference, section.revision)
+            except (OSError, ValueError) as error:  # HTTPError and URLError are OSErrors
+                reasons.append(f"{reference}: {_hub_answer(error)}")
+    raise ConfigError(
+        f"The shape of {role}.model is not known: {'; '.join(reasons)}. Mend {role}.model, or give {role}.shape "
+        "(values of config.json) to plan without it."
+    )
+
+
+def _no_package_because(reference: str) -> str:
+    try:
+        return f"{package_file(reference).name} is no .gguf file"
+    except LookupError as error:
+        return str(error.args[0])
+
+
+def _no_model_because(reference: str) -> str:
+    path = Path(reference).expanduser()
+    if not path.exists():
+        return "there is no such folder"
+    if path.is_file():
+        return "a file; name the folder that holds config.json and the weights"
+    if (path / "adapter_config.json").is_file():
+        return "an adapter, no model; name its base here"
+    if (path / "plan.json").is_file():
+        return "a run directory, no model; `qswitch merge` makes a model of it"
+    return "the folder has no config.json"
+
+
+def _ask_hub(reference: str, revision: str | None) -> Mapping[str, Any]:
+    import urllib.request  # here: a plan from files needs no network client
+
+    from huggingface_hub import constants, get_token, hf_hub_url
+
+    request = urllib.request.Request(hf_hub_url(reference, "config.json", revision=revision))
+    if token := get_token():
+        request.add_header("Authorization", f"Bearer {token}")
+    with urllib.request.urlopen(request, timeout=constants.HF_HUB_ETAG_TIMEOUT) as answer:
+        values = json.loads(answer.read())
+    if not isinstance(values, dict):
+        raise ValueError("its config.json is no JSON object")
+    return values
+
+
+def _hub_answer(error: Exception) -> str:
+    code = getattr(error, "code", None)
+    if code in (401, 403):
+        return "the hub knows no such model, or it is gated: accept its licence there and set HF_TOKEN"
+    if code == 404:
+        return "the hub has no config.json under this id; check its spelling and the revision"
+    return f"the hub did not answer ({getattr(error, 'reason', error)}); download the model first"
+
+
+def _config_paths(reference: str, revision: str | None) -> list[Path]:
+    """Where config.json of a reference may lie, best first."""
+    if reference.startswith("package:"):
+        return []
+    paths = [Path(reference).expanduser() / "config.json"]
+    if HUB_ID.fullmatch(reference) is None:
+        return paths
+    repository = hub_cache() / f"models--{reference.replace('/', '--')}"
+    named = repository / "refs" / (revision or "main")
+    commits = [revision] if revision else []
+    if named.is_file():
+        commits.append(named.read_text(encoding="utf-8").strip())
+    paths += [repository / "snapshots" / commit / "config.json" for commit in commits]
+    if revision is None:
+        paths += sorted(repository.glob("snapshots/*/config.json"))
+    return paths
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a model configuration.")
+    return values
