@@ -27,7 +27,7 @@ from qswitch.layers import build_config
 from qswitch.models.runtime import Runtime
 from qswitch.models.shrink import CALIBRATION_PROMPTS
 from qswitch.models.student import load_student, save_adapter
-from qswitch.plan.shapes import shape_for
+from qswitch.plan.model_files import shape_for
 from qswitch.run_dir import RunDir
 from tests.tiny import tiny_tokenizer
 

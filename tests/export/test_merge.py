@@ -17,7 +17,7 @@ from qswitch.layers import build_config
 from qswitch.models.references import resolve_reference
 from qswitch.models.runtime import Runtime
 from qswitch.models.student import load_student, save_adapter
-from qswitch.plan.shapes import shape_from_config
+from qswitch.plan.families import shape_from_config
 from qswitch.run_dir import RunDir
 from tests.tiny import ARCHITECTURES, save_tiny, tiny_config, tiny_tokenizer
 
