@@ -4,9 +4,9 @@
 
 Two cases. `pair`: a real teacher and student over the repository's demo prompts, every position. `vocab_128k`: made-up
 logits in the shape of Llama 3 (128,256 ids, Zipf-like bias, a few nats of entropy), for the bytes and to see how the
-error moves with the vocabulary. Both store what a run stores: the teacher's final hidden state in bf16, or rows of
-logits. KL(exact || stored) needs stored logits, so for topk, which keeps events, and for all others beside it, the
-error of the loss itself is given: divergence from the student with stored outputs minus that with exact ones.
+error moves with the vocabulary. Both store what a run stores: the teacher's final hidden state in bf16, or its largest
+log-probabilities. KL(exact || stored) needs stored logits, so for topk, which keeps events, and for hidden beside it,
+the error of the loss itself is given: divergence from the student with stored outputs minus that with exact ones.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.provenance import publish
 from qswitch.distill.cache_format import FORMATS, LogitTargets
 from qswitch.distill.logit_cache import LogitCache
+from qswitch.distill.sequence import TrainingSequence
 from qswitch.divergence import divergence, topk_divergence
 
 PROMPTS = Path(__file__).resolve().parents[1] / "qswitch" / "data" / "demo_prompts.jsonl"
@@ -42,15 +43,15 @@ def compare(hidden: Tensor, head: Any, student_logits: Tensor, topk: int) -> dic
         "divergence_nats": {name: round(float(v.mean()), 5) for name, v in wanted.items()},
         "formats": {},
     }
-    keys = torch.tensor([[0, 0, i] for i in range(len(hidden))])
+    sequences = [TrainingSequence(0, 0, [0], [0] * len(hidden), list(range(len(hidden))))]
     for format in FORMATS:
         cache = LogitCache(
-            format, vocab_size=exact.shape[-1], device=hidden.device, dtype=torch.bfloat16,
+            format, head=head, vocab_size=exact.shape[-1], device=hidden.device, dtype=torch.bfloat16,
             device_budget_bytes=1 << 40, host_budget_bytes=0, disk_path=None, topk=topk,
         )  # fmt: skip
         # In a run that computes in bf16 hidden states are bf16 already; here they are fp32 and lose it in the cache.
-        cache.put(keys, hidden, head)
-        targets = cache.get(keys).chunk(0, len(hidden), hidden.device) if format != "hidden" else LogitTargets(
+        cache.put(sequences, hidden)
+        targets = cache.get(sequences).chunk(0, len(hidden), hidden.device) if format != "hidden" else LogitTargets(
             head(hidden.bfloat16().to(hidden.dtype))
         )  # fmt: skip
         found: dict[str, Any] = {"bytes_per_token": cache.stats()["device_bytes"] // len(hidden)}

@@ -24,6 +24,7 @@ import importlib.util
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from benchmarks.provenance import publish
 from benchmarks.rollout import numbers
 from qswitch.data.gather import load_prompts
 from qswitch.data.template import pad_left
-from qswitch.distill.metrics import StepReport
+from qswitch.distill.metrics import Counters, StepReport
 from qswitch.distill.trainer import Trainer
 from qswitch.layers import build_config
 from qswitch.models.load import load_teacher
@@ -45,33 +46,29 @@ from qswitch.rollout.decode import Rollout, RolloutStats, inference
 from qswitch.run_dir import RunDir
 
 
-class GenerateTrainer(Trainer):
+def roll_out_with_generate(trainer: Trainer, items: Any) -> tuple[list[Rollout], RolloutStats]:
     """GKD as others run it: transformers' `generate` writes."""
-
-    def roll_out(self, items: Any) -> tuple[list[Rollout], RolloutStats]:
-        settings, stats, started = self.config.rollout, RolloutStats(), time.perf_counter()
-        results = []
-        with inference(self.student):
-            for first in range(0, len(items), settings.batch_size):
-                rows = items[first : first + settings.batch_size]
-                longest = max(len(p.prompt_ids) for p, _ in rows)
-                ids = torch.tensor([[self.pair.pad_id] * (longest - len(p.prompt_ids)) + p.prompt_ids for p, _ in rows])
-                mask = torch.tensor([[0] * (longest - len(p.prompt_ids)) + [1] * len(p.prompt_ids) for p, _ in rows])
-                out = self.student.hf.generate(
-                    input_ids=ids.to(self.device), attention_mask=mask.to(self.device), do_sample=True, top_k=0,
-                    top_p=1.0, max_new_tokens=settings.max_new_tokens, eos_token_id=list(self.pair.eos_ids),
-                    pad_token_id=self.pair.pad_id,
-                )[:, longest:].tolist()  # fmt: skip
-                for (prompt, visit), tokens in zip(rows, out, strict=True):
-                    end = next((i + 1 for i, t in enumerate(tokens) if t in self.pair.eos_ids), len(tokens))
-                    response = tokens[:end]
-                    results.append(
-                        Rollout(prompt.example_id, visit, prompt.prompt_ids, response, [0] * end, None, None, [], None,
-                                ended=response[-1] in self.pair.eos_ids)
-                    )  # fmt: skip
-                    stats.tokens += end
-        stats.seconds = time.perf_counter() - started
-        return results, stats
+    settings, pair, stats, started = trainer.config.rollout, trainer.pair, RolloutStats(), time.perf_counter()
+    results = []
+    with inference(trainer.student):
+        for first in range(0, len(items), settings.batch_size):
+            rows = items[first : first + settings.batch_size]
+            ids, mask = pad_left([p.prompt_ids for p, _ in rows], pair.pad_id)
+            out = trainer.student.hf.generate(
+                input_ids=ids.to(trainer.device), attention_mask=mask.to(trainer.device), do_sample=True, top_k=0,
+                top_p=1.0, max_new_tokens=settings.max_new_tokens, eos_token_id=list(pair.eos_ids),
+                pad_token_id=pair.pad_id,
+            )[:, ids.shape[1]:].tolist()  # fmt: skip
+            for (prompt, visit), tokens in zip(rows, out, strict=True):
+                end = next((i + 1 for i, t in enumerate(tokens) if t in pair.eos_ids), len(tokens))
+                response = tokens[:end]
+                results.append(
+                    Rollout(prompt.example_id, visit, prompt.prompt_ids, response, [0] * end, None, None, [], None,
+                            ended=response[-1] in pair.eos_ids)
+                )  # fmt: skip
+                stats.tokens += end
+    stats.seconds = time.perf_counter() - started
+    return results, stats
 
 
 class TrlRow:
@@ -80,7 +77,7 @@ class TrlRow:
     def __init__(self, donor: Trainer, args: argparse.Namespace, folder: Path) -> None:
         from trl.experimental.gkd import GKDConfig, GKDTrainer  # optional, in no extra
 
-        self.config, self.step = donor.config, 0
+        self.config, self.counters = donor.config, Counters()
         self.pair, self.accumulation = donor.pair, args.sequences // args.micro_batch
         settings = GKDConfig(
             output_dir=str(folder / "trl"), lmbda=1.0, temperature=1.0, max_new_tokens=args.new_tokens,
@@ -151,7 +148,7 @@ def make_row(args: argparse.Namespace, folder: Path, name: str) -> Trainer:
     pair = load_pair_tokenizer(config)
     _, prompts, held_out = load_prompts(config, pair)
     runtime = make_runtime(config.train)
-    return (GenerateTrainer if name == "gkd generate" else Trainer)(
+    trainer = Trainer(
         config,
         run_dir,
         teacher=load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size),
@@ -160,6 +157,9 @@ def make_row(args: argparse.Namespace, folder: Path, name: str) -> Trainer:
         prompts=prompts,
         validation_prompts=held_out,
     )
+    if name == "gkd generate":
+        trainer.supply.roll_out = partial(roll_out_with_generate, trainer)  # type: ignore[method-assign]
+    return trainer
 
 
 def main() -> None:
@@ -198,7 +198,7 @@ def main() -> None:
                 started = time.perf_counter()
                 report = trainer.train_step()
                 taken = time.perf_counter() - started
-                trainer.step += 1
+                trainer.counters.step += 1
                 if turn >= settled:
                     seconds[name].append(taken / report.loss_tokens)
                     for part, value in report.seconds.items():

@@ -256,7 +256,7 @@ class LossSection(Section):
 class CacheSection(Section):
     """Teacher outputs kept between rollout and training."""
 
-    format: Literal["hidden", "topk", "bf16", "int8"] = "hidden"
+    format: Literal["hidden", "topk"] = "hidden"
     """hidden: final hidden states, exact and small. topk: k log-probabilities and the tail as one event."""
     topk: int = Field(default=64, ge=1)
     """k of the topk format."""

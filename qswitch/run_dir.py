@@ -149,13 +149,11 @@ class RunDir:
                 write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        if not self.checkpoints_path.is_dir():
-            return []
-        return sorted(p for p in self.checkpoints_path.glob("step-*") if (p / "state.json").is_file())
+        """The checkpoints, oldest first; one that is being written, or was set aside as damaged, is none."""
+        return sorted(p for p in self.checkpoints_path.glob("step-*") if p.is_dir())
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint."""
+        """The newest checkpoint; None where there is none."""
         found = self.checkpoints()
         return found[-1] if found else None
 

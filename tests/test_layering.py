@@ -37,7 +37,7 @@ LAYERS = [
     ["config"],
     ["methods"],
     ["yaml_file", "hub", "inheritance"],
-    ["aside", "errors", "units", "divergence"],
+    ["aside", "manifest", "errors", "units", "divergence"],
 ]
 COLD = [
     "__init__.py",
@@ -55,6 +55,7 @@ COLD = [
     "hub.py",
     "inheritance.py",
     "layers.py",
+    "manifest.py",
     "methods.py",
     "preflight.py",
     "preset_info.py",

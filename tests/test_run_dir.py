@@ -114,19 +114,11 @@ def test_write_json_is_json(tmp_path: Path, config):
     assert json.loads((run.path / "plan.json").read_text(encoding="utf-8")) == {"teacher": "大"}
 
 
-def test_only_complete_checkpoints_count_and_they_sort_by_step(tmp_path: Path, config):
+def test_checkpoints_sort_by_step_and_those_being_written_or_set_aside_are_none(tmp_path: Path, config):
     run = RunDir.create(tmp_path / "run", config)
     assert run.checkpoints() == [] and run.latest_checkpoint() is None
-    for name, complete in [
-        ("step-000100", True),
-        ("step-000020", True),
-        ("step-000200", False),
-        (".step-000300.partial", True),
-    ]:
-        folder = run.checkpoints_path / name
-        folder.mkdir(parents=True)
-        if complete:
-            (folder / "state.json").write_text("{}")
+    for name in ("step-000100", "step-000020", ".step-000300.0123abcd.partial", "damaged-step-000200"):
+        (run.checkpoints_path / name).mkdir(parents=True)
     assert [p.name for p in run.checkpoints()] == ["step-000020", "step-000100"]
     assert run.latest_checkpoint() == run.checkpoints_path / "step-000100"
 

@@ -1,24 +1,42 @@
-"""What a run must remember to go on as if it had never stopped, written so that a crash leaves it whole or absent.
+"""What a run must remember to go on as if it had never stopped.
 
-A checkpoint is a folder `step-000040/`: the adapter in PEFT layout, the optimizer, the learning-rate schedule, the
-random state, the sequences that will train again, and `state.json`. It is written beside its final name, flushed to
-disk and renamed into place. Knows no rollout and no loss.
+A checkpoint is a folder `step-000040/`: the student's trained weights in `adapter/` in PEFT layout, which other
+programs read, the state of every other part of the run in `state.pt`, and `manifest.json` with the format's number and
+the size and SHA-256 of each file. It is complete or absent. Knows no rollout and no loss: a part is anything that gives
+and takes a state.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from qswitch.errors import ModelError, RunDirError
+from qswitch.aside import folder_aside
+from qswitch.errors import QSwitchError, RunDirError
+from qswitch.manifest import find_damage, read_manifest, write_manifest
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.student import load_adapter, save_adapter
+
+FORMAT = 2
+"""Raised whenever a checkpoint of before could not be read as it was meant."""
+_STATE = "state.pt"
+
+
+class Stateful(Protocol):
+    """A part of a run that must survive a stop."""
+
+    def state_dict(self) -> Any:
+        """Plain values and tensors; torch.load reads them with weights_only."""
+        ...
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Go on from a `state_dict`."""
+        ...
 
 
 def checkpoint_name(step: int) -> str:
@@ -26,106 +44,100 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def save_checkpoint(
-    checkpoints: Path,
-    *,
-    step: int,
-    student: LanguageModel,
-    optimizer: torch.optim.Optimizer,
-    lr_scheduler: Any,
-    state: dict[str, Any],
-    replay: dict[str, Any] | None = None,
-) -> Path:
+def save_checkpoint(checkpoints: Path, *, step: int, student: LanguageModel, parts: Mapping[str, Stateful]) -> Path:
     """Write `checkpoints/step-NNNNNN` and return it; an existing one of the same step is replaced."""
     final = checkpoints / checkpoint_name(step)
-    partial = checkpoints / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_adapter(student, partial / "adapter")
-    torch.save(
-        {
-            "optimizer": optimizer.state_dict(),
-            "lr_scheduler": lr_scheduler.state_dict(),
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        },
-        partial / "optimizer.pt",
-    )
-    if replay is not None:
-        torch.save(replay, partial / "replay.pt")
-    (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
-    for path in [*partial.rglob("*"), partial]:
-        _flush(path)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    _flush(checkpoints)
+    with folder_aside(final) as folder:
+        save_adapter(student, folder / "adapter")
+        torch.save({name: part.state_dict() for name, part in parts.items()}, folder / _STATE)
+        write_manifest(folder, format=FORMAT, step=step)
+        shutil.rmtree(final, ignore_errors=True)  # of a run that went back and takes this step again
     return final
 
 
-def load_checkpoint(
-    folder: Path, *, student: LanguageModel, optimizer: torch.optim.Optimizer, lr_scheduler: Any
-) -> dict[str, Any]:
-    """Put a checkpoint back into the live objects and return its `state.json`.
+def load_checkpoint(folder: Path, *, student: LanguageModel, parts: Mapping[str, Stateful]) -> None:
+    """Put a checkpoint back into the live parts.
 
     Raises:
-        RunDirError: a file of the checkpoint is missing or unreadable.
+        RunDirError: it belongs to a run with other parts or of other shapes.
     """
+    remedy = f"Resume with the configuration it was written with, or delete {folder} to resume from the one before it."
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         # weights_only: a checkpoint is data, and must not be able to run code.
-        saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises whatever its bytes lead to, IndexError for one
-        raise RunDirError(
-            f"{folder} cannot be read ({error}). Delete that folder to resume from the checkpoint before it."
-        ) from error
+        raise RunDirError(f"{folder / _STATE} cannot be read ({error}). {remedy}") from error
+    if not isinstance(saved, dict) or set(saved) != set(parts):
+        has = ", ".join(saved) if isinstance(saved, dict) else "no parts"
+        raise RunDirError(f"{folder / _STATE} holds {has}; this run needs {', '.join(parts)}. {remedy}")
     try:
         load_adapter(student, folder / "adapter")
-    except ModelError as error:
-        raise RunDirError(f"{error} Or delete {folder} to resume from the checkpoint before it.") from error
-    optimizer.load_state_dict(saved["optimizer"])
-    lr_scheduler.load_state_dict(saved["lr_scheduler"])
-    torch.set_rng_state(saved["torch_rng"])
-    if saved["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(saved["cuda_rng"])
-    return state
+    except QSwitchError as error:
+        raise RunDirError(f"{error} {remedy}") from error
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(saved[name])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise RunDirError(f"The state of {name} in {folder / _STATE} does not fit ({reason}). {remedy}") from error
 
 
-def load_replay(folder: Path) -> dict[str, Any] | None:
-    """What `save_checkpoint` was given as `replay`; None where it was given nothing.
+def newest_whole(checkpoints: list[Path]) -> tuple[Path | None, dict[Path, str]]:
+    """The last of `checkpoints` whose files are as they were written, and what is wrong with each one after it.
 
     Raises:
-        RunDirError: the file is unreadable.
+        RunDirError: a checkpoint was written in another format, or there are some and none is whole.
     """
-    path = folder / "replay.pt"
-    if not path.exists():
-        return None
+    damaged: dict[Path, str] = {}
+    for folder in reversed(checkpoints):
+        _refuse_other_format(folder)
+        damage = find_damage(folder)
+        if damage is None:
+            return folder, damaged
+        damaged[folder] = damage
+    if damaged:
+        listed = "; ".join(f"{folder.name}: {reason}" for folder, reason in damaged.items())
+        raise RunDirError(
+            f"No checkpoint in {checkpoints[0].parent} is as it was written ({listed}). Restore one from a copy, or "
+            "start a new run."
+        )
+    return None, damaged
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, whose step the run will write again; an older one of that name goes."""
+    aside = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    return aside
+
+
+def saved_part(folder: Path, name: str) -> Any:
+    """The state of one part of a checkpoint.
+
+    Raises:
+        RunDirError: it cannot be read, or has no such part.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(folder / _STATE, map_location="cpu", weights_only=True, mmap=True)[name]
     except Exception as error:  # a damaged pickle raises whatever its bytes lead to, IndexError for one
         raise RunDirError(
-            f"{path} cannot be read ({error}). Delete {folder} to resume from the one before it."
+            f"{name} cannot be read from {folder / _STATE} ({error}). Delete {folder} to resume from the one before it."
         ) from error
 
 
-def rotate_checkpoints(checkpoints: Path, *, keep: int, protected: set[str]) -> None:
-    """Delete the oldest complete checkpoints beyond `keep`, never one named in `protected`."""
-    found = sorted(p for p in checkpoints.glob("step-*") if p.is_dir() and p.name not in protected)
-    for path in found[:-keep]:
+def rotate_checkpoints(checkpoints: list[Path], *, keep: int, protected: set[str]) -> None:
+    """Delete the oldest checkpoints beyond `keep`, never one named in `protected`."""
+    for path in [p for p in checkpoints if p.name not in protected][:-keep]:
         shutil.rmtree(path)
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed the global random streams (dropout) from the run's seed and the step, so that a repeated or resumed step
-    draws the same numbers whatever ran before it."""
-    mixed = (seed * 1_000_003 + step) % 2**63
-    random.seed(mixed)
-    torch.manual_seed(mixed)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _refuse_other_format(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    if manifest is None and (folder / "state.json").exists():
+        manifest = {"format": 1}  # which had no manifest
+    if manifest is not None and manifest.get("format") != FORMAT:
+        raise RunDirError(
+            f"{folder} is a checkpoint of format {manifest.get('format')}, and this qswitch reads format {FORMAT}. "
+            "Resume with the version of qswitch that wrote it, or start a new run."
+        )

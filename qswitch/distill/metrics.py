@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from qswitch.distill.batch_source import Source
 from qswitch.rollout.policy import TEACHER
 from qswitch.rollout.requests import Rollout, RolloutStats
+
+BatchKind = Literal["ground_truth", "rollout", "replay"]
+"""Where the responses of a step come from: the data, a fresh rollout, an earlier one."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals of a run, kept across a resume."""
+
+    step: int = 0
+    """Optimizer steps that are finished."""
+    seconds: float = 0.0
+    rollout_tokens: int = 0
+    trained_tokens: int = 0
+    response_tokens: int = 0
+    """Generated, or read from the data where a batch was ground truth."""
+    steps_without_loss: int = 0
+    best_nats: float = math.inf
+    """Lowest of the validations: KL from the teacher, or the response loss where no teacher is loaded."""
+    best_step: int = -1
+    before_nats: float | None = None
+    last_nats: float | None = None
+
+    def count(self, report: StepReport, seconds: float) -> None:
+        """Add a finished step."""
+        self.step += 1
+        self.seconds += seconds
+        self.rollout_tokens += report.rollout.tokens
+        self.trained_tokens += report.loss_tokens
+        self.response_tokens += report.loss_tokens if report.batch == "ground_truth" else report.written_tokens
+        self.steps_without_loss += report.loss is None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        for name in self.__slots__:
+            setattr(self, name, state[name])
 
 
 @dataclass(slots=True)
@@ -20,7 +60,7 @@ class StepReport:
 
     loss: float | None = None
     grad_norm: float | None = None
-    batch: Source = "rollout"
+    batch: BatchKind = "rollout"
     loss_tokens: int = 0
     replayed: int = 0
     """Sequences that had trained before."""

@@ -14,30 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from qswitch.config import LossSection
-from qswitch.data.template import Prompt
 from qswitch.distill.logit_cache import Targets
 from qswitch.distill.loss import chunked_divergence, language_model_loss
+from qswitch.distill.sequence import TrainingSequence
 from qswitch.models.language_model import LanguageModel
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingSequence:
-    """A prompt with a response, and the response steps over which the loss runs."""
-
-    example_id: int
-    visit: int
-    prompt_ids: list[int]
-    response_ids: list[int]
-    loss_steps: list[int]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens the student reads; the last response token is only ever predicted."""
-        return len(self.prompt_ids) + len(self.response_ids) - 1
-
-    def cache_keys(self) -> list[tuple[int, int, int]]:
-        """(example, visit, step) of each loss position."""
-        return [(self.example_id, self.visit, step) for step in self.loss_steps]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,26 +49,6 @@ def collate(sequences: Sequence[TrainingSequence], pad_id: int, device: torch.de
         columns += [len(sequence.prompt_ids) - 1 + step for step in sequence.loss_steps]
     return MicroBatch(
         ids.to(device), mask.to(device), torch.tensor(rows, device=device), torch.tensor(columns, device=device)
-    )
-
-
-def ground_truth_sequence(prompt: Prompt, visit: int) -> TrainingSequence | None:
-    """The data's own response to a prompt; None without one. The loss runs over every assistant turn of it.
-
-    In a conversation the response begins at the assistant's first turn, and the user's later turns lie in between,
-    read and not learnt.
-    """
-    if not prompt.response_ids:
-        return None
-    first = prompt.earlier_turns[0][0] if prompt.earlier_turns else len(prompt.prompt_ids)
-    own = range(len(prompt.prompt_ids) - first, len(prompt.prompt_ids) - first + len(prompt.response_ids))
-    steps = [step - first for start, end in prompt.earlier_turns for step in range(start, end)]
-    return TrainingSequence(
-        prompt.example_id,
-        visit,
-        prompt.prompt_ids[:first],
-        prompt.prompt_ids[first:] + prompt.response_ids,
-        [*steps, *own],
     )
 
 

@@ -146,9 +146,13 @@ class Recovery:
                 f"the process holds {used / GIB:.2f} GiB of host memory, its budget is {self._budget_bytes / GIB:.2f}"
             )
 
-    def restore(self, sizes: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, int]:
+        """The sizes."""
+        return asdict(self.sizes)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on with the sizes of a checkpoint: a resumed run computes with the shapes of the one that stopped."""
-        self._set(Sizes(**sizes))
+        self._set(Sizes(**state))
 
     def take_events(self) -> list[dict[str, Any]]:
         """The events so far, which are then forgotten."""

@@ -3,7 +3,7 @@
 A rollout with its cached teacher outputs can train the student again without either model writing a token. With
 `rollout.reuse` R every rollout is used R times over the following steps, oldest first; with unlimited uses, as in
 DistiLLM, the buffer is drawn from at random. Entries leave when they are used up, when they are older than the
-freshness limit, or when the buffer is over its capacity. Knows no cache: the trainer keeps the teacher's rows of what
+freshness limit, or when the buffer is over its capacity. Knows no cache: the supply keeps the teacher's rows of what
 is in here.
 
 Letters: `D` student width, `V` shared vocabulary.
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qswitch.distill.objective import StudentObjective, TrainingSequence, collate
+from qswitch.distill.objective import StudentObjective, collate
+from qswitch.distill.sequence import TrainingSequence
 from qswitch.rollout.decode import inference
 from qswitch.rollout.noise import row_keys, step_keys, uniform
 
@@ -90,39 +91,18 @@ class ReplayBuffer:
         )
         return uniform(step_keys(rows, torch.full_like(rows, step), _DRAW_STREAM)).tolist()
 
-    def cache_keys(self) -> Tensor:
-        """Keys int64 [N, 3] of the teacher outputs that entries still need."""
-        keys = [key for e in self._entries if e.uses_left != 0 for key in e.sequence.cache_keys()]
-        return torch.tensor(keys, dtype=torch.int64).reshape(-1, 3)
+    @property
+    def sequences(self) -> list[TrainingSequence]:
+        """Those that may still be drawn, oldest first."""
+        return [e.sequence for e in self._entries if e.uses_left != 0]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> list[dict[str, Any]]:
         """Plain values and CPU tensors; torch.load reads them with weights_only."""
-        return {
-            "entries": [
-                {
-                    "example_id": e.sequence.example_id, "visit": e.sequence.visit,
-                    "prompt_ids": e.sequence.prompt_ids, "response_ids": e.sequence.response_ids,
-                    "loss_steps": e.sequence.loss_steps, "born_step": e.born_step, "uses_left": e.uses_left,
-                    "probe_step": e.probe_step,
-                    "probe_hidden": None if e.probe_hidden is None else e.probe_hidden.cpu(),
-                }
-                for e in self._entries
-            ]
-        }  # fmt: skip
+        return [{n: getattr(e, n) for n in e.__slots__} | {"sequence": e.sequence.state_dict()} for e in self._entries]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
         """Hold exactly the entries of a `state_dict`."""
-        names = ("example_id", "visit", "prompt_ids", "response_ids", "loss_steps")
-        self._entries = [
-            ReplayEntry(
-                TrainingSequence(**{n: entry[n] for n in names}),
-                entry["born_step"],
-                entry["uses_left"],
-                entry["probe_step"],
-                entry["probe_hidden"],
-            )
-            for entry in state["entries"]
-        ]
+        self._entries = [ReplayEntry(**{**e, "sequence": TrainingSequence(**e["sequence"])}) for e in state]
 
 
 def split_step(total: int, reuse: int, available: int) -> tuple[int, int]:

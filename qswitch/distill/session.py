@@ -5,8 +5,8 @@ Knows the plan that it was handed, and makes none but for sizes that memory ran 
 
 from __future__ import annotations
 
-import json
 import platform
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -18,14 +18,15 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from qswitch.aside import folder_aside
 from qswitch.config import RunConfig
 from qswitch.data.template import PromptEncoder, template_source
-from qswitch.distill.checkpoint import checkpoint_name
+from qswitch.distill.checkpoint import newest_whole, saved_part
 from qswitch.distill.metrics import peak_bytes
 from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.recovery import Recovery, Sizes, limit_device_memory
 from qswitch.distill.trainer import Trainer
-from qswitch.errors import Interrupted, RunDirError
+from qswitch.errors import Interrupted
 from qswitch.models.host_memory import bound_kernel_cache, release_memory, return_freed_memory
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import load_teacher
@@ -79,20 +80,13 @@ class Summary:
 
 
 def saved_sizes(run_dir: RunDir) -> Sizes | None:
-    """The sizes that the newest checkpoint was written with; None before the first.
+    """The sizes that the newest whole checkpoint was written with; None before the first.
 
     Raises:
-        RunDirError: the checkpoint cannot be read.
+        RunDirError: no checkpoint can be used.
     """
-    folder = run_dir.latest_checkpoint()
-    if folder is None:
-        return None
-    try:
-        return Sizes(**json.loads((folder / "state.json").read_text(encoding="utf-8"))["sizes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirError(
-            f"{folder} cannot be read ({error}). Delete that folder to resume from the checkpoint before it."
-        ) from error
+    folder, _ = newest_whole(run_dir.checkpoints())
+    return None if folder is None else Sizes(**saved_part(folder, "sizes"))
 
 
 def train(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool) -> Summary:
@@ -197,14 +191,6 @@ def _finish(run_dir: RunDir, trainer: Trainer, pair: TokenizerPair, encoder: Pro
     assert counters.before_nats is not None and counters.last_nats is not None
     figures = {"before": counters.before_nats, "after": counters.best_nats, "last": counters.last_nats}
     kl, response_loss = (figures, {}) if config.needs_teacher else ({}, figures)
-    load_adapter(trainer.student, run_dir.checkpoints_path / checkpoint_name(counters.best_step) / "adapter")
-    save_adapter(trainer.student, run_dir.adapter_path)
-    # The student was trained on this template, so it must be asked with it.
-    pair.student.chat_template = template_source(encoder)
-    pair.student.save_pretrained(run_dir.adapter_path)
-    # Responses ended at either model's token; another program that knows the base's alone would run on.
-    eos_ids = pair.eos_ids[0] if len(pair.eos_ids) == 1 else list(pair.eos_ids)
-    GenerationConfig(eos_token_id=eos_ids, pad_token_id=pair.pad_id).save_pretrained(run_dir.adapter_path)
     summary = Summary(
         method=config.method,
         kl_before_nats=kl.get("before"),
@@ -230,8 +216,18 @@ def _finish(run_dir: RunDir, trainer: Trainer, pair: TokenizerPair, encoder: Pro
         | {"python": platform.python_version()},
         commit=_commit(),
     )
+    load_adapter(trainer.student, trainer.best_checkpoint / "adapter")
+    with folder_aside(run_dir.adapter_path) as folder:
+        save_adapter(trainer.student, folder)
+        # The student was trained on this template, so it must be asked with it.
+        pair.student.chat_template = template_source(encoder)
+        pair.student.save_pretrained(folder)
+        # Responses ended at either model's token; another program that knows the base's alone would run on.
+        eos_ids = pair.eos_ids[0] if len(pair.eos_ids) == 1 else list(pair.eos_ids)
+        GenerationConfig(eos_token_id=eos_ids, pad_token_id=pair.pad_id).save_pretrained(folder)
+        (folder / "README.md").write_text(adapter_card(config, summary), encoding="utf-8")
+        shutil.rmtree(run_dir.adapter_path, ignore_errors=True)  # of a run that ended before its summary was written
     run_dir.write_json("summary.json", asdict(summary))
-    (run_dir.adapter_path / "README.md").write_text(adapter_card(config, summary), encoding="utf-8")
     return summary
 
 

@@ -14,13 +14,8 @@ import torch
 from qswitch.data.template import Prompt
 from qswitch.distill.logit_cache import Targets
 from qswitch.distill.loss import chunked_divergence_values
-from qswitch.distill.objective import (
-    StudentObjective,
-    TrainingSequence,
-    collate,
-    collate_with_labels,
-    ground_truth_sequence,
-)
+from qswitch.distill.objective import StudentObjective, collate, collate_with_labels
+from qswitch.distill.sequence import TrainingSequence, ground_truth_sequence
 from qswitch.errors import DataError
 from qswitch.models.language_model import LanguageModel
 from qswitch.rollout.decode import RolloutRequest, inference, rollout

@@ -265,14 +265,10 @@ def kept_hidden_bytes(hidden_size: int, sequences: int, rows: int, tokens: int, 
 
 
 def cache_row_bytes(format: str, hidden_size: int, vocab_size: int, topk: int, compute_bytes: int) -> int:
-    """One cached token: a hidden state; k ids (int32), k log-probabilities and the tail (fp32); or a row of logits."""
+    """One cached token: a hidden state, or k ids (int32), k log-probabilities and the tail (fp32)."""
     if format == "hidden":
         return hidden_size * compute_bytes
-    if format == "topk":
-        return min(topk, vocab_size) * (4 + FP32_BYTES) + FP32_BYTES
-    if format == "bf16":
-        return vocab_size * 2
-    return vocab_size + FP32_BYTES
+    return min(topk, vocab_size) * (4 + FP32_BYTES) + FP32_BYTES
 
 
 # ------------------------------------------------------------------------------------------------------------- training

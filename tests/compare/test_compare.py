@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def test_an_interrupted_comparison_goes_on_and_repeats_no_finished_cell(tmp_path
     # The run of gkd is stopped in mid-run: it resumes from its checkpoint instead of starting anew.
     run_path = out / "runs/gkd-seed1"
     (run_path / "summary.json").unlink()
-    (run_path / "checkpoints/step-000002/state.json").unlink()
+    shutil.rmtree(run_path / "checkpoints/step-000002")
     second = Launcher()
     results = compare(path, out, launch=second, say=lambda _: None)
     commands = [(c[0], c[1].rpartition("/")[2]) for c in second.commands]

@@ -16,6 +16,7 @@ from qswitch.distill.loss import (
     head_parameters,
     language_model_loss,
 )
+from qswitch.distill.sequence import TrainingSequence
 from qswitch.divergence import divergence, topk_divergence
 from qswitch.models.language_model import Head
 
@@ -218,14 +219,14 @@ def test_without_gradients(chunk_tokens):
 def test_topk_targets_are_used_as_events():
     weight, teacher, head = randn(51, V, 5), randn(50, N, 5), make_head("plain")
     cache = LogitCache(
-        "topk", vocab_size=V, device=torch.device("cpu"), dtype=torch.float64, device_budget_bytes=1 << 20,
-        host_budget_bytes=0, disk_path=None, topk=6,
+        "topk", head=lambda h: h @ weight.T, vocab_size=V, device=torch.device("cpu"), dtype=torch.float64,
+        device_budget_bytes=1 << 20, host_budget_bytes=0, disk_path=None, topk=6,
     )  # fmt: skip
-    keys = torch.tensor([[0, 0, i] for i in range(N)])
-    cache.put(keys, teacher, lambda h: h @ weight.T)
+    sequences = [TrainingSequence(0, 0, [1], [2] * N, list(range(N)))]
+    cache.put(sequences, teacher)
     hidden = leaf(14)
     options = {**OPTIONS, "temperature": 1.0}
-    loss = chunked_divergence(hidden, head, cache.get(keys), chunk_tokens=3, **options)
+    loss = chunked_divergence(hidden, head, cache.get(sequences), chunk_tokens=3, **options)
     log_probs, ids = (teacher @ weight.T).log_softmax(-1).topk(6)
     expected = topk_divergence("jsd", log_probs, ids, head(hidden), alpha=0.1, beta=0.3).sum() / 7.0
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)

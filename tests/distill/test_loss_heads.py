@@ -12,6 +12,7 @@ from benchmarks.live_bytes import LiveBytes
 from qswitch.config import LoraSection
 from qswitch.distill.logit_cache import LogitCache, Targets
 from qswitch.distill.loss import chunked_divergence
+from qswitch.distill.sequence import TrainingSequence
 from qswitch.divergence import divergence
 from qswitch.errors import ModelError
 from qswitch.models.language_model import Head, LanguageModel
@@ -111,7 +112,7 @@ def test_a_second_derivative_is_refused():
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("format", ["hidden", "bf16", "int8", "topk"])
+@pytest.mark.parametrize("format", ["hidden", "topk"])
 @pytest.mark.parametrize("trained", [False, True])
 def test_no_tensor_of_all_logits_and_no_gradient_buffer_of_a_frozen_head(format, trained):
     positions, chunk, width, vocab = 192, 8, 16, 512
@@ -120,14 +121,14 @@ def test_no_tensor_of_all_logits_and_no_gradient_buffer_of_a_frozen_head(format,
     teacher_head = nn.Linear(width, vocab, bias=False).requires_grad_(False)
     hidden, teacher_hidden = torch.randn(positions, width).requires_grad_(), torch.randn(positions, width)
     cache = LogitCache(
-        format, vocab_size=vocab, device=hidden.device, dtype=torch.float32, device_budget_bytes=1 << 30,
-        host_budget_bytes=0, disk_path=None,
+        format, head=teacher_head, vocab_size=vocab, device=hidden.device, dtype=torch.float32,
+        device_budget_bytes=1 << 30, host_budget_bytes=0, disk_path=None,
     )  # fmt: skip
-    keys = torch.tensor([[0, 0, i] for i in range(positions)])
-    cache.put(keys, teacher_hidden, teacher_head)
+    sequences = [TrainingSequence(0, 0, [1], [2] * positions, list(range(positions)))]
+    cache.put(sequences, teacher_hidden)
     with LiveBytes() as mode:
         loss: Any = chunked_divergence(
-            hidden, head, cache.get(keys), name=NAME, alpha=0.1, beta=0.5, temperature=1.0,
+            hidden, head, cache.get(sequences), name=NAME, alpha=0.1, beta=0.5, temperature=1.0,
             normalizer=float(positions), chunk_tokens=chunk,
         )  # fmt: skip
         loss.backward()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -191,10 +190,10 @@ def test_at_the_floor_a_checkpoint_is_left_and_the_run_resumes_from_it(folders, 
 def test_a_resumed_run_keeps_the_sizes_it_shrank_to(folders, tmp_path):  # noqa: F811
     config = small(folders)
     trainer = run_trainer(config, tmp_path / "run", FailingRecovery(config, "loss", 5))
-    folder = trainer.run_dir.latest_checkpoint()
-    assert json.loads((folder / "state.json").read_text())["sizes"]["micro_batch"] == 1
+    saved = torch.load(trainer.run_dir.latest_checkpoint() / "state.pt", weights_only=True)["sizes"]
+    assert saved["micro_batch"] == 1
     again = Recovery(Sizes.of(config), CPU, planned_bytes=9, planned_bytes_of=lambda sizes: sizes.micro_batch)
-    again.restore(json.loads((folder / "state.json").read_text())["sizes"])
+    again.load_state_dict(saved)
     assert again.sizes.micro_batch == 1 and again.planned_bytes == 1
 
 
@@ -227,8 +226,8 @@ def test_what_counts_as_out_of_memory():
 def test_an_optimizer_step_allocates_nothing(folders, tmp_path):  # noqa: F811
     """So it cannot fail halfway, with some weights moved and others not."""
     trainer = run_trainer(small(folders, train__max_steps=1), tmp_path / "run")
-    for p in trainer.trainable:
+    for p in trainer.learner.trainable:
         p.grad = torch.ones_like(p)
     with FailAt(0) as mode:
-        trainer.optimizer.step()
+        trainer.learner.optimizer.step()
     assert mode.count == 0

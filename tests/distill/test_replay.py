@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from qswitch.distill.objective import TrainingSequence
 from qswitch.distill.replay import ReplayBuffer, ReplayEntry, split_step
+from qswitch.distill.sequence import TrainingSequence
 
 
 def entry(i: int, born: int = 0, uses: int | None = 2) -> ReplayEntry:
@@ -48,15 +48,15 @@ def test_freshness_and_capacity():
     assert len(buffer) == 3
     assert ids(buffer.draw(9, step=8)) == [3, 4]  # 2 is six steps old
     assert ids(buffer.draw(1, step=9)) == [4]
-    assert len(buffer.cache_keys()) == 0
+    assert buffer.sequences == []
 
 
 def test_used_up_entries_need_no_teacher_outputs():
     buffer = ReplayBuffer(10, 10, seed=0)
     buffer.add([entry(1, uses=1), entry(2, uses=2), entry(3, uses=0)])
-    assert buffer.cache_keys().tolist() == [[1, 0, 0], [1, 0, 2], [2, 0, 0], [2, 0, 2]]
+    assert [s.key for s in buffer.sequences] == [(1, 0), (2, 0)]
     buffer.draw(2, step=0)
-    assert buffer.cache_keys().tolist() == [[2, 0, 0], [2, 0, 2]]
+    assert [s.key for s in buffer.sequences] == [(2, 0)]
 
 
 def test_unlimited_entries_are_drawn_at_random_and_alike_after_a_resume():

@@ -14,6 +14,7 @@ import torch
 from qswitch.config import RunConfig
 from qswitch.data.gather import load_prompts
 from qswitch.distill.replay import staleness_nats
+from qswitch.distill.sequence import TrainingSequence
 from qswitch.distill.trainer import Trainer
 from qswitch.divergence import divergence
 from qswitch.errors import DataError, Interrupted, TrainingError
@@ -68,12 +69,17 @@ def make_trainer(config: RunConfig, path: Path) -> Trainer:
     )
 
 
+def written_sequences(trainer: Trainer, num: int) -> list[TrainingSequence]:
+    """What `num` fresh rollouts teach, with the teacher's outputs in the cache."""
+    rollouts, _ = trainer.supply.roll_out(trainer.supply.loader.next(num))
+    return [s for s in trainer.supply.cache_teacher(rollouts) if s.loss_steps]
+
+
 def gradients(trainer: Trainer) -> list[torch.Tensor]:
     """Gradients of the first step, before the optimizer uses them."""
-    items = trainer.loader.next(8)
-    sequences = [s for s in trainer.cache_teacher(trainer.roll_out(items)[0]) if s.loss_steps]
-    trainer.learn(sequences, sum(len(s.loss_steps) for s in sequences))
-    return [p.grad.clone() for p in trainer.trainable if p.grad is not None]
+    sequences = written_sequences(trainer, 8)
+    trainer.learner.accumulate(sequences)
+    return [p.grad.clone() for p in trainer.learner.trainable if p.grad is not None]
 
 
 def test_accumulation_equals_the_big_batch(folders, tmp_path):
@@ -96,8 +102,8 @@ def test_training_needs_no_teacher_and_equals_rescoring(folders, tmp_path, scope
         folders, loss__scope=scope, loss__divergence="forward_kl", train__compute_dtype="fp64", rollout__decay_rate=0.5
     )
     trainer = make_trainer(config, tmp_path / "run")
-    rollouts, _ = trainer.roll_out(trainer.loader.next(6))
-    sequences = [s for s in trainer.cache_teacher(rollouts) if s.loss_steps]
+    rollouts, _ = trainer.supply.roll_out(trainer.supply.loader.next(6))
+    sequences = [s for s in trainer.supply.cache_teacher(rollouts) if s.loss_steps]
     tokens = sum(len(s.loss_steps) for s in sequences)
     assert tokens > 5
 
@@ -105,7 +111,7 @@ def test_training_needs_no_teacher_and_equals_rescoring(folders, tmp_path, scope
         raise AssertionError("the teacher ran during training")
 
     handles = [m.register_forward_pre_hook(refuse) for m in [trainer.teacher.hf.base_model]]
-    loss = trainer.learn(sequences, tokens)
+    loss = trainer.learner.accumulate(sequences)
     for handle in handles:
         handle.remove()
 
@@ -126,8 +132,8 @@ def test_topk_cache_is_a_lower_bound_of_the_loss(folders, tmp_path):
     for name, extra in (("hidden", {}), ("topk", {"cache__topk": 8})):
         config = settings(folders, cache__format=name, loss__divergence="forward_kl", **extra)
         trainer = make_trainer(config, tmp_path / name)
-        sequences = [s for s in trainer.cache_teacher(trainer.roll_out(trainer.loader.next(6))[0]) if s.loss_steps]
-        losses[name] = trainer.learn(sequences, sum(len(s.loss_steps) for s in sequences))
+        sequences = written_sequences(trainer, 6)
+        losses[name] = trainer.learner.accumulate(sequences)
     assert 0 < losses["topk"] < losses["hidden"]
 
 
@@ -259,15 +265,17 @@ def test_non_finite_loss_stops_before_the_optimizer(folders, tmp_path):
     trainer = make_trainer(settings(folders), tmp_path / "run")
     trainer.train_step()
     with torch.no_grad():
-        trainer.trainable[-1].fill_(math.nan)
-    before = [p.clone() for p in trainer.trainable]
+        trainer.learner.trainable[-1].fill_(math.nan)
+    weights = trainer.learner.trainable
+    before = [p.clone() for p in weights]
     # The poisoned student cannot write; ground truth of the teacher's reaches the loss.
-    prompt, visit = trainer.loader.next(1)[0]
-    sequences = trainer.read_ground_truth([(prompt, visit)])
+    prompt, visit = trainer.supply.loader.next(1)[0]
+    sequences = trainer.supply.read_ground_truth([(prompt, visit)])
     with pytest.raises(TrainingError, match=r"loss is nan at step 0.*Lower train.learning_rate"):
-        trainer.learn(sequences, len(sequences[0].loss_steps))
+        trainer.learner.accumulate(sequences)
     assert all(
-        torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(before, trainer.trainable, strict=True)
+        torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0))
+        for a, b in zip(before, trainer.learner.trainable, strict=True)
     )
 
 
@@ -292,7 +300,7 @@ def test_ground_truth_mix_without_responses_is_refused(folders, tmp_path):
 def test_the_loss_is_the_named_divergence(folders, tmp_path):
     config = settings(folders, loss__divergence="skew_reverse_kl", train__compute_dtype="fp64")
     trainer = make_trainer(config, tmp_path / "run")
-    sequences = [s for s in trainer.cache_teacher(trainer.roll_out(trainer.loader.next(4))[0]) if s.loss_steps]
+    sequences = written_sequences(trainer, 4)
     tokens = sum(len(s.loss_steps) for s in sequences)
     expected = 0.0
     with torch.no_grad():
@@ -301,7 +309,7 @@ def test_the_loss_is_the_named_divergence(folders, tmp_path):
             at = torch.tensor(s.loss_steps) + len(s.prompt_ids) - 1
             p, q = (m.hf(ids).logits[0][at] for m in (trainer.teacher, trainer.student))
             expected += divergence("skew_reverse_kl", p, q, alpha=0.1).sum().item()
-    assert trainer.learn(sequences, tokens) == pytest.approx(expected / tokens, rel=1e-10)
+    assert trainer.learner.accumulate(sequences) == pytest.approx(expected / tokens, rel=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -316,18 +324,18 @@ def test_reused_rollouts_train_without_either_model_writing(folders, tmp_path, c
     assert [m["replayed"] for m in lines] == [0, 2, 2, 2, 2, 2]
     assert lines[0]["staleness_nats"] is None
     assert all(m["staleness_nats"] > 0 for m in lines[1:])
-    assert trainer.cache.stats()["rows"] == len(trainer.replay.cache_keys())
+    assert trainer.cache.stats()["sequences"] == len(trainer.supply.replay.sequences) > 0
 
 
 def test_a_rollout_of_this_step_is_not_stale(folders, tmp_path):
     config = settings(folders, rollout__reuse=2, rollout__decay_rate=1.0, train__compute_dtype="fp64")
     trainer = make_trainer(config, tmp_path / "run")
-    rollouts, _ = trainer.roll_out(trainer.loader.next(4))
-    trainer.remember(rollouts, trainer.cache_teacher(rollouts))
-    entries = trainer.replay.draw(4, 0)
-    fresh = staleness_nats(trainer.objective, entries, pad_id=0, device=trainer.device)
+    rollouts, _ = trainer.supply.roll_out(trainer.supply.loader.next(4))
+    trainer.supply.remember(rollouts, trainer.supply.cache_teacher(rollouts), step=0)
+    entries = trainer.supply.replay.draw(4, 0)
+    fresh = staleness_nats(trainer.learner.objective, entries, pad_id=0, device=trainer.device)
     assert fresh == pytest.approx(0, abs=1e-12)
     with torch.no_grad():
-        for parameter in trainer.trainable:
+        for parameter in trainer.learner.trainable:
             parameter.add_(0.1)
-    assert staleness_nats(trainer.objective, entries, pad_id=0, device=trainer.device) > 1e-3
+    assert staleness_nats(trainer.learner.objective, entries, pad_id=0, device=trainer.device) > 1e-3

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qswitch.data.template import Prompt
-from qswitch.distill.objective import ground_truth_sequence
+from qswitch.distill.sequence import ground_truth_sequence
 from qswitch.run import distill
 from qswitch.run_dir import RunDir
 from tests.distill.test_trainer import folders, make_trainer, settings
@@ -50,16 +50,16 @@ def cross_entropy(trainer, sequences) -> float:
 def test_cross_entropy_is_that_of_the_written_tokens(folders, tmp_path, method):
     config = with_method(folders, method, train__compute_dtype="fp64")
     trainer = make_trainer(config, tmp_path / "run")
-    items = trainer.loader.next(6)
+    items = trainer.supply.loader.next(6)
     if method == "sft":
-        sequences = trainer.read_ground_truth(items)
+        sequences = trainer.supply.read_ground_truth(items)
         assert {tuple(s.response_ids) for s in sequences} == {tuple(p.response_ids) for p, _ in items}
     else:
-        rollouts, stats = trainer.roll_out(items)
+        rollouts, stats = trainer.supply.roll_out(items)
         assert stats.student_passes == 0 and all(r.teacher_hidden is None for r in rollouts)
-        sequences = trainer.cache_teacher(rollouts)
+        sequences = trainer.supply.cache_teacher(rollouts)
     assert all(s.loss_steps == list(range(len(s.response_ids))) for s in sequences)
-    loss = trainer.learn(sequences, sum(len(s.loss_steps) for s in sequences))
+    loss = trainer.learner.accumulate(sequences)
     assert loss == pytest.approx(cross_entropy(trainer, sequences), rel=1e-9)
 
 
@@ -118,6 +118,6 @@ def test_conversations_train_with_a_divergence_too(folders: tuple[Path, Path, Pa
     data.write_text("".join(json.dumps(t) + "\n" for t in turns))
     trainer = make_trainer(with_method(folders, "kd", data__train=str(data), data__num_validation=2), tmp_path / "run")
     report = trainer.train_step()
-    first = trainer.loader.next(1)[0][0]
+    first = trainer.supply.loader.next(1)[0][0]
     assert first.earlier_turns and report.loss > 0
     assert report.loss_tokens > 4 * len("still 1")

@@ -146,12 +146,12 @@ def test_full_training_costs_weights_gradients_and_moments():
 
 
 def test_rows_of_a_large_cache_move_down_the_tiers():
-    asked = config(cache={"format": "bf16", "device_budget_gib": 0.125, "host_budget_gib": 0.0625})
+    asked = config(cache={"device_budget_gib": 1 / 64, "host_budget_gib": 1 / 128})
     plan = gpu_plan(asked)
-    assert plan.parts["logit_cache"] == GIB // 8
-    assert plan.breakdown.host["logit_cache"] == GIB // 16
-    needed = 4 * 4 * 256 * 32000 * 2
-    assert plan.breakdown.disk["logit_cache"] == needed - GIB // 8 - GIB // 16
+    assert plan.parts["logit_cache"] == GIB // 64
+    assert plan.breakdown.host["logit_cache"] == GIB // 128
+    needed = 4 * 4 * 256 * 4096 * 2
+    assert plan.breakdown.disk["logit_cache"] == needed - GIB // 64 - GIB // 128
 
 
 def test_on_a_cpu_there_is_no_context_and_the_device_is_the_host(monkeypatch):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qswitch.distill import batch_source
-from qswitch.distill.batch_source import AdaptiveShare
+from qswitch.distill import supply
+from qswitch.distill.supply import AdaptiveShare
 from qswitch.distill.trainer import Trainer
 from qswitch.errors import Interrupted
 from qswitch.run import distill, resume
@@ -30,17 +30,17 @@ def test_the_share_grows_by_a_tenth_for_every_rise_beyond_the_tolerance():
 def test_batches_have_the_documented_shares(phi: float, progress: float):
     share = AdaptiveShare(0.1, phi=phi)
     coins = [(i + 0.5) / 1000 for i in range(1000)]
-    drawn = [share.source(coin, progress, can_replay=True) for coin in coins]
+    drawn = [share.batch(coin, progress, can_replay=True) for coin in coins]
     expected = {"rollout": phi * (1 - progress), "replay": phi * progress, "ground_truth": 1 - phi}
     for source, probability in expected.items():
         assert abs(drawn.count(source) / 1000 - probability) <= 0.001
-    fresh = [share.source(coin, progress, can_replay=False) for coin in coins]
+    fresh = [share.batch(coin, progress, can_replay=False) for coin in coins]
     assert "replay" not in fresh and abs(fresh.count("rollout") / 1000 - phi) <= 0.001
 
 
 def test_a_run_goes_through_all_three_sources_and_resumes_bit_for_bit(folders, tmp_path, monkeypatch):
     """Every validation is made to look worse than the one before, so that phi grows in steps of a half."""
-    monkeypatch.setattr(batch_source, "PHI_STEP", 0.5)
+    monkeypatch.setattr(supply, "PHI_STEP", 0.5)
     observed = AdaptiveShare.observe
 
     def observe_worse(self: AdaptiveShare, _loss: float) -> bool:

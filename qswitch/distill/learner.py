@@ -1,0 +1,159 @@
+"""How one optimizer step learns from its sequences: micro-batches, gradients, update.
+
+Knows neither where sequences come from nor what a run saves and shows.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from qswitch.config import RunConfig
+from qswitch.data.loader import BlockLoader
+from qswitch.distill.logit_cache import LogitCache
+from qswitch.distill.objective import StudentObjective, collate, collate_with_labels
+from qswitch.distill.optimizer import make_lr_scheduler, make_optimizer
+from qswitch.distill.recovery import Recovery
+from qswitch.distill.sequence import TrainingSequence
+from qswitch.errors import TrainingError
+from qswitch.models.language_model import LanguageModel
+from qswitch.run_dir import RunDir
+
+
+class Learner:
+    """Moves the student's weights. Owns the optimizer and its schedule, borrows the teacher's cached outputs.
+
+    Args:
+        corpus: blocks of plain text for the language-model loss; None without one.
+        spent: says which share of the run's budget is spent, which the learning rate follows.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: RunDir,
+        *,
+        student: LanguageModel,
+        cache: LogitCache,
+        pad_id: int,
+        corpus: BlockLoader | None,
+        accelerator: Accelerator,
+        recovery: Recovery,
+        spent: Callable[[], float],
+    ) -> None:
+        self.config, self._run_dir, self._pad_id = config, run_dir, pad_id
+        self.corpus, self._cache, self._accelerator, self._recovery = corpus, cache, accelerator, recovery
+        self._device = student.device
+        self._imitates = config.loss.objective == "divergence"
+        self.objective = StudentObjective(student, config.loss)
+        self.trainable = [p for p in student.parameters() if p.requires_grad]
+        optimizer = make_optimizer(config.train, self.trainable)
+        self._wrapped, self.optimizer = accelerator.prepare(self.objective, optimizer)
+        self.lr_scheduler = make_lr_scheduler(config.train, optimizer, spent)
+        self._step = 0
+
+    def learn_step(self, sequences: Sequence[TrainingSequence], step: int) -> tuple[float | None, float | None]:
+        """The loss in nats and the clipped gradient's norm of a step; None for one that has no loss token.
+
+        The gradients are left for `update`. Where memory runs out the step is undone and repeated, smaller.
+
+        Raises:
+            TrainingError: the loss or the gradient is not finite; no weight has moved.
+            MemoryFloorError: nothing is left to shrink.
+        """
+        cursor = self.corpus.state_dict() if self.corpus is not None else None
+
+        def undo() -> None:
+            self.optimizer.zero_grad()
+            if self.corpus is not None and cursor is not None:
+                self.corpus.load_state_dict(cursor)
+
+        self._step = step
+        return self._recovery.attempt("loss", lambda: self._gradients(sequences), undo=undo)
+
+    def update(self, loss: float | None) -> None:
+        """Step the optimizer with the gradients of a step that had a loss, and the schedule always."""
+        if loss is not None:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        with warnings.catch_warnings():
+            # A skipped step moves the schedule without the optimizer, which torch takes for a mistake.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+            self.lr_scheduler.step()
+
+    def accumulate(self, sequences: Sequence[TrainingSequence]) -> float | None:
+        """Accumulate gradients over all micro-batches; the token mean of the loss in nats, None without any token.
+
+        Every micro-batch is divided by the tokens of the whole step, so the split into micro-batches does not change
+        the gradient.
+        """
+        self._wrapped.train()
+        size = self._recovery.sizes.micro_batch
+        num_tokens = float(sum(len(s.loss_steps) for s in sequences))
+        total = 0.0
+        # Similar lengths share a micro-batch: less padding, and the token mean does not see the order.
+        ordered = sorted(sequences, key=lambda s: (s.num_tokens, s.key))
+        for start in range(0, len(ordered), size):
+            group = ordered[start : start + size]
+            if self._imitates:
+                batch, targets = collate(group, self._pad_id, self._device), self._cache.get(group)
+            else:
+                batch, targets = collate_with_labels(group, self._pad_id, self._device), None
+            total += self._backward(self._wrapped(batch, targets, num_tokens))
+        if self.corpus is not None:
+            self._accumulate_corpus(self.corpus, size)
+        return total if sequences or self.corpus is not None else None
+
+    def _gradients(self, sequences: Sequence[TrainingSequence]) -> tuple[float | None, float | None]:
+        seed_step(self.config.seed, self._step)
+        chunk_tokens = self._recovery.sizes.chunk_tokens
+        self.objective.settings = self.config.loss.model_copy(update={"chunk_tokens": chunk_tokens})
+        loss = self.accumulate(sequences)
+        if loss is None:
+            return None, None
+        norm = float(self._accelerator.clip_grad_norm_(self.trainable, self.config.train.max_grad_norm))
+        if not math.isfinite(norm):
+            raise self._not_finite("gradient norm", norm)
+        return loss, norm
+
+    def _accumulate_corpus(self, corpus: BlockLoader, size: int) -> None:
+        """Gradients of the language-model loss over as many blocks as the step has sequences, `size` at a time."""
+        train = self.config.train
+        blocks = corpus.next(train.per_device_train_batch_size * train.gradient_accumulation_steps)
+        sequences = [
+            TrainingSequence(i, 0, block[:1].tolist(), block[1:].tolist(), list(range(len(block) - 1)))
+            for i, block in enumerate(blocks)
+        ]
+        num_tokens = float(sum(len(s.loss_steps) for s in sequences))
+        for start in range(0, len(sequences), size):
+            batch = collate_with_labels(sequences[start : start + size], self._pad_id, self._device)
+            self._backward(self.config.loss.lm_coefficient * self._wrapped(batch, None, num_tokens))
+
+    def _backward(self, loss: Tensor) -> float:
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise self._not_finite("loss", value)
+        self._accelerator.backward(loss)
+        self._recovery.check_host_memory()
+        return value
+
+    def _not_finite(self, what: str, value: float) -> TrainingError:
+        return TrainingError(
+            f"The {what} is {value} at step {self._step}; the optimizer step was not taken. Lower train.learning_rate "
+            f"(now {self.config.train.learning_rate}) and resume from the last checkpoint in "
+            f"{self._run_dir.checkpoints_path}."
+        )
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed the global random streams (dropout) from the run's seed and the step, so that a repeated or resumed step
+    draws the same numbers whatever ran before it."""
+    mixed = (seed * 1_000_003 + step) % 2**63
+    random.seed(mixed)
+    torch.manual_seed(mixed)

@@ -1,0 +1,56 @@
+"""Whether the files of a folder are as they were written: a manifest beside them has the size and SHA-256 of each.
+
+Cold: knows nothing of what the files hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path, **head: Any) -> None:
+    """Write `head` and the size and SHA-256 of every file in `folder` into its manifest.json."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    (folder / MANIFEST).write_text(json.dumps({**head, "files": files}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """A folder's manifest; None where there is none that can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    well_formed = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
+    return manifest if well_formed else None
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with the files that the folder's manifest lists; None where each is as it was written."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"it has no {MANIFEST} that can be read"
+    for name, written in manifest["files"].items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != written["bytes"]:
+                return f"{name} has {size:,} bytes, {written['bytes']:,} were written"
+            if _sha256(path) != written["sha256"]:
+                return f"the SHA-256 of {name} is not that of the file that was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        except (KeyError, TypeError):
+            return f"the entry of {name} in {MANIFEST} is damaged"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
