@@ -88,7 +88,7 @@ def export_gguf(
         folder.mkdir(exist_ok=True)
         start = _start_that_engines_add(tokenizer, prompts[0])
         paths = _write(model_dir, folder, types, name, add_bos=bool(start))
-        reports = _compare(model_dir, paths, tokenizer, prompts)
+        reports = _compare(model_dir, paths, tokenizer, prompts, start)
         with file_aside(folder / "Modelfile") as partial:
             first, *others = [path.name for path in paths.values()]
             text = modelfile(
@@ -155,7 +155,9 @@ def _stage(model_dir: Path, staged: Path, add_bos: bool) -> None:
     config.write_text(json.dumps({**values, "add_bos_token": add_bos}), encoding="utf-8")
 
 
-def _compare(model_dir: Path, paths: dict[GgufType, Path], tokenizer: Any, prompts: Sequence[str]) -> list[GgufParity]:
+def _compare(
+    model_dir: Path, paths: dict[GgufType, Path], tokenizer: Any, prompts: Sequence[str], start: str
+) -> list[GgufParity]:
     from transformers import AutoModelForCausalLM
 
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
@@ -179,7 +181,7 @@ def _read_by_llama_cpp(
     unread: GgufParity,
     expected: Sequence[Tensor],
     ids: Sequence[list[int]],
-    prompts: Sequence[str],
+    texts: Sequence[str],
     tokenizer: Any,
     end_ids: Sequence[int],
 ) -> GgufParity:
@@ -192,7 +194,7 @@ def _read_by_llama_cpp(
             read_by=f"llama.cpp (llama-cpp-python {engine.version})",
             kl_nats=kl_nats,
             top1_agreement=agreement,
-            same_prompt_ids=all(engine.tokenize(t) == row for t, row in zip(prompts, ids, strict=True)),
+            same_prompt_ids=all(engine.tokenize(t) == row for t, row in zip(texts, ids, strict=True)),
             missing_end_tokens=tuple(tokenizer.convert_ids_to_tokens(missing)),
         )
     finally:
