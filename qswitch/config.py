@@ -1,18 +1,21 @@
 """What a run can be told: one class per section, every field with its unit and effect.
 
-Knows nothing of files of presets (`presets.py`), of models or of torch. Unknown keys, bad values and settings without
-effect are all reported in one message. Code reads a field as `<section>.<field>` (for example `rollout.decay_rate`);
+Knows nothing of where the values come from (`layers.py`, `presets.py`), of models or of torch. Settings without effect
+are refused by the tables of `rules.py`. Code reads a field as `<section>.<field>` (for example `rollout.decay_rate`);
 tests/test_config.py proves that every field is read somewhere.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Iterator
+from functools import reduce
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from qswitch import methods
+from qswitch import methods, rules
 from qswitch.errors import ConfigError
 
 ModelReference = str | list[str]
@@ -28,12 +31,39 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool):
-            kind = cls.model_fields[str(info.field_name)].annotation
-            if kind in (int, float) or (bool not in get_args(kind) and {int, float} & set(get_args(kind))):
+    def _as_people_write_it(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML 1.1 reads `off` as a boolean and `1e-4` as text; one name is a list of one."""
+        kinds = list(_alternatives(cls.model_fields[str(info.field_name)].annotation))
+        words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+        if isinstance(value, bool) and bool not in kinds:
+            word = "on" if value else "off"
+            if word in words:
+                return word
+            if int in kinds or float in kinds:
                 raise ValueError(f"expected a number, found {str(value).lower()}")
+        if isinstance(value, str) and value not in words and str not in kinds:
+            if int in kinds or float in kinds:
+                return _number(value)
+            if any(get_origin(kind) is list for kind in kinds):
+                return [] if value == "none" and info.field_name == "report_to" else [value]
         return value
+
+
+def _alternatives(kind: Any) -> Iterator[Any]:
+    """What a field may hold: the members of a union, without what is written beside a type in `Annotated`."""
+    if get_origin(kind) in (Union, UnionType):
+        for member in get_args(kind):
+            yield from _alternatives(member)
+    else:
+        yield get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _number(text: str) -> int | float | str:
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() else number
 
 
 class AboutSection(Section):
@@ -67,7 +97,8 @@ class TeacherSection(Section):
     trust_remote_code: bool = False
     """Run Python code that ships with the model."""
     precision: Literal["nf4", "int8", "bf16", "fp32"] = "nf4"
-    """How weights are stored: nf4 is 4-bit with double quantisation, about 0.52 byte per parameter."""
+    """How weights are stored: nf4 is 4-bit with double quantisation, about 0.52 byte per parameter. With a method that
+    loads no teacher, that of the teacher from which `qswitch eval` measures the distance of the run."""
     adapter: str | None = None
     """A run of `qswitch sft --model teacher`, or a PEFT folder: attached to nf4 or int8 weights, merged into others.
     With a method that loads no teacher it is what `qswitch eval` measures the distance from."""
@@ -327,135 +358,70 @@ class RunConfig(Section):
     @property
     def writes_rollouts(self) -> bool:
         """Whether any training response is written by a model."""
-        return self.data.ground_truth_mix < 1 or self.data.adaptive_share
+        return rules.writes_rollouts(reader(self))
 
     @property
     def reads_responses(self) -> bool:
         """Whether any batch is made of the data's own responses."""
-        return self.data.ground_truth_mix > 0 or self.data.adaptive_share
+        return rules.reads_responses(reader(self))
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the teacher is loaded: to write, to be imitated, or both."""
-        return self.loss.objective == "divergence" or self.writes_rollouts
+        return rules.needs_teacher(reader(self))
+
+    @property
+    def drafts_tokens(self) -> bool:
+        """Whether the student drafts tokens that the teacher then scores."""
+        return rules.drafts_tokens(reader(self))
 
     @model_validator(mode="after")
     def _refuse_settings_without_effect(self) -> RunConfig:
-        problems = list(_settings_without_effect(self))
+        read = reader(self)
+        changed = [key for key in known_keys() if read(key) != default_of(key, self.method)]
+        problems = list(rules.problems(read, changed))
         if problems:
             raise ConfigError(problems)
         return self
 
 
-def _settings_without_effect(config: RunConfig):
-    """Settings the user wrote that nothing would read in the chosen mode."""
-    rollout, loss, student, data, train = config.rollout, config.loss, config.student, config.data, config.train
-    cache = config.cache
+def reader(config: RunConfig) -> rules.Read:
+    """What maps a dotted setting to its value."""
+    return lambda key: reduce(getattr, key.split("."), config)
 
-    sections = {"rollout": rollout.model_dump(), "loss": loss.model_dump(), "data": data.model_dump()}
-    for setting, value, own in methods.contradictions(config.method, sections):
-        yield (
-            f"{setting}={value} contradicts method={config.method}, which is {own} there. Remove it, or set "
-            "method=custom."
-        )
 
-    if methods.writes_rollouts(config.method) and not config.writes_rollouts:
-        yield f"data.ground_truth_mix=1 contradicts method={config.method}: no rollout is written. Set it below 1."
+def section_at(key: str) -> type[Section] | None:
+    """The class of a dotted section, of the whole configuration for an empty name; None where there is no section."""
+    model: Any = RunConfig
+    for part in key.split(".") if key else ():
+        field = model.model_fields.get(part) if model is not None else None
+        model = field.annotation if field is not None and _is_section(field.annotation) else None
+    return model
 
-    def written(section: Section, *names: str):
-        return [n for n in names if n in section.model_fields_set]
 
-    reads = {
-        "switch": {"exponential": {"tau_0", "decay_rate"}, "linear": {"tau_0"}, "constant": {"constant_threshold"},
-                   "growth": {"decay_rate"}}[rollout.schedule] | {"schedule"},
-        "random": {"teacher_probability"},
-        "mixture": {"mixture_teacher_weight"},
-        "skd": {"skd_top_k"},
-        "adaswitch": {"adaswitch_factor", "adaswitch_window"},
-    }.get(rollout.policy, set())  # fmt: skip
-    policy_settings = ("schedule", "tau_0", "decay_rate", "constant_threshold", "teacher_probability",
-                       "mixture_teacher_weight", "skd_top_k", "adaswitch_factor", "adaswitch_window")  # fmt: skip
-    for name in written(rollout, *policy_settings):
-        if name not in reads and getattr(rollout, name) != type(rollout).model_fields[name].default:
-            mode = f"policy {rollout.policy}" + (f", schedule {rollout.schedule}" if rollout.policy == "switch" else "")
-            yield f"rollout.{name} has no effect with {mode}. Remove it or change the policy."
-    if rollout.reuse > 1 and (data.adaptive_share or not config.writes_rollouts):
-        why = "data.adaptive_share replays by itself" if data.adaptive_share else "no rollout is written"
-        yield f"rollout.reuse has no effect here: {why}. Remove it."
-    if rollout.round_steps > 1 and (rollout.reuse > 1 or data.adaptive_share):
-        other = "rollout.reuse > 1" if rollout.reuse > 1 else "data.adaptive_share"
-        yield (
-            f"rollout.round_steps={rollout.round_steps} cannot be combined with {other}: both let a rollout train "
-            "later. Set rollout.round_steps=1."
-        )
-    if not config.needs_teacher and config.teacher.residency == "swap":
-        yield "teacher.residency=swap has no effect: this method loads no teacher. Remove it."
-    if rollout.round_steps > 1 and not config.needs_teacher:
-        yield "rollout.round_steps has no effect: this method loads no teacher. Remove it."
-    if rollout.reuse == 1 and not data.adaptive_share:
-        for name in written(rollout, "replay_capacity", "replay_max_age_steps"):
-            if getattr(rollout, name) != type(rollout).model_fields[name].default:
-                yield f"rollout.{name} has no effect with rollout.reuse=1, where every rollout trains once."
-    if rollout.policy == "student" and written(rollout, "block_tokens") and rollout.block_tokens != "auto":
-        yield "rollout.block_tokens has no effect with policy student: no teacher looks at its tokens. Remove it."
-    if not config.writes_rollouts:
-        for name in ("policy", "temperature"):
-            if getattr(rollout, name) != type(rollout).model_fields[name].default:
-                yield f"rollout.{name} has no effect with data.ground_truth_mix=1: no rollout is written. Remove it."
-    if loss.objective == "cross_entropy":
-        for name in written(loss, "divergence", "alpha", "beta", "temperature"):
-            if getattr(loss, name) != type(loss).model_fields[name].default:
-                yield f"loss.{name} has no effect with loss.objective=cross_entropy. Remove it."
-        if config.writes_rollouts and rollout.policy in ("student", "mixture"):
-            yield (
-                f"loss.objective=cross_entropy with rollout.policy={rollout.policy} would train the student on its own "
-                "samples, which teaches it nothing. Set rollout.policy=teacher, or loss.objective=divergence."
-            )
-    elif loss.scope == "interventions" and config.writes_rollouts and rollout.policy in ("student", "mixture"):
-        yield (
-            f"loss.scope=interventions means nothing with rollout.policy={rollout.policy}: the teacher never writes a "
-            "token of its own. Set loss.scope=all."
-        )
-    divergence = loss.objective == "divergence"
-    if divergence and written(loss, "alpha") and not loss.divergence.startswith("skew_") and loss.alpha != 0.1:
-        yield f"loss.alpha has no effect with loss.divergence={loss.divergence}. Use a skew_ divergence or remove it."
-    if divergence and written(loss, "beta") and loss.divergence != "jsd" and loss.beta != 0.5:
-        yield f"loss.beta has no effect with loss.divergence={loss.divergence}. Use jsd or remove it."
-    if cache.format == "topk" and loss.temperature != 1:
-        yield "cache.format=topk holds probabilities at temperature 1. Set loss.temperature=1 or cache.format=hidden."
-    if cache.format != "topk" and written(cache, "topk") and cache.topk != 64:
-        yield f"cache.topk has no effect with cache.format={cache.format}."
-    if data.weights is not None:
-        entries = 1 if isinstance(data.train, str) else len(data.train)
-        if len(data.weights) != entries:
-            yield f"data.weights has {len(data.weights)} entries, but data.train {entries}. Give one weight for each."
-        elif min(data.weights) <= 0:
-            yield f"data.weights = {data.weights}: every weight must be above 0. Remove the entries you do not want."
-        elif entries == 1:
-            yield "data.weights has no effect with one entry in data.train. Remove it."
-    if data.adaptive_share and data.ground_truth_mix:
-        yield "data.ground_truth_mix has no effect with data.adaptive_share, which adapts it. Remove it."
-    if not data.adaptive_share and data.share_tolerance_nats != 0.1:
-        yield "data.share_tolerance_nats has no effect without data.adaptive_share. Remove it, or set method=distillm."
-    if data.validation_split is not None and data.validation is None:
-        yield "data.validation_split has no effect without data.validation. Remove it, or set data.validation."
-    if data.lm_corpus is None:
-        if data.lm_corpus_tokens != type(data).model_fields["lm_corpus_tokens"].default:
-            yield "data.lm_corpus_tokens has no effect without data.lm_corpus."
-        for name in written(loss, "lm_coefficient", "lm_block_tokens"):
-            if getattr(loss, name) != type(loss).model_fields[name].default:
-                yield f"loss.{name} has no effect without data.lm_corpus."
-    if student.adapter == "none":
-        if student.precision == "nf4":
-            yield "student.precision=nf4 cannot be trained in full. Set student.adapter=lora or student.precision=bf16."
-        if written(student, "lora") and student.lora != LoraSection():
-            yield "student.lora has no effect with student.adapter=none. Remove one of the two."
-        if student.init_adapter is not None:
-            yield (
-                "student.init_adapter has no effect with student.adapter=none. Merge it first (qswitch merge) and name "
-                "the result in student.model."
-            )
-    if train.warmup_steps >= train.max_steps:
-        yield f"train.warmup_steps ({train.warmup_steps}) must be below train.max_steps ({train.max_steps})."
-    if train.optimizer == "paged_adamw_8bit" and train.device == "cpu":
-        yield "train.optimizer=paged_adamw_8bit needs a GPU. Set train.optimizer=adamw."
+def known_keys() -> list[str]:
+    """Every dotted setting, in order."""
+    return list(_leaves(RunConfig, ""))
+
+
+def default_of(key: str, method: str) -> Any:
+    """The value that a dotted setting has where nothing is written: that of the method's bundle, or of its class."""
+    bundle = dict(methods.bundle_values(method))
+    if key in bundle:
+        return bundle[key]
+    section, _, name = key.rpartition(".")
+    model = section_at(section)
+    assert model is not None
+    return model.model_fields[name].get_default(call_default_factory=True)
+
+
+def _leaves(model: type[Section], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if _is_section(field.annotation):
+            yield from _leaves(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            yield f"{prefix}{name}"
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)

@@ -1,20 +1,26 @@
-"""How settings from several places become one checked `RunConfig`: files, presets, `--set`. Cold."""
+"""How settings from several places become one checked configuration: `stack` lays one layer over another. Cold.
+
+A layer is what one place says, as nested plain values: a preset, a file, a cell of `qswitch compare`, the `--set`
+options of a command. All are laid over each other by the same rules, lowest first, on top of the method's bundle
+(`methods.py`) and the defaults (`config.py`): mappings merge key by key, null restores the default, and what a higher
+layer makes meaningless is not inherited. What a layer itself says without effect is refused (`rules.py`).
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from qswitch import methods
-from qswitch.config import RunConfig
+from qswitch import methods, rules
+from qswitch.config import RunConfig, default_of, known_keys, section_at
 from qswitch.errors import ConfigError
-from qswitch.inheritance import forget_replaced
 from qswitch.yaml_file import parse_yaml
 
-# Hugging Face spelling -> where the setting lives here. Accepted at the top level of a file and in --set.
+Layer = Mapping[str, Any]
+
 ALIASES = {
     "per_device_train_batch_size": "train.per_device_train_batch_size",
     "gradient_accumulation_steps": "train.gradient_accumulation_steps",
@@ -44,10 +50,14 @@ ALIASES = {
     "teacher_model_name_or_path": "teacher.model",
     "model_name_or_path": "student.model",
     "dataset_name": "data.train",
+    "lr": "train.learning_rate",
 }
+"""What Hugging Face's tools or people call a setting -> where it lives here. Understood wherever settings are."""
 
 
 FROM_ELSEWHERE = {
+    "lmbda": "set data.ground_truth_mix to 1 - lmbda, the share of batches that the data's own responses make",
+    "batch_size": "set train.per_device_train_batch_size for the loss, rollout.batch_size for decoding",
     "num_train_epochs": "qswitch counts optimizer steps: set train.max_steps, or train.max_tokens",
     "num_epochs": "qswitch counts optimizer steps: set train.max_steps, or train.max_tokens",
     "bf16": "set train.compute_dtype=bf16, or leave it at auto",
@@ -67,81 +77,92 @@ FROM_ELSEWHERE = {
 """Settings of other trainers that have no namesake here -> what to do instead."""
 
 
-def sft_config(config: RunConfig, model: Literal["teacher", "student"]) -> RunConfig:
-    """The configuration that fine-tunes one model of a pair on its data: method sft, that model being the student.
-
-    The teacher is trained as it is stored: LoRA on NF4 weights is QLoRA.
-
-    Raises:
-        ConfigError: the configuration cannot be fine-tuned so.
-    """
-    values = methods.forget_method(config.model_dump(exclude_unset=True), "sft", ALIASES)
-    values["method"] = "sft"
-    if model == "teacher":
-        if config.teacher.precision == "int8":
-            raise ConfigError("teacher.precision=int8 cannot be fine-tuned. Set teacher.precision=nf4 or bf16.")
-        teacher = values["teacher"]
-        kept = {key: value for key, value in values["student"].items() if key in ("lora", "gradient_checkpointing")}
-        same = {key: teacher[key] for key in ("model", "revision", "trust_remote_code", "shape") if key in teacher}
-        values["student"] = {**kept, **same, "precision": config.teacher.precision}
-        if teacher.get("adapter"):
-            values["student"]["init_adapter"] = teacher["adapter"]
-    values["teacher"].pop("adapter", None)
-    return build_config(values)
-
-
-def build_config(values: Mapping[str, Any], source: str | None = None) -> RunConfig:
-    """Turn nested plain values into a checked `RunConfig`.
+def build_config(*layers: Layer, source: str | None = None) -> RunConfig:
+    """The checked configuration of layers, the lowest first.
 
     Raises:
         ConfigError: every problem found, each with the dotted key, and the nearest spelling for an unknown one.
     """
-    values = methods.with_bundle(_resolve_aliases(dict(values), source))
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values = stack(values, by_section(layer, source))
     try:
-        return RunConfig.model_validate(values)
+        return RunConfig.model_validate(_resolved(values))
     except ConfigError as error:
         raise ConfigError(error.problems, source) from None
     except ValidationError as error:
         raise ConfigError([_explain(e) for e in error.errors()], source) from None
 
 
-def apply_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Return `values` with `a.b=c` overrides written in; c is read as YAML, so lists and numbers work.
+def stack(below: Layer, above: Layer) -> dict[str, Any]:
+    """One layer laid over another, both by section: mappings merge key by key, and null restores the default.
+
+    What `above` makes meaningless is not inherited: another method takes away what says what the method below is,
+    another model the shape and the revision of the one below (but the ungated twin of a preset is the same model), and
+    what the result would not read, although `below` alone does, goes too.
+    """
+    method = above.get("method")
+    gone = set(methods.OWNED) if method is not None and method != methods.method_of(below) else set()
+    for role in ("teacher", "student"):
+        old, new = (_at(layer, f"{role}.model") for layer in (below, above))
+        if new is not None and old not in (None, new) and not _is_twin(below, above):
+            gone |= {f"{role}.shape", f"{role}.revision"}
+    kept = _without(below, gone)
+    merged = _merged(kept, above)
+    stale = rules.unread(_reader(merged)).keys() - rules.unread(_reader(below)).keys()
+    return _merged(_without(kept, stale), above)
+
+
+def by_section(settings: Layer, source: str | None = None) -> dict[str, Any]:
+    """The settings of one layer as nested mappings, where they may be written with dots or by an alias.
 
     Raises:
-        ConfigError: an override without `=`, or with a value that is no YAML.
+        ConfigError: a setting is written twice, with two values.
     """
-    import copy
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for path, value in _written(settings, ""):
+        *parents, last = path
+        node: Any = values
+        for parent in parents:
+            node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+        before = node.get(last, value) if isinstance(node, dict) else node
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            value = {**before, **value}
+        elif before != value:
+            problems.append(f"{'.'.join(path)} is written twice, as {before} and as {value}; keep one")
+        if isinstance(node, dict):
+            node[last] = value
+    if problems:
+        raise ConfigError(problems, source)
+    return values
 
-    result = copy.deepcopy(dict(values))
+
+def set_layer(overrides: list[str]) -> dict[str, Any]:
+    """The layer that `--set key=value` options make; a value is read as YAML, and of two for one key the later counts.
+
+    Raises:
+        ConfigError: an option without `=`, or with a value that is no YAML.
+    """
+    layer: dict[str, Any] = {}
     problems = []
-    for key, _, text in (override.partition("=") for override in overrides):
-        if key.strip() == "method":
-            result = methods.forget_method(result, text.strip().strip("'\""), ALIASES)
-    written: list[tuple[str, Any]] = []
     for override in overrides:
         key, separator, text = override.partition("=")
-        key = key.strip()
-        if not separator or not key:
+        if not separator or not key.strip():
             problems.append(f"--set {override!r}: write it as section.key=value, for example train.max_steps=100")
             continue
         try:
-            value = parse_yaml(text) if text.strip() else None
+            layer = _merged(layer, by_section({key.strip(): parse_yaml(text)}), keep_null=True)
         except ValueError:
             problems.append(f"--set {override!r}: the value is not valid YAML; put it in quotes")
-            continue
-        if isinstance(value, str):
-            value = _number_or_text(value)
-        written.append((ALIASES.get(key, key), value))
     if problems:
         raise ConfigError(problems)
-    above: dict[str, Any] = {}
-    for key, value in written:
-        _assign(above, key, value)
-    result = forget_replaced(result, above)
-    for key, value in written:
-        _assign(result, key, value)
-    return result
+    return layer
+
+
+def flatten(settings: Layer) -> dict[str, Any]:
+    """Dotted setting -> value of settings by section."""
+    return {".".join(path): value for path, value in _written(settings, "")}
 
 
 def dump_config(config: RunConfig) -> str:
@@ -151,86 +172,115 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 
 
-def _number_or_text(text: str) -> Any:
-    """YAML 1.1 reads 1e-4 as text; people mean a number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def sft_config(config: RunConfig, model: Literal["teacher", "student"]) -> RunConfig:
+    """The configuration that fine-tunes one model of a pair on its data: method sft, that model being the student.
+
+    The teacher is trained as it is stored: LoRA on NF4 weights is QLoRA.
+
+    Raises:
+        ConfigError: the configuration cannot be fine-tuned so.
+    """
+    below = config.model_dump(exclude_unset=True)
+    above: dict[str, Any] = {"method": "sft", "teacher": {"adapter": None}}
+    if model == "teacher":
+        teacher = config.teacher
+        if teacher.precision == "int8":
+            raise ConfigError("teacher.precision=int8 cannot be fine-tuned. Set teacher.precision=nf4 or bf16.")
+        kept = {key: value for key, value in below["student"].items() if key in ("lora", "gradient_checkpointing")}
+        same = {key: getattr(teacher, key) for key in ("model", "revision", "trust_remote_code", "shape", "precision")}
+        below["student"] = kept
+        above["student"] = {**same, "init_adapter": teacher.adapter}
+    return build_config(below, above)
 
 
-def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    node = values
-    for parent in parents:
-        child = node.get(parent)
-        if not isinstance(child, dict):
-            child = {}
-            node[parent] = child
-        node = child
-    node[last] = value
+def _merged(below: Layer, above: Layer, *, keep_null: bool = False) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        if value is None and not keep_null:
+            merged.pop(key, None)
+        elif isinstance(value, Mapping):
+            old = merged.get(key)
+            values = keep_null or key == "shape"  # config.json's own null is a value
+            merged[key] = _merged(old if isinstance(old, Mapping) else {}, value, keep_null=values)
+        else:
+            merged[key] = value
+    return merged
 
 
-def _resolve_aliases(values: dict[str, Any], source: str | None) -> dict[str, Any]:
-    problems = []
-    for name in [n for n in values if n in ALIASES]:
-        section, _, key = ALIASES[name].rpartition(".")
-        node: Any = values
-        for part in section.split("."):
-            node = node.setdefault(part, {}) if isinstance(node, dict) else None
-        if isinstance(node, dict):
-            if key in node and node[key] != values[name]:
-                problems.append(f"{name} and {ALIASES[name]} are the same setting with two values; keep one")
-            node[key] = values.pop(name)
-    if problems:
-        raise ConfigError(problems, source)
-    return values
+def _without(values: Layer, gone: set[str], prefix: str = "") -> dict[str, Any]:
+    return {
+        key: _without(value, gone, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if f"{prefix}{key}" not in gone
+    }
 
 
-def _section_at(path: tuple[Any, ...]) -> type[BaseModel] | None:
-    model: Any = RunConfig
-    for part in path:
-        field = model.model_fields.get(part) if isinstance(part, str) else None
-        model = field.annotation if field else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return None
-    return model
+def _resolved(values: Layer) -> dict[str, Any]:
+    """`values` over the bundle of their method."""
+    method = methods.method_of(values)
+    return _merged({"method": method, **methods.METHODS.get(method, {})}, values)
 
 
-def known_keys() -> list[str]:
-    """Every dotted key of the configuration, in order."""
+def _reader(values: Layer) -> rules.Read:
+    resolved = _resolved(values)
+    return lambda key: _at(resolved, key, default_of(key, methods.CUSTOM))
 
-    def walk(model: type[BaseModel], prefix: str):
-        for name, field in model.model_fields.items():
-            kind = field.annotation
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from walk(kind, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}"
 
-    return list(walk(RunConfig, ""))
+def _at(values: Layer, key: str, default: Any = None) -> Any:
+    node: Any = values
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return default
+        node = node[part]
+    return node
+
+
+def _is_twin(below: Layer, above: Layer) -> bool:
+    """Whether `above` is the ungated twin of the preset below: the same models under other names."""
+    twin = _at(below, "about.twin")
+    return twin is not None and twin == _at(above, "about.name")
+
+
+def _written(settings: Layer, section: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, value) of every setting below a section; the keys of a setting's own mapping are its value."""
+    model = section_at(section)
+    assert model is not None
+    parents = tuple(section.split(".")) if section else ()
+    inside = f"{section}." if section else ""
+    for written, value in settings.items():
+        name = str(written)
+        alias = ALIASES.get(name)
+        if alias is not None and name not in model.model_fields and alias.startswith(inside):
+            name = alias.removeprefix(inside)
+        first, dot, rest = name.partition(".")
+        value = {rest: value} if dot else value
+        here = f"{inside}{first}"
+        if section_at(here) is not None and isinstance(value, Mapping) and value:
+            yield from _written(value, here)
+        else:
+            yield (*parents, first), value
 
 
 def _explain(error: Any) -> str:
     path = tuple(p for p in error["loc"] if not (isinstance(p, str) and ("[" in p or p in ("str", "bool"))))
     dotted = ".".join(str(p) for p in path)
     if error["type"] == "extra_forbidden":
-        section = _section_at(path[:-1])
-        names = list(section.model_fields) if section else []
-        if len(path) == 1:
-            names += list(ALIASES)
-        if path[-1] in FROM_ELSEWHERE:
-            return f"{dotted} is not a setting: {FROM_ELSEWHERE[path[-1]]}."
-        near = difflib.get_close_matches(str(path[-1]), names, n=1, cutoff=0.5)
-        everywhere = [k for k in known_keys() if k.rpartition(".")[2] == path[-1]]
-        if near:
-            hint = ".".join([*map(str, path[:-1]), near[0]])
-            return f"{dotted} is not a setting. Did you mean {hint}?"
-        if everywhere:
-            return f"{dotted} is not a setting. Did you mean {everywhere[0]}?"
-        return f"{dotted} is not a setting. Known here: {', '.join(names)}."
+        return f"{dotted} is not a setting{_hint([str(p) for p in path])}"
     if error["type"] == "missing":
         return f"{dotted} is missing. Set it in the file or with --set {dotted}=..."
     value = error.get("input")
     shown = repr(value) if not isinstance(value, dict) else "a mapping"
     return f"{dotted} = {shown}: {error['msg']}."
+
+
+def _hint(path: list[str]) -> str:
+    """What somebody may have meant who wrote a setting that does not exist."""
+    *parents, last = path
+    if last in FROM_ELSEWHERE:
+        return f": {FROM_ELSEWHERE[last]}."
+    section = section_at(".".join(parents))
+    names = list(section.model_fields) if section is not None else []
+    near = difflib.get_close_matches(last, names if parents else [*names, *ALIASES], n=1, cutoff=0.5)
+    elsewhere = [ALIASES[last]] if last in ALIASES else [k for k in known_keys() if k.rpartition(".")[2] == last]
+    meant = [".".join([*parents, *near])] if near else elsewhere
+    return f". Did you mean {meant[0]}?" if meant else f". Known here: {', '.join(names)}."

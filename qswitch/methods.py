@@ -1,7 +1,7 @@
 """Which settings a method stands for: every method is a few defaults over the same trainer.
 
 `method: gkd` fills in what the user left open; settings that are written win, and what would make the method another
-one is refused (`config.py`). Where the values come from is in docs/methods.md. Cold: plain values, no pydantic.
+one is refused (`rules.py`). Where the values come from is in docs/methods.md. Cold: plain values, no pydantic.
 """
 
 from __future__ import annotations
@@ -99,57 +99,22 @@ def writes_rollouts(method: str) -> bool:
 
 
 def bundle_values(method: str) -> Iterator[tuple[str, Any]]:
-    """(dotted setting, value) pairs of a method."""
-    for section, values in METHODS[method].items():
+    """(dotted setting, value) pairs of a method; none of an unknown one."""
+    for section, values in METHODS.get(method, {}).items():
         for key, value in values.items():
             yield f"{section}.{key}", value
 
 
-def with_bundle(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with the defaults of their method filled in where nothing is written.
-
-    An unknown method is left for the schema to refuse. Without `method`, settings that are SWITCH's are `switch`, and
-    any others `custom`.
-    """
-    values = dict(values)
-    if values.get("method") is None:
-        data = values.get("data")
-        no_rollouts = isinstance(data, Mapping) and data.get("ground_truth_mix") == 1
-        values["method"] = CUSTOM if no_rollouts or any(contradictions(DEFAULT, values)) else DEFAULT
-    for section, defaults in METHODS.get(values["method"], {}).items() if isinstance(values["method"], str) else ():
-        written = values.get(section)
-        if written is None or isinstance(written, Mapping):
-            values[section] = {**defaults, **(written or {})}
-    return values
-
-
-def contradictions(method: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(dotted setting, written value, the method's value) for every written setting that the method fixes otherwise."""
-    own = dict(bundle_values(method))
-    for dotted in FIXED[method]:
-        section, _, key = dotted.partition(".")
-        written = values.get(section)
-        if isinstance(written, Mapping) and key in written and written[key] != own[dotted]:
-            yield dotted, written[key], own[dotted]
-
-
-_UNREAD = {
-    "sft": ("rollout.temperature", "rollout.reuse", "rollout.round_steps", "loss.temperature", "teacher.residency"),
-    "kd": ("rollout.temperature", "rollout.reuse"),
-    "distillm": ("rollout.reuse",),
-    "seqkd": ("loss.temperature",),
-}
-"""Settings of no method's own that a method has no use for."""
-
-
-def forget_method(values: Mapping[str, Any], method: Any, aliases: Mapping[str, str]) -> dict[str, Any]:
-    """`values` of a lower file without what belongs to its method, if the file above names another `method`."""
-    if method is None or method == values.get("method", DEFAULT):
-        return dict(values)
-    gone = (*OWNED, *_UNREAD.get(method, ()))
-    kept = {name: value for name, value in values.items() if aliases.get(name) not in gone}
-    for dotted in gone:
-        section, _, key = dotted.partition(".")
-        if isinstance(kept.get(section), Mapping) and key in kept[section]:
-            kept[section] = {name: value for name, value in kept[section].items() if name != key}
-    return kept
+def method_of(values: Mapping[str, Any]) -> str:
+    """The method that settings by section name; without one, SWITCH's settings are `switch` and any others `custom`."""
+    if isinstance(values.get("method"), str):
+        return str(values["method"])
+    own = dict(bundle_values(DEFAULT))
+    written = {
+        f"{name}.{key}": value
+        for name, section in values.items()
+        if isinstance(section, Mapping)
+        for key, value in section.items()
+    }
+    others = any(written.get(setting, own[setting]) != own[setting] for setting in FIXED[DEFAULT])
+    return CUSTOM if others or written.get("data.ground_truth_mix") == 1 else DEFAULT

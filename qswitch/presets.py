@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qswitch.config import RunConfig
 from qswitch.errors import ConfigError
-from qswitch.inheritance import forget_replaced
-from qswitch.methods import forget_method
+from qswitch.layers import build_config, by_section, set_layer, stack
 from qswitch.yaml_file import read_yaml
-
-if TYPE_CHECKING:
-    from qswitch.config import RunConfig
 
 
 def presets_folder() -> Path:
@@ -61,10 +58,8 @@ def load_run_config(source: str | Path, overrides: list[str] | None = None) -> R
     Raises:
         ConfigError: every problem found.
     """
-    from qswitch.layers import apply_overrides, build_config  # pydantic costs 0.2 s; listing presets needs none
-
     name = f"{source} with --set" if overrides else str(source)
-    return build_config(apply_overrides(load_preset(source), overrides or []), source=name)
+    return build_config(load_preset(source), set_layer(overrides or []), source=name)
 
 
 def _load(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -72,29 +67,11 @@ def _load(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if resolved in seen:
         circle = " -> ".join(p.name for p in (*seen, resolved))
         raise ConfigError(f"{path}: files extend each other in a circle: {circle}.")
-    values = read_yaml(path)
+    values = by_section(read_yaml(path), str(path))
     parent = values.pop("extends", None)
     if parent is None:
-        return values
+        return stack({}, values)
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends = {parent!r}: name one preset or file.")
     parent_path = path.parent / parent if parent.endswith((".yaml", ".yml")) else preset_path(parent)
-    below = _load(parent_path, (*seen, resolved))
-    if "method" in values:
-        from qswitch.layers import ALIASES  # pydantic costs 0.2 s; listing presets needs none
-
-        below = forget_method(below, values["method"], ALIASES)
-    shipped = path.parent.resolve() == presets_folder().resolve()
-    return _merge(forget_replaced(below, values, shapes=not shipped), values)
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        if value is None:
-            merged.pop(key, None)
-        elif isinstance(value, dict) and isinstance(merged.get(key), dict) and key not in ("shape", "columns"):
-            merged[key] = _merge(merged[key], value)
-        else:
-            merged[key] = value
-    return merged
+    return stack(_load(parent_path, (*seen, resolved)), values)

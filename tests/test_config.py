@@ -10,16 +10,16 @@ import yaml
 
 import qswitch
 from qswitch import config as config_module
-from qswitch.config import RunConfig
+from qswitch.config import RunConfig, known_keys
 from qswitch.errors import ConfigError
-from qswitch.layers import ALIASES, apply_overrides, build_config, dump_config, known_keys
+from qswitch.layers import ALIASES, build_config, dump_config, set_layer, stack
 
 PACKAGE = Path(qswitch.__file__).parent
 MINIMAL = {"teacher": {"model": "big"}, "student": {"model": "small"}, "data": {"train": "prompts.jsonl"}}
 
 
 def build(*overrides: str) -> RunConfig:
-    return build_config(apply_overrides(MINIMAL, list(overrides)))
+    return build_config(MINIMAL, set_layer(list(overrides)))
 
 
 def refused(*overrides: str) -> list[str]:
@@ -40,8 +40,8 @@ def test_overrides_are_yaml_and_scientific_notation_is_a_number():
     assert config.teacher.revision == "main"
 
 
-def test_overrides_leave_the_given_values_alone():
-    apply_overrides(MINIMAL, ["teacher.model=other"])
+def test_stacking_leaves_the_layers_alone():
+    stack(MINIMAL, {"teacher": {"model": "other"}})
     assert MINIMAL["teacher"] == {"model": "big"}
 
 

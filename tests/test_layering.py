@@ -35,8 +35,9 @@ LAYERS = [
     ["plan", "presets", "run_dir"],
     ["layers"],
     ["config"],
+    ["rules"],
     ["methods"],
-    ["yaml_file", "hub", "inheritance"],
+    ["yaml_file", "hub"],
     ["aside", "manifest", "errors", "units", "divergence"],
 ]
 COLD = [
@@ -53,7 +54,7 @@ COLD = [
     "export/hub.py",
     "export/modelfile.py",
     "hub.py",
-    "inheritance.py",
+    "rules.py",
     "layers.py",
     "manifest.py",
     "methods.py",

@@ -9,7 +9,7 @@ import yaml
 
 from qswitch.config import RunConfig
 from qswitch.errors import ConfigError
-from qswitch.layers import apply_overrides, build_config, dump_config
+from qswitch.layers import build_config, dump_config, set_layer
 from qswitch.methods import FIXED, METHODS, OWNED, bundle_values
 from qswitch.presets import load_run_config
 
@@ -30,7 +30,7 @@ EXPECTED = {
 
 
 def build(*overrides: str) -> RunConfig:
-    return build_config(apply_overrides(MINIMAL, list(overrides)))
+    return build_config(MINIMAL, set_layer(list(overrides)))
 
 
 @pytest.mark.parametrize("method", EXPECTED)

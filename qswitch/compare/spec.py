@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from qswitch.config import RunConfig, Section
-from qswitch.layers import apply_overrides, build_config
+from qswitch.layers import build_config, by_section, flatten, stack
 from qswitch.data.sources import reference_path
 from qswitch.errors import ConfigError, DataError
 from qswitch.evaluate.metrics import METRICS
@@ -137,7 +137,7 @@ class Cell:
         A setting that only one of the versions knows counts where this cell does not leave it at its default.
         """
         here = json.loads(json.dumps(self.settings))
-        written = dict(_dotted(self.config.model_dump(mode="json", exclude_defaults=True)))
+        written = flatten(self.config.model_dump(mode="json", exclude_defaults=True))
         changed = {key for key, value in saved.items() if key in here and here[key] != value}
         return sorted(changed | {key for key in written if key not in saved and not _is_cosmetic(key)})
 
@@ -167,7 +167,7 @@ def read_comparison(path: Path) -> Comparison:
     except ValidationError as error:
         raise ConfigError([_explain(e) for e in error.errors()], str(path)) from None
     source = path.parent / section.run if section.run.endswith((".yaml", ".yml")) else section.run
-    run = apply_overrides(load_preset(source), _overrides(section.settings))
+    run = stack(load_preset(source), by_section(section.settings, f"{path}, settings"))
     ranked: list[tuple[int, Cell]] = []
     problems: list[str] = []
     named = dict(section.cells)
@@ -267,30 +267,16 @@ def _bad_evaluation(section: CompareSection) -> Iterator[str]:
 
 
 def _cell_config(run: Mapping[str, Any], cell: CellSection, seed: int, budget: BudgetSection) -> RunConfig:
-    overrides = [*_overrides(cell.settings), f"seed={seed}"]
-    if budget.unit == "steps":
-        overrides.append(f"train.max_steps={int(budget.amount)}")
-    else:
-        key = "train.max_tokens" if budget.unit == "tokens" else "train.max_seconds"
-        amount = int(budget.amount) if budget.unit == "tokens" else budget.amount
-        overrides += [f"train.max_steps={MAX_STEPS}", f"{key}={amount}"]
-    return build_config(apply_overrides(run, overrides))
-
-
-def _overrides(settings: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in _dotted(settings)]
-
-
-def _dotted(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and key not in ("shape", "columns", "rank_pattern", "alpha_pattern"):
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    train: dict[str, Any] = {"max_steps": int(budget.amount) if budget.unit == "steps" else MAX_STEPS}
+    if budget.unit == "tokens":
+        train["max_tokens"] = int(budget.amount)
+    elif budget.unit == "seconds":
+        train["max_seconds"] = budget.amount
+    return build_config(run, cell.settings, {"seed": seed, "train": train})
 
 
 def _is_sft(cell: CellSection, run: Mapping[str, Any]) -> bool:
-    return dict(_dotted(cell.settings)).get("method", run.get("method")) == "sft"
+    return cell.settings.get("method", run.get("method")) == "sft"
 
 
 def _settings(config: RunConfig, section: CompareSection) -> dict[str, Any]:
@@ -309,7 +295,7 @@ def _is_cosmetic(key: str) -> bool:
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:
     """Dotted setting -> value of a whole configuration, fit for JSON."""
-    return dict(_dotted(config.model_dump(mode="json")))
+    return flatten(config.model_dump(mode="json"))
 
 
 def _explain(error: Any) -> str:

@@ -168,7 +168,7 @@ def _load_models(
         load_adapter(student, find_adapter(config.student.init_adapter, "student.init_adapter"))
     for model in (teacher, student):
         if model is not None:
-            verify_kv(model, blocks=config.rollout.block_tokens != 0)
+            verify_kv(model, blocks=config.drafts_tokens and config.rollout.block_tokens != 0)
     release_memory(runtime.device)  # what loading left behind would add to the peak of training
     return teacher, student
 

@@ -1,0 +1,257 @@
+"""Which settings a configuration reads, and which do not go together: two tables, no pydantic, no torch.
+
+`UNREAD` says of every setting that is not always read when it is read, and what to tell somebody who changed it where
+it is not. `layers.stack` uses the same table to leave behind what a lower layer said and a higher one made meaningless.
+A condition sees a configuration through `read`, which maps a dotted setting to its value; conditions of `UNREAD`
+compare for equality only, so that they also work on values that have not been validated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any, NamedTuple
+
+from qswitch import methods
+
+Read = Callable[[str], Any]
+Condition = Callable[[Read], bool]
+
+
+class Unread(NamedTuple):
+    """Settings, or whole sections, that nothing reads unless `read_when` holds."""
+
+    settings: tuple[str, ...]
+    read_when: Condition
+    because: str
+    """Continues "SETTING has no effect"; `{section.field}` stands for a value."""
+    remedy: str = "Remove it."
+
+
+class Conflict(NamedTuple):
+    """Values that are valid one by one and make no run together."""
+
+    when: Condition
+    message: str | Callable[[Read], str]
+    """With `{section.field}` for values, or what makes it of more than values."""
+
+
+def is_one_of(setting: str, *values: Any) -> Condition:
+    """The condition that a setting has one of these values."""
+    return lambda read: read(setting) in values
+
+
+def writes_rollouts(read: Read) -> bool:
+    """Whether any training response is written by a model."""
+    return read("data.ground_truth_mix") != 1 or bool(read("data.adaptive_share"))
+
+
+def reads_responses(read: Read) -> bool:
+    """Whether any batch is made of the data's own responses."""
+    return read("data.ground_truth_mix") != 0 or bool(read("data.adaptive_share"))
+
+
+def imitates(read: Read) -> bool:
+    """Whether the loss reads the teacher's outputs, rather than the written tokens alone."""
+    return read("loss.objective") != "cross_entropy"
+
+
+def needs_teacher(read: Read) -> bool:
+    """Whether the teacher is loaded: to write, to be imitated, or both."""
+    return imitates(read) or writes_rollouts(read)
+
+
+def drafts_tokens(read: Read) -> bool:
+    """Whether the student drafts tokens that the teacher then scores: some of either may end in a response."""
+    return writes_rollouts(read) and read("rollout.policy") not in ("student", "teacher")
+
+
+def _replays(read: Read) -> bool:
+    return bool(read("data.adaptive_share")) or (writes_rollouts(read) and read("rollout.reuse") != 1)
+
+
+def _student_decodes(read: Read) -> bool:
+    return writes_rollouts(read) and read("rollout.policy") != "teacher"
+
+
+_switches = is_one_of("rollout.policy", "switch")
+_POLICY = "with policy {rollout.policy}"
+_SCHEDULE = "with schedule {rollout.schedule}"
+_OTHER_POLICY = "Remove it or change the policy."
+_OF_ROLLOUTS = (
+    "rollout.policy", "rollout.schedule", "rollout.tau_0", "rollout.decay_rate", "rollout.constant_threshold",
+    "rollout.teacher_probability", "rollout.mixture_teacher_weight", "rollout.skd_top_k", "rollout.adaswitch_factor",
+    "rollout.adaswitch_window", "rollout.reuse", "rollout.block_tokens", "rollout.student_graphs",
+    "rollout.temperature", "loss.scope",
+)  # fmt: skip
+
+UNREAD = (
+    Unread(_OF_ROLLOUTS, writes_rollouts, "with method={method}: no rollout is written, data.ground_truth_mix is 1"),
+    Unread(("rollout.schedule",), _switches, _POLICY, _OTHER_POLICY),
+    Unread(("rollout.tau_0", "rollout.decay_rate", "rollout.constant_threshold"), _switches, _POLICY, _OTHER_POLICY),
+    Unread(("rollout.tau_0",), is_one_of("rollout.schedule", "exponential", "linear"), _SCHEDULE),
+    Unread(("rollout.decay_rate",), is_one_of("rollout.schedule", "exponential", "growth"), _SCHEDULE),
+    Unread(("rollout.constant_threshold",), is_one_of("rollout.schedule", "constant"), _SCHEDULE),
+    Unread(("rollout.teacher_probability",), is_one_of("rollout.policy", "random"), _POLICY, _OTHER_POLICY),
+    Unread(("rollout.mixture_teacher_weight",), is_one_of("rollout.policy", "mixture"), _POLICY, _OTHER_POLICY),
+    Unread(("rollout.skd_top_k",), is_one_of("rollout.policy", "skd"), _POLICY, _OTHER_POLICY),
+    Unread(
+        ("rollout.adaswitch_factor", "rollout.adaswitch_window"),
+        is_one_of("rollout.policy", "adaswitch"), _POLICY, _OTHER_POLICY,
+    ),
+    Unread(("rollout.block_tokens",), drafts_tokens, f"{_POLICY}: the two models do not write in turns"),
+    Unread(("rollout.student_graphs",), _student_decodes, f"{_POLICY}: the student writes nothing"),
+    Unread(("loss.scope",), _student_decodes, f"{_POLICY}: every token is the teacher's"),
+    Unread(
+        ("rollout.reuse",), is_one_of("data.adaptive_share", False), "with data.adaptive_share, which replays by itself"
+    ),
+    Unread(
+        ("rollout.replay_capacity", "rollout.replay_max_age_steps"), _replays,
+        "with rollout.reuse=1, where every rollout trains once",
+    ),
+    Unread(("rollout.round_steps", "teacher.residency"), needs_teacher, "with method={method}, which loads no teacher"),
+    Unread(
+        ("loss.divergence", "loss.alpha", "loss.beta", "loss.temperature"), imitates,
+        "with loss.objective=cross_entropy",
+    ),
+    Unread(
+        ("loss.alpha",), is_one_of("loss.divergence", "skew_forward_kl", "skew_reverse_kl"),
+        "with loss.divergence={loss.divergence}", "Use a skew_ divergence or remove it.",
+    ),
+    Unread(
+        ("loss.beta",), is_one_of("loss.divergence", "jsd"),
+        "with loss.divergence={loss.divergence}", "Use jsd or remove it.",
+    ),
+    Unread(("cache",), imitates, "with loss.objective=cross_entropy, which reads no teacher outputs"),
+    Unread(("cache.topk",), is_one_of("cache.format", "topk"), "with cache.format={cache.format}"),
+    Unread(
+        ("data.ground_truth_mix",), is_one_of("data.adaptive_share", False), "with data.adaptive_share, which adapts it"
+    ),
+    Unread(
+        ("data.share_tolerance_nats",), is_one_of("data.adaptive_share", True), "without data.adaptive_share",
+        "Remove it, or set method=distillm.",
+    ),
+    Unread(
+        ("data.validation_split",), lambda read: read("data.validation") is not None, "without data.validation",
+        "Remove it, or set data.validation.",
+    ),
+    Unread(
+        ("data.lm_corpus_tokens", "loss.lm_coefficient", "loss.lm_block_tokens"),
+        lambda read: read("data.lm_corpus") is not None, "without data.lm_corpus",
+    ),
+    Unread(
+        ("student.lora",), is_one_of("student.adapter", "lora"), "with student.adapter=none", "Remove one of the two."
+    ),
+    Unread(
+        ("student.init_adapter",), is_one_of("student.adapter", "lora"), "with student.adapter=none",
+        "Merge it first (qswitch merge) and name the result in student.model.",
+    ),
+)  # fmt: skip
+
+
+def _pure_student(read: Read) -> bool:
+    return writes_rollouts(read) and read("rollout.policy") in ("student", "mixture")
+
+
+def _num_entries(read: Read) -> int:
+    return 1 if isinstance(read("data.train"), str) else len(read("data.train"))
+
+
+CONFLICTS = (
+    Conflict(
+        lambda read: methods.writes_rollouts(read("method")) and not writes_rollouts(read),
+        "data.ground_truth_mix=1 contradicts method={method}: no rollout is written. Set it below 1.",
+    ),
+    Conflict(
+        lambda read: read("rollout.round_steps") > 1 and _replays(read),
+        "rollout.round_steps={rollout.round_steps} cannot be combined with rollout.reuse > 1 or data.adaptive_share: "
+        "both let a rollout train later. Set rollout.round_steps=1.",
+    ),
+    Conflict(
+        lambda read: not imitates(read) and _pure_student(read),
+        "loss.objective=cross_entropy with rollout.policy={rollout.policy} would train the student on its own samples, "
+        "which teaches it nothing. Set rollout.policy=teacher, or loss.objective=divergence.",
+    ),
+    Conflict(
+        lambda read: imitates(read) and read("loss.scope") == "interventions" and _pure_student(read),
+        "loss.scope=interventions means nothing with rollout.policy={rollout.policy}: the teacher never writes a token "
+        "of its own. Set loss.scope=all.",
+    ),
+    Conflict(
+        lambda read: read("cache.format") == "topk" and read("loss.temperature") != 1,
+        "cache.format=topk holds probabilities at temperature 1. Set loss.temperature=1 or cache.format=hidden.",
+    ),
+    Conflict(
+        lambda read: read("data.weights") is not None and len(read("data.weights")) != _num_entries(read),
+        lambda read: (
+            f"data.weights has {len(read('data.weights'))} entries, but data.train {_num_entries(read)}. Give one "
+            "weight for each."
+        ),
+    ),
+    Conflict(
+        lambda read: min(read("data.weights") or [1]) <= 0,
+        "data.weights = {data.weights}: every weight must be above 0. Remove the entries you do not want.",
+    ),
+    Conflict(
+        lambda read: len(read("data.weights") or []) == 1 == _num_entries(read),
+        "data.weights has no effect with one entry in data.train. Remove it.",
+    ),
+    Conflict(
+        lambda read: read("student.adapter") == "none" and read("student.precision") == "nf4",
+        "student.precision=nf4 cannot be trained in full. Set student.adapter=lora or student.precision=bf16.",
+    ),
+    Conflict(
+        lambda read: read("train.warmup_steps") >= read("train.max_steps"),
+        "train.warmup_steps ({train.warmup_steps}) must be below train.max_steps ({train.max_steps}).",
+    ),
+    Conflict(
+        lambda read: read("train.optimizer") == "paged_adamw_8bit" and read("train.device") == "cpu",
+        "train.optimizer=paged_adamw_8bit needs a GPU. Set train.optimizer=adamw.",
+    ),
+)
+
+
+def unread(read: Read) -> dict[str, str]:
+    """Setting, or section, that nothing would read -> what to say to somebody who changed it."""
+    found: dict[str, str] = {}
+    for rule in UNREAD:
+        if not rule.read_when(read):
+            for setting in rule.settings:
+                found.setdefault(setting, f"{setting} has no effect {_filled(rule.because, read)}. {rule.remedy}")
+    return found
+
+
+def problems(read: Read, changed: Iterable[str]) -> Iterator[str]:
+    """What is wrong with a configuration whose values are valid one by one.
+
+    Args:
+        read: a dotted setting's value.
+        changed: the dotted settings that differ from their defaults.
+    """
+    own = dict(methods.bundle_values(read("method")))
+    fixed = {setting for setting in methods.FIXED[read("method")] if read(setting) != own[setting]}
+    for setting in sorted(fixed):
+        yield (
+            f"{setting}={_shown(read(setting))} contradicts method={read('method')}, which is {_shown(own[setting])} "
+            "there. Remove it, or set method=custom."
+        )
+    said = unread(read)
+    blamed = [[name for name in said if _covers(name, setting)][:1] for setting in changed if setting not in fixed]
+    yield from (said[name] for name in dict.fromkeys(chain.from_iterable(blamed)))
+    yield from (_filled(conflict.message, read) for conflict in CONFLICTS if conflict.when(read))
+
+
+def _covers(name: str, setting: str) -> bool:
+    """Whether a setting is the one of that name, or one of the section of that name."""
+    return setting == name or setting.startswith(f"{name}.")
+
+
+def _filled(text: str | Callable[[Read], str], read: Read) -> str:
+    if callable(text):
+        return text(read)
+    return re.sub(r"{([a-z_.]+)}", lambda match: _shown(read(match[1])), text)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

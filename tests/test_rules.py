@@ -1,0 +1,202 @@
+"""Rules: for every method, changing a setting changes what the run does, or is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import pytest
+
+import qswitch
+from qswitch.config import RunConfig, Section, default_of, known_keys, reader, section_at
+from qswitch.errors import ConfigError
+from qswitch.layers import build_config
+from qswitch.methods import METHODS
+from qswitch.rules import CONFLICTS, UNREAD, unread
+from qswitch.run import distill
+from qswitch.run_dir import RunDir
+from tests.tiny import save_tiny_pair
+
+PACKAGE = Path(qswitch.__file__).parent
+MINIMAL = {"teacher": {"model": "big"}, "student": {"model": "small"}, "data": {"train": "prompts.jsonl"}}
+SETTINGS_CODE = ("config.py", "rules.py", "layers.py", "presets.py")
+"""What handles settings without doing anything because of them; a forecast of memory (plan/) does nothing either."""
+CONSUMED_ELSEWHERE = {
+    "about.description": "preset_info.py",
+    "about.licences": "run.py",
+    "about.gated": "preflight.py",
+    "about.twin": "preflight.py",
+    "about.paper": "preset_info.py",
+    "about.vram": "preset_info.py",
+    "about.shape_sources": "preset_info.py",
+    "about.name": "run.py",
+    # With a method that loads no teacher: what `qswitch eval RUN` measures the distance from.
+    "teacher.precision": "evaluate/subjects.py",
+    "teacher.adapter": "evaluate/subjects.py",
+    # Models and text that this test's run does not have.
+    "student.shape": "preflight.py",
+    "teacher.shape": "preflight.py",
+    "rollout.reuse": "distill/trainer.py",
+}
+"""Settings whose consumer does not run in a training run of two small local models -> the file that reads them."""
+
+
+def another(kind: Any, value: Any) -> Any:
+    """A valid value of a field's type that is not `value`."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        return another(get_args(kind)[0], value)
+    if origin in (Union, UnionType):
+        members = [k for k in get_args(kind) if k is not type(None)]
+        return another(next((k for k in members if get_origin(k) is not Literal), members[0]), value)
+    if origin is Literal:
+        return next(word for word in reversed(get_args(kind)) if word != value)
+    if kind is bool:
+        return not value
+    if kind is int:
+        return value + 1 if value else 1
+    if kind is float:
+        return value * 0.5 if value else 0.25
+    if kind is str:
+        return f"{value}-other"
+    if origin is list:
+        return [another(get_args(kind)[0], 0.5)]
+    assert origin is dict, kind
+    return {"some": another(get_args(kind)[1], 3)} if get_args(kind)[1] is not Any else {"some": 3}
+
+
+def changed(method: str, key: str) -> RunConfig | list[str]:
+    """The configuration of a method with one setting changed, or why it is refused."""
+    config = build_config({**MINIMAL, "method": method})
+    section, _, name = key.rpartition(".")
+    model = section_at(section)
+    assert model is not None
+    value = another(model.model_fields[name].annotation, reader(config)(key))
+    try:
+        return build_config({**MINIMAL, "method": method}, {key: value})
+    except ConfigError as error:
+        return error.problems
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pair")
+    save_tiny_pair(path)
+    rows = [{"prompt": f"say {'abcdefghij'[i % 10] * (1 + i % 7)}", "response": f"it is {i}"} for i in range(12)]
+    (path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    return path
+
+
+@pytest.fixture(params=sorted(set(METHODS) - {"custom"}))
+def method(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def consumers(method: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """Setting -> files of the package that read it in a run of the method, two steps long."""
+    config = build_config({
+        "method": method,
+        "teacher": {"model": str(folder / "teacher"), "precision": "fp32"},
+        "student": {"model": str(folder / "student"), "precision": "fp32", "lora": {"r": 2}},
+        "data": {"train": str(folder / "data.jsonl"), "validation": str(folder / "data.jsonl"), "num_validation": 2,
+                 "lm_corpus": str(folder / "corpus.txt")},
+        "rollout": {"max_new_tokens": 4, "batch_size": 2},
+        "loss": {"lm_block_tokens": 16},
+        "train": {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "device": "cpu",
+                  "compute_dtype": "fp32", "eval_steps": 2, "save_steps": 2},
+    })  # fmt: skip
+    read: dict[tuple[type, str], set[str]] = {}
+    plain: Callable[[Any, str], Any] = Section.__getattribute__
+
+    def watched(self: Section, name: str) -> Any:
+        caller = Path(sys._getframe(1).f_code.co_filename)
+        if caller.is_relative_to(PACKAGE):
+            read.setdefault((type(self), name), set()).add(caller.relative_to(PACKAGE).as_posix())
+        return plain(self, name)
+
+    monkeypatch.setattr(Section, "__getattribute__", watched)
+    distill(config, RunDir.create(tmp_path / "run", config))
+    monkeypatch.undo()
+    found = {}
+    for key in known_keys():
+        section, _, name = key.rpartition(".")
+        files = read.get((section_at(section), name), set())
+        found[key] = {f for f in files if f not in SETTINGS_CODE and not f.startswith("plan/")}
+    return found
+
+
+def test_a_changed_setting_is_read_by_the_run_or_refused(method: str, consumers: dict[str, set[str]]):
+    for key in known_keys():
+        result = changed(method, key)
+        if isinstance(result, list):
+            assert any(key in problem or key.rpartition(".")[0] in problem for problem in result), key
+        elif not consumers[key]:
+            assert key in CONSUMED_ELSEWHERE, f"method {method} accepts {key} and nothing in its run reads it"
+
+
+@pytest.mark.parametrize(("key", "file"), CONSUMED_ELSEWHERE.items())
+def test_the_consumer_named_for_a_setting_reads_it(key: str, file: str):
+    assert f".{key.rpartition('.')[2]}" in (PACKAGE / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "value"),
+    [
+        ("kd", "loss.scope", "interventions"),
+        ("kd", "rollout.decay_rate", 0.2),
+        ("kd", "rollout.block_tokens", 4),
+        ("kd", "rollout.student_graphs", "off"),
+        ("seqkd", "loss.scope", "interventions"),
+        ("seqkd", "cache.format", "topk"),
+        ("seqkd", "cache.host_budget_gib", 1.0),
+        ("seqkd", "rollout.block_tokens", 0),
+        ("sft", "cache.format", "topk"),
+        ("sft", "cache.device_budget_gib", 1.0),
+        ("sft", "rollout.tau_0", 0.5),
+        ("sft", "rollout.round_steps", 2),
+        ("sft", "teacher.residency", "swap"),
+        ("imitkd", "rollout.block_tokens", 4),
+        ("distillm", "rollout.reuse", 2),
+        ("distillm", "data.ground_truth_mix", 0.5),
+        ("gkd", "rollout.skd_top_k", 3),
+        ("skd", "rollout.decay_rate", 0.2),
+        ("switch", "data.lm_corpus_tokens", 9),
+    ],
+)
+def test_a_setting_without_effect_is_refused_in_one_message(method: str, setting: str, value: Any):
+    with pytest.raises(ConfigError) as caught:
+        build_config({**MINIMAL, "method": method, setting: value})
+    (problem,) = caught.value.problems
+    assert setting in problem and problem.endswith(".")
+
+
+@pytest.mark.parametrize("key", [k for rule in UNREAD for k in rule.settings])
+def test_a_rule_names_what_exists(key: str):
+    assert key in known_keys() or section_at(key) is not None
+
+
+def test_every_rule_speaks_somewhere():
+    """A condition that never fails would be a row without use; every message's values can be filled in."""
+    configs = [build_config({**MINIMAL, "method": m}) for m in METHODS]
+    configs += [
+        build_config({**MINIMAL, "rollout": {"schedule": schedule}}) for schedule in ("linear", "constant", "growth")
+    ]
+    configs.append(build_config({**MINIMAL, "student": {"adapter": "none"}}))
+    said = [text for config in configs for text in unread(reader(config)).values()]
+    assert said and not any("{" in text for text in said)
+    silent = [rule.settings for rule in UNREAD if all(rule.read_when(reader(config)) for config in configs)]
+    assert not silent
+    assert all(not conflict.when(reader(config)) for conflict in CONFLICTS for config in configs)
+
+
+def test_a_resolved_configuration_has_no_setting_that_differs_without_effect():
+    for method in METHODS:
+        config = build_config({**MINIMAL, "method": method})
+        assert all(reader(config)(key) == default_of(key, method) for key in known_keys() if key not in
+                   ("method", "teacher.model", "student.model", "data.train"))  # fmt: skip
