@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import reduce
+from functools import cache, reduce
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qswitch import methods, rules
 from qswitch.errors import ConfigError
@@ -29,24 +29,36 @@ class Section(BaseModel):
         extra="forbid", frozen=True, defer_build=True, protected_namespaces=(), allow_inf_nan=False
     )
 
-    @field_validator("*", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _as_people_write_it(cls, value: Any, info: ValidationInfo) -> Any:
+    def _as_people_write_it(cls, values: Any) -> Any:
         """YAML 1.1 reads `off` as a boolean and `1e-4` as text; one name is a list of one."""
-        kinds = list(_alternatives(cls.model_fields[str(info.field_name)].annotation))
-        words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
-        if isinstance(value, bool) and bool not in kinds:
-            word = "on" if value else "off"
-            if word in words:
-                return word
-            if int in kinds or float in kinds:
-                raise ValueError(f"expected a number, found {str(value).lower()}")
-        if isinstance(value, str) and value not in words and str not in kinds:
-            if int in kinds or float in kinds:
-                return _number(value)
-            if any(get_origin(kind) is list for kind in kinds):
-                return [] if value == "none" and info.field_name == "report_to" else [value]
+        if not isinstance(values, dict):
+            return values
+        return {
+            name: _as_written(cls.model_fields[name].annotation, value)
+            if isinstance(value, (bool, str)) and name in cls.model_fields
+            else value
+            for name, value in values.items()
+        }
+
+
+def _as_written(kind: Any, value: bool | str) -> Any:
+    """What a boolean or text stands for in a field of this type; text that pydantic refuses where it is nothing."""
+    kinds = list(_alternatives(kind))
+    if isinstance(value, bool):
+        word = "on" if value else "off"
+        if bool not in kinds and word in _words(kinds):
+            return word
+        return value if bool in kinds or not {int, float} & set(kinds) else str(value).lower()
+    if str in kinds or value in _words(kinds):
         return value
+    if int in kinds or float in kinds:
+        return _number(value)
+    members = [member for kind in kinds if get_origin(kind) is list for member in get_args(kind)]
+    if members:
+        return [] if value == "none" and "none" not in _words(members) and str not in members else [value]
+    return value
 
 
 def _alternatives(kind: Any) -> Iterator[Any]:
@@ -56,6 +68,10 @@ def _alternatives(kind: Any) -> Iterator[Any]:
             yield from _alternatives(member)
     else:
         yield get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _words(kinds: list[Any]) -> list[Any]:
+    return [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
 
 
 def _number(text: str) -> int | float | str:
@@ -399,11 +415,13 @@ def section_at(key: str) -> type[Section] | None:
     return model
 
 
-def known_keys() -> list[str]:
+@cache
+def known_keys() -> tuple[str, ...]:
     """Every dotted setting, in order."""
-    return list(_leaves(RunConfig, ""))
+    return tuple(_leaves(RunConfig, ""))
 
 
+@cache
 def default_of(key: str, method: str) -> Any:
     """The value that a dotted setting has where nothing is written: that of the method's bundle, or of its class."""
     bundle = dict(methods.bundle_values(method))

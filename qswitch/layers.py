@@ -269,6 +269,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"{dotted} is missing. Set it in the file or with --set {dotted}=..."
     value = error.get("input")
+    if error["type"] in ("int_parsing", "float_parsing") and value in ("true", "false"):
+        return f"{dotted} = {value}: expected a number."
     shown = repr(value) if not isinstance(value, dict) else "a mapping"
     return f"{dotted} = {shown}: {error['msg']}."
 

@@ -79,6 +79,7 @@ _switches = is_one_of("rollout.policy", "switch")
 _POLICY = "with policy {rollout.policy}"
 _SCHEDULE = "with schedule {rollout.schedule}"
 _OTHER_POLICY = "Remove it or change the policy."
+_OTHER_SCHEDULE = "Remove it or change the schedule."
 _OF_ROLLOUTS = (
     "rollout.policy", "rollout.schedule", "rollout.tau_0", "rollout.decay_rate", "rollout.constant_threshold",
     "rollout.teacher_probability", "rollout.mixture_teacher_weight", "rollout.skd_top_k", "rollout.adaswitch_factor",
@@ -90,9 +91,9 @@ UNREAD = (
     Unread(_OF_ROLLOUTS, writes_rollouts, "with method={method}: no rollout is written, data.ground_truth_mix is 1"),
     Unread(("rollout.schedule",), _switches, _POLICY, _OTHER_POLICY),
     Unread(("rollout.tau_0", "rollout.decay_rate", "rollout.constant_threshold"), _switches, _POLICY, _OTHER_POLICY),
-    Unread(("rollout.tau_0",), is_one_of("rollout.schedule", "exponential", "linear"), _SCHEDULE),
-    Unread(("rollout.decay_rate",), is_one_of("rollout.schedule", "exponential", "growth"), _SCHEDULE),
-    Unread(("rollout.constant_threshold",), is_one_of("rollout.schedule", "constant"), _SCHEDULE),
+    Unread(("rollout.tau_0",), is_one_of("rollout.schedule", "exponential", "linear"), _SCHEDULE, _OTHER_SCHEDULE),
+    Unread(("rollout.decay_rate",), is_one_of("rollout.schedule", "exponential", "growth"), _SCHEDULE, _OTHER_SCHEDULE),
+    Unread(("rollout.constant_threshold",), is_one_of("rollout.schedule", "constant"), _SCHEDULE, _OTHER_SCHEDULE),
     Unread(("rollout.teacher_probability",), is_one_of("rollout.policy", "random"), _POLICY, _OTHER_POLICY),
     Unread(("rollout.mixture_teacher_weight",), is_one_of("rollout.policy", "mixture"), _POLICY, _OTHER_POLICY),
     Unread(("rollout.skd_top_k",), is_one_of("rollout.policy", "skd"), _POLICY, _OTHER_POLICY),
@@ -162,6 +163,14 @@ CONFLICTS = (
     Conflict(
         lambda read: methods.writes_rollouts(read("method")) and not writes_rollouts(read),
         "data.ground_truth_mix=1 contradicts method={method}: no rollout is written. Set it below 1.",
+    ),
+    Conflict(
+        lambda read: (
+            bool(read("data.adaptive_share"))
+            and dict(methods.bundle_values(read("method"))).get("data.ground_truth_mix", 0) != 0
+        ),
+        "data.adaptive_share contradicts method={method}, which has its own data.ground_truth_mix. Remove it, or set "
+        "method=distillm.",
     ),
     Conflict(
         lambda read: read("rollout.round_steps") > 1 and _replays(read),

@@ -307,7 +307,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown section": (("trian.max_steps=3",), ("trian", "not a setting", "Did you mean train?")),
     "unknown key": (("train.max_step=3",), ("train.max_step", "not a setting", "Did you mean train.max_steps?")),
     "text for a number": (("train.max_steps=many",), ("train.max_steps", "'many'", "valid integer")),
-    "yes for a number": (("train.max_steps=true",), ("train.max_steps = True", "expected a number, found true")),
+    "yes for a number": (("train.max_steps=true",), ("train.max_steps = true", "expected a number, found true")),
     "epochs": (("num_train_epochs=3",), ("num_train_epochs is not a setting", "set train.max_steps")),
     "another trainer's 4 bits": (("load_in_4bit=true",), ("load_in_4bit", "teacher.precision=nf4")),
     "another trainer's dtype": (("train.bf16=true",), ("train.bf16 is not a setting", "train.compute_dtype=bf16")),
@@ -342,7 +342,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "setting of another schedule": (
         ("rollout.schedule=linear", "rollout.decay_rate=0.5"),
-        ("rollout.decay_rate", "no effect", "change the policy"),
+        ("rollout.decay_rate", "no effect", "change the schedule"),
     ),
     "all warm-up": (("train.warmup_steps=9",), ("train.warmup_steps (9)", "below train.max_steps (1)", "must be")),
     "8-bit optimizer on a CPU": (
@@ -408,7 +408,7 @@ CONFIGS: dict[str, tuple[str | bytes, tuple[str, ...]]] = {
     "extends a number": ("extends: 3", ("extends = 3", "name one preset or file")),
     "alias against its setting": (
         "learning_rate: 1\ntrain: {learning_rate: 2}",
-        ("learning_rate and train.learning_rate", "keep one"),
+        ("train.learning_rate is written twice", "keep one"),
     ),
 }
 

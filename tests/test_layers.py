@@ -185,7 +185,7 @@ BAD = [
     ("train.max_steps={a: 1}", "train.max_steps"),
     ("rollout.student_graphs=on", "rollout.student_graphs"),
     ("rollout.student_graphs=true", "rollout.student_graphs"),
-    ("train.max_steps=yes", "expected a number, found true"),
+    ("train.max_steps=yes", "train.max_steps = true: expected a number"),
     ("train.learning_rate=fast", "train.learning_rate = 'fast'"),
     ("report_to=comet", "train.report_to"),
     ("lmbda=0.5", "1 - lmbda"),
