@@ -12,6 +12,7 @@ from qswitch.presets import load_run_config, preset_names
 # Read in stored copies of public files, by source:
 KERAS = "keras-team/keras-hub, keras_hub/src/models/*/*_presets.py, `params`"
 HUB = "safetensors.total of https://huggingface.co/api/models/<id>, as public scripts have recorded it"
+SHARED = "safetensors.total of the hub, as scripts of several repositories on GitHub have recorded it"
 GIMMICK = "floschne/gimmick, get_model_sizes(), from HfApi.get_safetensors_metadata"
 PUBLISHED = {
     "openai-community/gpt2": (124_439_808, KERAS),
@@ -38,8 +39,18 @@ PUBLISHED = {
     "Qwen/Qwen3-0.6B": (596_049_920, KERAS),
     "Qwen/Qwen3-1.7B": (1_720_574_976, KERAS),
     "Qwen/Qwen3-8B": (8_190_735_360, KERAS),
+    "Qwen/Qwen3-14B": (14_768_307_200, KERAS),
+    "Qwen/Qwen3-4B-Instruct-2507": (4_022_468_096, "as Qwen3-4B, whose shape it has: " + KERAS),
+    "Qwen/Qwen2.5-Coder-1.5B-Instruct": (1_543_714_304, "as Qwen2.5-1.5B-Instruct, whose shape it has"),
+    "Qwen/Qwen2.5-Coder-7B-Instruct": (7_615_616_512, "as Qwen2.5-7B-Instruct, whose shape it has"),
     "google/gemma-2-2b-it": (2_614_341_888, KERAS),
     "google/gemma-2-9b-it": (9_241_705_984, KERAS),
+    "google/gemma-3-270m-it": (268_098_176, KERAS),
+    "google/gemma-3-1b-it": (999_885_952, KERAS),
+    "allenai/OLMo-2-0425-1B-Instruct": (1_484_916_736, SHARED),
+    "allenai/OLMo-2-1124-7B-Instruct": (7_298_011_136, "model_bits of OLMo 3 7B, whose tensors it has, in " + SHARED),
+    "microsoft/Phi-4-mini-instruct": (3_836_021_760, SHARED),
+    "HuggingFaceTB/SmolLM3-3B": (3_075_098_624, SHARED),
     "HuggingFaceTB/SmolLM2-135M-Instruct": (134_515_008, HUB),
     "HuggingFaceTB/SmolLM2-360M-Instruct": (361_821_120, HUB),
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": (1_711_376_384, HUB),

@@ -34,7 +34,7 @@ class _Values:
 
 
 def _llama_like(values: _Values, model_type: str) -> ModelShape:
-    """llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3: rotary positions, RMS norms, gated MLP."""
+    """llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3, smollm3, olmo2: rotary, RMS norms, gated MLP."""
     gemma = model_type.startswith("gemma")
     hidden, inter = values("hidden_size"), values("intermediate_size")
     heads = values("num_attention_heads")
@@ -68,7 +68,9 @@ def _llama_like(values: _Values, model_type: str) -> ModelShape:
         )
     num_norms = 4 if gemma else 2
     head_norms = 2 * head_dim if model_type in ("qwen3", "gemma3_text") else 0
-    tied = bool(values.optional("tie_word_embeddings", gemma))
+    if model_type == "olmo2":  # norms over all heads at once
+        head_norms = q_width + kv_width
+    tied = bool(values.optional("tie_word_embeddings", gemma or model_type == "smollm3"))
     return ModelShape(
         model_type=model_type,
         num_layers=layers,
@@ -235,6 +237,8 @@ FAMILIES = {
     "gemma2": _llama_like,
     "gemma3_text": _llama_like,
     "phi3": _llama_like,
+    "smollm3": _llama_like,
+    "olmo2": _llama_like,
     "phi": _phi,
     "gpt2": _gpt2,
     "opt": _opt,
