@@ -41,8 +41,8 @@ CONSUMED_ELSEWHERE = {
     "student.shape": "preflight.py",
     "teacher.shape": "preflight.py",
     # DistiLLM's first batches are the data's own.
-    "rollout.reuse": "distill/trainer.py",
-    "rollout.temperature": "distill/trainer.py",
+    "rollout.reuse": "distill/supply.py",
+    "rollout.temperature": "distill/supply.py",
 }
 """Settings whose consumer does not run in a training run of two small local models -> the file that reads them."""
 
