@@ -149,13 +149,16 @@ def fidelity(
 
 @results_app.command(epilog="Example: qswitch report runs/my-run")
 def report(
-    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory, finished or not.")],
+    run_paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, finished or not.")],
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; default: report.html in the run, or in the current folder.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write RUN/report.html: one page that needs no network."""
+    """Write RUN/report.html, or one page about several runs: it needs no network."""
     from qswitch.report.page import write_report
 
-    show({"report": str(write_report(run_path))}, as_json, lambda written: written["report"])
+    show({"report": str(write_report(run_paths, output))}, as_json, lambda written: written["report"])
 
 
 @results_app.command(

@@ -104,5 +104,5 @@ def _carry_out(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool
             summary = train(run_dir, prepared, plan, resumes=resumes)
     except KeyboardInterrupt:
         raise Interrupted(str(run_dir.path)) from None
-    write_report(run_dir.path)
+    write_report([run_dir.path])
     return summary

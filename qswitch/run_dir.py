@@ -21,8 +21,8 @@ from qswitch.yaml_file import read_yaml
 
 
 class RunDir:
-    """RUN/: config.yaml, plan.json, pass_times.json, student_graphs.json, metrics.jsonl, rollouts.jsonl, summary.json,
-    checkpoints/, adapter/, student/."""
+    """RUN/: config.yaml, plan.json, pass_times.json, student_graphs.json, metrics.jsonl, rollouts.jsonl, held_out.json,
+    summary.json, checkpoints/, adapter/, student/."""
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path, self.config = path, config
@@ -105,6 +105,11 @@ class RunDir:
     def report_path(self) -> Path:
         """One page about the run."""
         return self.path / "report.html"
+
+    @property
+    def held_out_path(self) -> Path:
+        """Answers to a few held-out prompts before and after training, and the figures of every one of them."""
+        return self.path / "held_out.json"
 
     @property
     def student_base_path(self) -> Path:

@@ -28,6 +28,7 @@ LAYERS = [
     ["evaluate", "export"],
     ["distill.session"],
     ["preflight"],
+    ["distill.answers"],
     ["distill.trainer"],
     ["rollout", "distill"],
     ["models", "data"],

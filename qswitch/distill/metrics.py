@@ -34,6 +34,10 @@ class Counters:
     best_step: int = -1
     before_nats: float | None = None
     last_nats: float | None = None
+    before_nats_by_prompt: list[float] | None = None
+    """The figure by held-out prompt, per token, before the first step; the mean weighted by tokens is `before_nats`."""
+    best_nats_by_prompt: list[float] | None = None
+    """The same of the best validation."""
 
     def count(self, report: StepReport, seconds: float) -> None:
         """Add a finished step."""

@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 from qswitch.aside import folder_aside
 from qswitch.config import RunConfig
 from qswitch.data.template import PromptEncoder, template_source
+from qswitch.distill.answers import keep_first_answers, keep_last_answers
 from qswitch.distill.checkpoint import newest_whole, saved_part
 from qswitch.distill.metrics import peak_bytes
 from qswitch.distill.progress import Progress, total_steps
@@ -71,6 +72,7 @@ class Summary:
     seconds: float
     """Training, validation and start-up apart."""
     peak_gib: float
+    """Highest memory use, over every process that worked on the run."""
     planned_gib: float
     device: str
     teacher: str
@@ -130,6 +132,8 @@ def train(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool) -> 
     )
     if resumes:
         trainer.resume()
+    if trainer.step == 0:
+        keep_first_answers(trainer, data.held_out, prepared.encoder)
     with _stop_on_signal(trainer, progress):
         trainer.run()
     if not trainer.finished:
@@ -207,7 +211,7 @@ def _finish(run_dir: RunDir, trainer: Trainer, pair: TokenizerPair, encoder: Pro
         rollout_tokens=counters.rollout_tokens,
         trained_tokens=counters.trained_tokens,
         seconds=round(counters.seconds, 1),
-        peak_gib=round(peak_bytes(trainer.device) / GIB, 3),
+        peak_gib=round(max(peak_bytes(trainer.device) / GIB, *_logged_peaks(run_dir)), 3),
         planned_gib=round(planned / GIB, 3),
         device=str(trainer.device),
         teacher=_name(config.teacher.model),
@@ -217,6 +221,7 @@ def _finish(run_dir: RunDir, trainer: Trainer, pair: TokenizerPair, encoder: Pro
         commit=_commit(),
     )
     load_adapter(trainer.student, trainer.best_checkpoint / "adapter")
+    keep_last_answers(trainer)
     with folder_aside(run_dir.adapter_path) as folder:
         save_adapter(trainer.student, folder)
         # The student was trained on this template, so it must be asked with it.
@@ -229,6 +234,11 @@ def _finish(run_dir: RunDir, trainer: Trainer, pair: TokenizerPair, encoder: Pro
         shutil.rmtree(run_dir.adapter_path, ignore_errors=True)  # of a run that ended before its summary was written
     run_dir.write_json("summary.json", asdict(summary))
     return summary
+
+
+def _logged_peaks(run_dir: RunDir) -> list[float]:
+    """Peaks that the steps logged, also those of processes that were stopped, GiB."""
+    return [line["peak_gib"] for line in run_dir.read_metrics() if "peak_gib" in line] or [0.0]
 
 
 def adapter_card(config: RunConfig, summary: Summary) -> str:
@@ -260,6 +270,8 @@ steps.{" SWITCH is by Koo et al., Findings of NAACL 2025." if config.method == "
 |---|---|
 | before | {before:.4f} |
 | after | {after:.4f} |
+
+Trained on {summary.device} with {summary.peak_gib:.2f} GiB of memory at its peak ({summary.planned_gib:.2f} planned).
 
 Licences of the models it is made from:
 {licences}

@@ -163,6 +163,7 @@ class Trainer:
         train, counters = self.config.train, self.counters
         if counters.before_nats is None:
             counters.before_nats = counters.last_nats = self.validate()
+            counters.before_nats_by_prompt = self.validation.nats_by_prompt
             self._adapt_share()
             self.progress.validated(0, self.validation.what, counters.before_nats)
         with self.progress:
@@ -178,11 +179,16 @@ class Trainer:
                 improved = False
                 if self.step % train.eval_steps == 0 or self.finished:
                     counters.last_nats = nats = self.validate()
+                    by_prompt = self.validation.nats_by_prompt
                     self.progress.validated(self.step, self.validation.what, nats)
                     self.run_dir.append_metrics({"step": self.step, self.validation.key: nats, **self._adapt_share()})
                     improved = nats < counters.best_nats
                     if improved:
-                        counters.best_nats, counters.best_step = nats, self.step
+                        counters.best_nats, counters.best_step, counters.best_nats_by_prompt = (
+                            nats,
+                            self.step,
+                            by_prompt,
+                        )
                 # Read once, after the validation: a stop asked for meanwhile must find its checkpoint.
                 stop = self.stop_requested
                 if improved or stop or self.finished or self.step % train.save_steps == 0:
@@ -296,6 +302,7 @@ class Trainer:
                 f"the best checkpoint, {self.best_checkpoint.name}, is damaged: {damage}; {folder.name} takes its place"
             )
             self.counters.best_nats, self.counters.best_step = self.validate(), self.step
+            self.counters.best_nats_by_prompt = self.validation.nats_by_prompt
         return True
 
 

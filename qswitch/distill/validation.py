@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from qswitch.data.template import Prompt
 from qswitch.distill.logit_cache import Targets
@@ -25,8 +26,47 @@ VALIDATION_SEED = 20_250_429
 """Fixed, so that runs with different seeds are scored on the same responses."""
 
 
-class Validation:
-    """Held-out prompts with teacher-written responses and the teacher's outputs, kept in host memory."""
+class HeldOut:
+    """Held-out prompts with the responses that the student is scored on, and its last scores."""
+
+    key: str
+    """Name of the figure in metrics.jsonl."""
+    what: str
+    """The figure, for people."""
+
+    def __init__(self, sequences: Sequence[TrainingSequence], *, pad_id: int, batch_size: int) -> None:
+        self.sequences = list(sequences)
+        self.num_prompts = len(self.sequences)
+        self.num_tokens = sum(len(s.loss_steps) for s in self.sequences)
+        self.nats_by_prompt: list[float] = []
+        """What `nats` measured last, by prompt: nats per token of it, in the order of the sequences."""
+        self._pad_id, self._batch_size = pad_id, batch_size
+
+    def nats(
+        self, objective: StudentObjective, device: torch.device, chunk_tokens: int, batch_size: int | None = None
+    ) -> float:
+        """Mean of the figure per response token, nats; the student is scored in evaluation mode."""
+        total = 0.0
+        by_prompt = [0.0] * self.num_prompts
+        with inference(objective.student):
+            for members in _by_length(self.sequences, batch_size or self._batch_size):
+                values = self._token_nats(members, objective, device, chunk_tokens).double()
+                total += float(values.sum())
+                lengths = [len(self.sequences[i].loss_steps) for i in members]
+                for i, own in zip(members, values.split(lengths), strict=True):
+                    by_prompt[i] = float(own.mean())
+        self.nats_by_prompt = by_prompt
+        return total / self.num_tokens
+
+    def _token_nats(
+        self, members: Sequence[int], objective: StudentObjective, device: torch.device, chunk_tokens: int
+    ) -> Tensor:
+        """[N] nats of every response token of some sequences, one sequence after the other."""
+        raise NotImplementedError
+
+
+class Validation(HeldOut):
+    """Teacher-written responses and the teacher's outputs, kept in host memory."""
 
     key = "kl_nats"
     what = "KL(teacher || student) on held-out prompts"
@@ -42,7 +82,7 @@ class Validation:
         batch_size: int,
     ) -> None:
         requests = [RolloutRequest(p.example_id, 0, p.prompt_ids, max_new_tokens) for p in prompts]
-        written, self.stats = rollout(
+        self.rollouts, self.stats = rollout(
             requests,
             teacher=teacher,
             student=None,
@@ -54,40 +94,29 @@ class Validation:
             batch_size=batch_size,
             keep="all",
         )
-        self.rollouts = written
-        self._teacher_head = teacher.head
-        self._pad_id = pad_id
-        self._batch_size = batch_size
-        self._hidden = [r.teacher_hidden.cpu() for r in written if r.teacher_hidden is not None]
-        self._sequences = [
+        sequences = [
             TrainingSequence(r.example_id, 0, r.prompt_ids, r.response_ids, list(range(len(r.response_ids))))
-            for r in written
+            for r in self.rollouts
         ]
-        self.num_prompts = len(written)
-        self.num_tokens = sum(len(s.loss_steps) for s in self._sequences)
+        super().__init__(sequences, pad_id=pad_id, batch_size=batch_size)
+        self._teacher_head = teacher.head
+        self._hidden = [r.teacher_hidden.cpu() for r in self.rollouts if r.teacher_hidden is not None]
 
-    def nats(
-        self, objective: StudentObjective, device: torch.device, chunk_tokens: int, batch_size: int | None = None
-    ) -> float:
-        """Mean KL(teacher || student) per response token, nats; the student is scored in evaluation mode."""
-        total = 0.0
-        with inference(objective.student):
-            for members in _by_length(self._sequences, batch_size or self._batch_size):
-                batch = collate([self._sequences[i] for i in members], self._pad_id, device)
-                targets = Targets.from_hidden(torch.cat([self._hidden[i] for i in members]), self._teacher_head)
-                values = chunked_divergence_values(
-                    objective.hidden_at(batch),
-                    objective.student.head,
-                    targets,
-                    name="forward_kl",
-                    chunk_tokens=chunk_tokens,
-                )
-                total += float(values.double().sum())
-        return total / self.num_tokens
+    def _token_nats(
+        self, members: Sequence[int], objective: StudentObjective, device: torch.device, chunk_tokens: int
+    ) -> Tensor:
+        batch = collate([self.sequences[i] for i in members], self._pad_id, device)
+        return chunked_divergence_values(
+            objective.hidden_at(batch),
+            objective.student.head,
+            Targets.from_hidden(torch.cat([self._hidden[i] for i in members]), self._teacher_head),
+            name="forward_kl",
+            chunk_tokens=chunk_tokens,
+        )
 
 
-class ResponseLoss:
-    """Held-out prompts with the data's own responses; needs no teacher.
+class ResponseLoss(HeldOut):
+    """The data's own responses; needs no teacher.
 
     Raises:
         DataError: none of the prompts has a response.
@@ -97,33 +126,26 @@ class ResponseLoss:
     what = "loss on held-out responses"
 
     def __init__(self, prompts: Sequence[Prompt], *, pad_id: int, batch_size: int) -> None:
-        self._pad_id = pad_id
-        self._batch_size = batch_size
         found = (ground_truth_sequence(p, 0) for p in prompts)
-        self._sequences = [s for s in found if s is not None]
-        self.num_prompts = len(self._sequences)
-        self.num_tokens = sum(len(s.loss_steps) for s in self._sequences)
-        if not self._sequences:
+        super().__init__([s for s in found if s is not None], pad_id=pad_id, batch_size=batch_size)
+        if not self.sequences:
             raise DataError(
                 f"None of the {len(prompts)} held-out prompts has a response to be scored on. Name another "
                 "data.validation, or raise data.num_validation."
             )
 
-    def nats(
-        self, objective: StudentObjective, device: torch.device, chunk_tokens: int, batch_size: int | None = None
-    ) -> float:
-        """Mean next-token cross-entropy per response token, nats; the student is scored in evaluation mode."""
-        total = 0.0
-        with inference(objective.student):
-            for members in _by_length(self._sequences, batch_size or self._batch_size):
-                batch = collate_with_labels([self._sequences[i] for i in members], self._pad_id, device)
-                hidden = objective.hidden_at(batch)
-                labels = batch.input_ids[batch.rows, batch.columns + 1]
-                for chunk, expected in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True):
-                    logits = objective.student.head(chunk)
-                    logits = logits if logits.dtype == torch.float64 else logits.float()
-                    total += float(torch.nn.functional.cross_entropy(logits, expected, reduction="sum").double())
-        return total / self.num_tokens
+    def _token_nats(
+        self, members: Sequence[int], objective: StudentObjective, device: torch.device, chunk_tokens: int
+    ) -> Tensor:
+        batch = collate_with_labels([self.sequences[i] for i in members], self._pad_id, device)
+        hidden = objective.hidden_at(batch)
+        labels = batch.input_ids[batch.rows, batch.columns + 1]
+        found = []
+        for chunk, expected in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True):
+            logits = objective.student.head(chunk)
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            found.append(torch.nn.functional.cross_entropy(logits, expected, reduction="none"))
+        return torch.cat(found)
 
 
 def _by_length(sequences: Sequence[TrainingSequence], size: int) -> Iterator[list[int]]:

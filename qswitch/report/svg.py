@@ -1,6 +1,7 @@
 """Line charts as inline SVG: numbers in, markup out. Knows no run and no file.
 
-Colours are CSS classes of the page (`s0`, `s1`, ...), so that they follow its light or dark scheme.
+Colours are CSS classes of the page (`s0`, `s1`, ...), so that they follow its light or dark scheme and its print style.
+A chart is drawn at about the size it is shown at, so that its text is as large as the text around it.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 560, 240
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40
-TICKS = 4
+WIDTH, HEIGHT = 380, 210
+RIGHT, TOP, BOTTOM = 14, 26, 38
+DIGIT_WIDTH = 6.4
+"""Width of a character of a tick, of 11 px text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,41 @@ class Series:
     points: Sequence[tuple[float, float]]
     dots: bool = False
     """Mark every point: for few and far between."""
+    fill: bool = False
+    """Colour the area down to the axis: for a share."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A range, and round numbers within it."""
+
+    low: float
+    high: float
+    ticks: list[float]
+    labels: list[str]
+
+    @classmethod
+    def around(cls, low: float, high: float, *, exact: bool = False, whole: bool = False, most: int = 5) -> Axis:
+        """An axis for values from `low` to `high` with at most `most` + 1 ticks.
+
+        Ticks are multiples of 1, 2 or 5 times a power of ten. The range ends at ticks, unless `exact`; `whole` asks for
+        ticks at whole numbers, for steps and positions. A single value gets a range around it.
+        """
+        if high == low:
+            around = 0.5 if whole else 0.1 * abs(low) or 0.5
+            low, high = (low, high + 1) if whole else (low - around, high + around)
+        if not exact and 0 <= low < 0.5 * high:
+            low = 0.0
+        power = 10.0 ** math.floor(math.log10((high - low) / most))
+        step = next(power * m for m in (1, 2, 5, 10) if power * m * most >= (high - low) * (1 - 1e-9))
+        step = max(step, 1.0) if whole else step
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        if exact:
+            first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        else:
+            low, high = first * step, last * step
+        ticks = [i * step for i in range(first, last + 1)]
+        return cls(low, high, ticks, [_label(tick, step) for tick in ticks])
 
 
 def line_chart(
@@ -32,61 +69,58 @@ def line_chart(
     y_label: str,
     y_range: tuple[float, float] | None = None,
 ) -> str:
-    """An `<svg>` of the series on common axes; empty text where there is no finite point.
+    """An `<svg>` of the series on common axes, with a legend below where there are several; empty text where there is
+    no finite point.
 
-    `y_range` fixes the axis, for shares from 0 to 1.
+    `y_range` fixes the axis, for shares from 0 to 1. The horizontal axis counts something, steps or tokens.
     """
-    lines = [Series(s.name, _finite(s.points), s.dots) for s in series]
-    lines = [s for s in lines if s.points]
-    if not lines:
+    # A series keeps its place, and so its colour, also where another one has no point.
+    lines = [Series(s.name, _finite(s.points), s.dots, s.fill) for s in series]
+    shown = [(place, s) for place, s in enumerate(lines) if s.points]
+    if not shown:
         return ""
-    xs = [x for s in lines for x, _ in s.points]
-    ys = [y for s in lines for _, y in s.points]
-    x_low, x_high = min(xs), max(xs)
-    if x_high == x_low:
-        x_high = x_low + 1
-    y_low, y_high = y_range if y_range is not None else _nice_range(min(ys), max(ys))
-    plot_width, plot_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    xs = [x for _, s in shown for x, _ in s.points]
+    ys = [y for _, s in shown for _, y in s.points]
+    x_axis = Axis.around(min(xs), max(xs), exact=True, whole=True)
+    y_axis = Axis.around(*y_range, exact=True) if y_range is not None else Axis.around(min(ys), max(ys))
+    left = round(12 + DIGIT_WIDTH * max(len(label) for label in y_axis.labels))
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
     def place(x: float, y: float) -> tuple[float, float]:
+        y = min(max(y, y_axis.low), y_axis.high)
         return (
-            LEFT + (x - x_low) / (x_high - x_low) * plot_width,
-            TOP + (y_high - min(max(y, y_low), y_high)) / (y_high - y_low) * plot_height,
+            left + (x - x_axis.low) / (x_axis.high - x_axis.low) * (right - left),
+            TOP + (y_axis.high - y) / (y_axis.high - y_axis.low) * (bottom - TOP),
         )
 
-    title = escape(f"{y_label} by {x_label}")
+    title = escape(f"{y_label} by {x_label}: {', '.join(s.name for _, s in shown)}")
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">']
-    for i in range(TICKS + 1):
-        value = y_low + (y_high - y_low) * i / TICKS
-        _, y = place(x_low, value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(value)}</text>')
-    for i in range(TICKS + 1):
-        value = x_low + (x_high - x_low) * i / TICKS
-        x, _ = place(value, y_low)
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_number(value)}</text>'
-        )
-    middle = LEFT + plot_width / 2
-    parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
-    middle = TOP + plot_height / 2
-    parts.append(
-        f'<text class="label" x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">'
-        f"{escape(y_label)}</text>"
-    )
-    for index, line in enumerate(lines):
+    for tick, label in zip(y_axis.ticks, y_axis.labels, strict=True):
+        _, y = place(x_axis.low, tick)
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+    for tick, label in zip(x_axis.ticks, x_axis.labels, strict=True):
+        x, _ = place(tick, y_axis.low)
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{label}</text>')
+    middle = (left + right) / 2
+    parts.append(f'<text class="label" x="2" y="12">{escape(y_label)}</text>')
+    parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
+    for index, line in shown:
         placed = [place(x, y) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+        if line.fill:
+            corners = f"{placed[0][0]:.1f},{bottom} {path} {placed[-1][0]:.1f},{bottom}"
+            parts.append(f'<polygon class="area s{index}" points="{corners}"/>')
         parts.append(f'<polyline class="line s{index}" points="{path}"><title>{escape(line.name)}</title></polyline>')
         if line.dots or len(placed) == 1:
             for (x, y), (at, value) in zip(placed, line.points, strict=True):
-                hint = f"{escape(line.name)}: {_number(value)} at {_number(at)}"
+                hint = f"{escape(line.name)}: {value:.4g} at {at:.4g}"
                 parts.append(
-                    f'<circle class="dot s{index}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{hint}</title></circle>'
+                    f'<circle class="dot s{index}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"><title>{hint}</title></circle>'
                 )
     parts.append("</svg>")
-    if len(lines) > 1:
-        legend = "".join(f'<span><i class="key s{i}"></i>{escape(line.name)}</span>' for i, line in enumerate(lines))
+    if len(shown) > 1:
+        legend = "".join(f'<span><i class="key s{i}"></i>{escape(line.name)}</span>' for i, line in shown)
         parts.append(f'<p class="legend">{legend}</p>')
     return "".join(parts)
 
@@ -95,19 +129,9 @@ def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in points if y is not None and math.isfinite(x) and math.isfinite(y)]
 
 
-def _nice_range(low: float, high: float) -> tuple[float, float]:
-    """A range of round numbers around the data, from zero where the data is close to it."""
-    if low >= 0 and low < 0.5 * high:
-        low = 0.0
-    span = high - low or abs(high) or 1.0
-    step = 10 ** math.floor(math.log10(span / TICKS))
-    step = next(step * m for m in (1, 2, 2.5, 5, 10) if step * m * TICKS >= span)
-    bottom = math.floor(low / step) * step
-    top = bottom + TICKS * step
-    while top < high - 1e-12 * span:
-        top += TICKS * step
-    return bottom, top
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def _label(value: float, step: float) -> str:
+    """A tick to as many places as its axis needs, without a minus before zero."""
+    places = max(0, -math.floor(math.log10(step) + 1e-9))
+    if places > 4:
+        return f"{value + 0.0:.3g}"
+    return f"{round(value, places) + 0.0:,.{places}f}"

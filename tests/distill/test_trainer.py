@@ -219,6 +219,16 @@ def test_a_run_leaves_everything_and_loads_with_plain_peft(folders, tmp_path):
     assert RunDir.open(run_dir.path).config == config
     assert summary.kl_before_nats > 0 and math.isfinite(summary.kl_after_nats)
     assert json.loads(run_dir.summary_path.read_text())["kl_before_nats"] == summary.kl_before_nats
+    held_out = json.loads(run_dir.held_out_path.read_text())
+    for answer in held_out["answers"]:
+        assert answer["prompt"] and "user:" not in answer["prompt"], "the template around the user's words is gone"
+        assert all(isinstance(answer[who]["text"], str) for who in ("before", "after", "reference"))
+    assert (
+        len(held_out["tokens"]) == summary.validation_prompts and sum(held_out["tokens"]) == summary.validation_tokens
+    )
+    for name, figure in (("before", summary.kl_before_nats), ("after", summary.kl_after_nats)):
+        weighted = sum(a * n for a, n in zip(held_out[f"{name}_nats"], held_out["tokens"], strict=True))
+        assert weighted / summary.validation_tokens == pytest.approx(figure, rel=1e-9)
     line = run_dir.read_metrics()[0]
     assert line["rollout_tokens"] > 0 and line["peak_gib"] > 0 and 0 <= line["teacher_share"] <= 1
     rollout = run_dir.read_rollouts()[0]

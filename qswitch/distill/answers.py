@@ -1,0 +1,105 @@
+"""What the student answers to a few held-out prompts before and after training, for people: RUN/held_out.json.
+
+The first held-out prompts are taken, none chosen. Student and teacher sample with the noise of the validation, so where
+they agree they write the same words. Beside the answers stand the validation's figures of every held-out prompt, from
+which the report computes intervals. Knows no command line and no page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qswitch.data.records import Message, Record
+from qswitch.data.template import Prompt, PromptEncoder
+from qswitch.distill.validation import VALIDATION_SEED
+from qswitch.rollout.decode import RolloutRequest, rollout
+from qswitch.rollout.policy import StudentPolicy
+
+if TYPE_CHECKING:
+    from qswitch.distill.trainer import Trainer
+
+NUM_ANSWERS = 6
+"""Prompts that are answered: one short batch of the student before training and one after."""
+_PLACE = "\ue000"
+"""Stands for the user's words, to find out what the template puts around them; no text holds it."""
+
+
+def keep_first_answers(trainer: Trainer, prompts: Sequence[Prompt], encoder: PromptEncoder) -> None:
+    """Write RUN/held_out.json with the prompts, the untrained student's answers and the references."""
+    sequences = trainer.validation.sequences
+    texts = {p.example_id: p.text for p in prompts}
+    answers = [
+        {
+            "prompt": _without_template(texts[sequence.example_id], encoder, trainer.config.data.system_prompt),
+            "before": before,
+            "after": None,
+            "reference": _answer(sequence.response_ids, trainer),
+        }
+        for sequence, before in zip(sequences, _student_answers(trainer), strict=False)
+    ]
+    kept = {
+        "figure": trainer.validation.key,
+        "tokens": [len(sequence.loss_steps) for sequence in sequences],
+        "reference": "data" if trainer.teacher is None else "teacher",
+        "answers": answers,
+    }
+    trainer.run_dir.write_json(trainer.run_dir.held_out_path.name, kept)
+
+
+def keep_last_answers(trainer: Trainer) -> None:
+    """Add the answers of the student as it is now, and the figures of every prompt before and after.
+
+    A run that was begun by an older version has no file to add to, and gets none: its untrained student is gone.
+    """
+    path = trainer.run_dir.held_out_path
+    if not path.is_file():
+        return
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    for answer, after in zip(kept["answers"], _student_answers(trainer), strict=True):
+        answer["after"] = after
+    kept["before_nats"] = trainer.counters.before_nats_by_prompt
+    kept["after_nats"] = trainer.counters.best_nats_by_prompt
+    trainer.run_dir.write_json(path.name, kept)
+
+
+def _student_answers(trainer: Trainer) -> list[dict[str, Any]]:
+    """The student's sampled answers to the first held-out prompts."""
+    config, pair = trainer.config, trainer.pair
+    requests = [
+        RolloutRequest(sequence.example_id, 0, sequence.prompt_ids, config.rollout.max_new_tokens)
+        for sequence in trainer.validation.sequences[:NUM_ANSWERS]
+    ]
+
+    def sample() -> list[dict[str, Any]]:
+        written, _ = rollout(
+            requests,
+            teacher=None,
+            student=trainer.student,
+            policy=StudentPolicy(),
+            seed=VALIDATION_SEED,
+            temperature=1.0,
+            eos_ids=pair.eos_ids,
+            pad_id=pair.pad_id,
+            batch_size=trainer.recovery.sizes.rollout_rows,
+            keep="nothing",
+        )
+        return [_answer(one.response_ids, trainer) for one in written]
+
+    return trainer.recovery.attempt("rollout", sample)
+
+
+def _answer(response_ids: Sequence[int], trainer: Trainer) -> dict[str, Any]:
+    pair = trainer.pair
+    text = pair.tokenizer.decode(response_ids, skip_special_tokens=True)
+    return {"text": text, "ended": bool(response_ids) and response_ids[-1] in pair.eos_ids}
+
+
+def _without_template(text: str, encoder: PromptEncoder, system_prompt: str | None) -> str:
+    """The words of the user; the whole prompt where the template around them is another one."""
+    system = (Message("system", system_prompt),) if system_prompt else ()
+    empty = encoder.render(Record(id=0, messages=(*system, Message("user", _PLACE)), response=None, source="template"))
+    start, _, end = empty.partition(_PLACE)
+    inside = text.removeprefix(start).removesuffix(end)
+    return inside.strip() if len(inside) == len(text) - len(start) - len(end) else text

@@ -1,0 +1,303 @@
+"""What the page says about one run, read from its directory: answers, figures, tables, rollouts.
+
+Loads no model. A run that has not finished, or an older one, gives what there is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qswitch.evaluate.intervals import mean_interval
+from qswitch.evaluate.score_table import COLUMNS, estimate
+from qswitch.report.charts import Chart, run_charts
+from qswitch.run_dir import RunDir
+
+MAX_ROLLOUTS = 24
+"""Sample rollouts shown, evenly over the run."""
+ANSWERS_SHOWN = 3
+"""Held-out prompts whose answers lead the page; the others are folded away below them."""
+FIGURES = {
+    "kl_nats": "KL(teacher ‖ student), nats per token, on what the teacher wrote to {prompts} held-out prompts",
+    "response_loss_nats": "Loss on the responses of {prompts} held-out prompts, nats per token",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number before and after training; intervals as text, empty where the run did not keep what they need."""
+
+    label: str
+    before: str
+    after: str
+    change: str
+    before_interval: str = ""
+    after_interval: str = ""
+    change_interval: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """One run, ready for the template."""
+
+    name: str
+    lead: str
+    finished: bool
+    answers: list[dict[str, Any]]
+    reference: str
+    """Who wrote the third answer of each prompt."""
+    figures: list[Figure]
+    facts: list[tuple[str, str]]
+    evaluations: list[dict[str, Any]]
+    charts: list[Chart]
+    phases: list[tuple[str, float, float]]
+    """(phase, seconds, share of all) of the steps, longest first."""
+    memory: dict[str, Any]
+    rollouts: list[dict[str, Any]]
+    total_rollouts: int
+    configuration: str
+    versions: dict[str, str]
+    commit: str | None
+    lines: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+def view(run_dir: RunDir) -> RunView:
+    """All that the page shows of a run."""
+    lines, rollouts = run_dir.read_metrics(), run_dir.read_rollouts()
+    summary = _read_json(run_dir.summary_path) or {}
+    held_out = _read_json(run_dir.held_out_path) or {}
+    phases = seconds_by_phase(lines)
+    return RunView(
+        name=run_dir.path.resolve().name,
+        lead=lead(run_dir),
+        finished=bool(summary),
+        answers=held_out.get("answers", []),
+        reference={"teacher": "the teacher", "data": "the data"}[held_out.get("reference", "teacher")],
+        figures=figures(summary, held_out),
+        facts=facts(summary, lines, run_dir),
+        evaluations=[*evaluations(run_dir), *fidelity_tables(run_dir)],
+        charts=run_charts(lines, rollouts, summary),
+        phases=phases,
+        memory=memory_rows(_read_json(run_dir.path / "plan.json") or {}, lines, summary),
+        rollouts=[_shown(r) for r in _spread(rollouts, MAX_ROLLOUTS)],
+        total_rollouts=len(rollouts),
+        configuration=yaml.safe_dump(run_dir.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        versions=summary.get("versions", {}),
+        commit=summary.get("commit"),
+        lines=lines,
+        summary=summary,
+    )
+
+
+def lead(run_dir: RunDir) -> str:
+    """One sentence: who teaches whom, by which method."""
+    config = run_dir.config
+    teacher, student = _reference(config.teacher.model), _reference(config.student.model)
+    if student == teacher and config.student.shrink_to_layers:
+        student = "a copy of itself"
+    if config.student.shrink_to_layers:
+        student += f", cut to {config.student.shrink_to_layers} layers"
+    if not config.needs_teacher:
+        return f"{config.method}: {student} is fine-tuned."
+    return f"{config.method}: {teacher} ({config.teacher.precision}) teaches {student}."
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def figures(summary: Mapping[str, Any], held_out: Mapping[str, Any]) -> list[Figure]:
+    """Validation figures before and after, of those that the run measured, with intervals over the prompts."""
+    found = []
+    for key, label in FIGURES.items():
+        stem = key.removesuffix("_nats")
+        before, after = summary.get(f"{stem}_before_nats"), summary.get(f"{stem}_after_nats")
+        if before is None or after is None:
+            continue
+        change = f"{(after - before) / before:+.0%}" if before else ""
+        label = label.format(prompts=summary.get("validation_prompts", "the"))
+        found.append(Figure(label, f"{before:.3f}", f"{after:.3f}", change, *_intervals(key, held_out)))
+    return found
+
+
+def _intervals(key: str, held_out: Mapping[str, Any]) -> tuple[str, ...]:
+    """Intervals of before, after and the relative change; empty where the run did not keep the prompts' figures."""
+    before, after, tokens = (held_out.get(name) for name in ("before_nats", "after_nats", "tokens"))
+    if held_out.get("figure") != key or not before or not after or not tokens or len(tokens) < 2:
+        return ()
+    found = [mean_interval(values, tokens) for values in (before, after)]
+    texts = [f"{one.low:.3f} to {one.high:.3f}" for one in found]
+    weights = [b * t for b, t in zip(before, tokens, strict=True)]
+    if min(weights) > 0:
+        # The ratio of the sums, resampled by prompt: what the change would be for other prompts of this kind.
+        ratio = mean_interval([a / b for a, b in zip(after, before, strict=True)], weights)
+        assert ratio.low is not None and ratio.high is not None
+        texts.append(f"{ratio.low - 1:+.0%} to {ratio.high - 1:+.0%}")
+    return tuple(texts)
+
+
+def facts(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], run_dir: RunDir) -> list[tuple[str, str]]:
+    """Short statements beside the figures."""
+    steps = [line for line in lines if "loss" in line]
+    found = [("steps", f"{len(steps)} of {run_dir.config.train.max_steps}")]
+    if summary.get("best_step"):
+        found.append(("best validation", f"after step {summary['best_step']}"))
+    written = sum(line.get("rollout_tokens") or 0 for line in steps)
+    if written:
+        found.append(("rollout tokens", f"{written:,}"))
+    trained = sum(line.get("loss_tokens") or 0 for line in steps)
+    if trained:
+        found.append(("trained tokens", f"{trained:,}"))
+    shares = [line["teacher_share"] for line in steps if line.get("teacher_share") is not None]
+    if shares:
+        found.append(("written by the teacher", f"{sum(shares) / len(shares):.0%}"))
+    total = sum(seconds for _, seconds, _ in seconds_by_phase(lines))
+    if total:
+        found.append(("time of the steps", duration(total)))
+    skipped = summary.get("steps_without_loss")
+    if skipped:
+        found.append(("steps without an intervention", str(skipped)))
+    if summary.get("device"):
+        found.append(("device", str(summary["device"])))
+    return found
+
+
+def seconds_by_phase(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
+    """(phase, seconds, share of all) over the steps, longest first."""
+    seconds: dict[str, float] = defaultdict(float)
+    for line in lines:
+        for name, value in line.get("seconds", {}).items():
+            seconds[name] += value
+    total = sum(seconds.values())
+    return [(name, value, value / total) for name, value in sorted(seconds.items(), key=lambda i: -i[1]) if value]
+
+
+def memory_rows(
+    plan: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Plan and measured peak, GiB; phases and parts of the plan with their shares of it, from large to small."""
+    peaks = [line["peak_gib"] for line in lines if line.get("peak_gib") is not None]
+    planned = plan.get("total_gib")
+
+    def shares(sizes: Mapping[str, float] | None) -> list[tuple[str, float, float]]:
+        ordered = sorted((sizes or {}).items(), key=lambda item: -item[1])
+        return [
+            (name.replace("_", " "), size, min(size / planned, 1) if planned else 0) for name, size in ordered if size
+        ]
+
+    return {
+        "planned": planned,
+        "measured": summary.get("peak_gib") or (max(peaks) if peaks else None),
+        "budget": plan.get("budget_gib"),
+        "parts": shares(plan.get("parts")),
+        "phases": shares(plan.get("phases")),
+        "notes": plan.get("notes") or [],
+        "on_cpu": summary.get("device") == "cpu",
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def evaluations(run_dir: RunDir) -> list[dict[str, Any]]:
+    """Results of `qswitch eval` in RUN/eval, one table a set."""
+    tables = []
+    for path in sorted(run_dir.path.glob("eval/*/results.json")):
+        results = _read_json(path) or {}
+        for set_name, one in results.get("sets", {}).items():
+            present = [m for m in COLUMNS if any(m in v["metrics"] for v in one["models"].values())]
+            rows = [
+                [model, *(estimate(values["metrics"].get(m, {}).get("all")) for m in present),
+                 f"{values['response_tokens']:.0f}"]
+                for model, values in one["models"].items()
+            ]  # fmt: skip
+            tables.append(
+                {
+                    "title": f"{set_name}, protocol {results['protocol']['name']}, {one['records']} records",
+                    "departures": results.get("departures", []),
+                    "notes": [],
+                    "header": ["model", *(COLUMNS[m] for m in present), "tokens"],
+                    "rows": rows,
+                }
+            )
+    return tables
+
+
+def fidelity_tables(run_dir: RunDir) -> list[dict[str, Any]]:
+    """RUN/fidelity.json as a table, where `qswitch fidelity` was run."""
+    result = _read_json(run_dir.path / "fidelity.json")
+    if result is None:
+        return []
+    rows = [
+        [
+            one["precision"],
+            f"{one['weights_gib']:.2f}",
+            estimate(one["kl_nats"]),
+            estimate(one["top1_agreement"]),
+            f"{one['reference_intervention_share']:.1%} → {one['intervention_share']:.1%}",
+            f"{one['changed_decisions']['mean']:.1%}",
+        ]
+        for one in result["precisions"]
+    ]
+    title = f"The teacher quantised, against {result['reference']['precision']}, {result['prompts']} held-out prompts"
+    header = ["", "GiB", "KL, nats/token", "top-1 agreement", "interventions", "changed writers"]
+    note = [result["origin"]] if result["origin"] else []
+    return [{"title": title, "departures": [], "notes": note, "header": header, "rows": rows}]
+
+
+# ----------------------------------------------------------------------------------------------------------- rollouts
+
+
+def _shown(rollout: Mapping[str, Any]) -> dict[str, Any]:
+    """A rollout for the template: its tokens with numbers as text, None where the run did not measure."""
+    tokens = rollout["tokens"]
+    return {
+        "step": rollout["step"],
+        "prompt": rollout["prompt"],
+        "share": sum(t["writer"] == "teacher" for t in tokens) / max(1, len(tokens)),
+        "tokens": [
+            {
+                "text": token["text"],
+                "writer": token["writer"],
+                "jsd": _bits(token.get("jsd")),
+                "threshold": _bits(token.get("tau")),
+                "student": token.get("student"),
+                "teacher": token.get("teacher"),
+            }
+            for token in tokens
+        ],
+    }
+
+
+def _bits(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f}"
+
+
+def _spread(items: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """`count` of the items, evenly spaced, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _reference(reference: str | list[str]) -> str:
+    """A model for people: the first of its names, of a file or local folder the last part only."""
+    name = reference if isinstance(reference, str) else reference[0]
+    return Path(name).name if name.startswith("package:") or Path(name).expanduser().is_dir() else name
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
