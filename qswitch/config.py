@@ -275,15 +275,21 @@ class RolloutSection(Section):
     old."""
 
 
+DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"]
+
+
 class LossSection(Section):
     """What the student is pulled towards, and over which tokens."""
 
     objective: Literal["divergence", "cross_entropy"] = "divergence"
     """divergence: the teacher's distribution. cross_entropy: the written tokens themselves (SFT, SeqKD)."""
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"] = (
-        "skew_reverse_kl"
-    )
+    divergence: DivergenceName = "skew_reverse_kl"
     """p is the teacher, q the student: skew_reverse_kl = KL(q || (1-alpha) p + alpha q)."""
+    divergence_teacher_tokens: DivergenceName | None = None
+    """The divergence at response tokens that the teacher wrote, sampled from p; None: loss.divergence. The data's own
+    tokens keep loss.divergence."""
+    divergence_student_tokens: DivergenceName | None = None
+    """The divergence at response tokens that the student wrote, sampled from q; None: loss.divergence."""
     alpha: float = Field(default=0.1, ge=0, lt=1)
     """Skew of the skew_ divergences."""
     beta: float = Field(default=0.5, gt=0, lt=1)
@@ -298,6 +304,12 @@ class LossSection(Section):
     """Length of one block of data.lm_corpus; one block per row of the batch."""
     chunk_tokens: int = Field(default=128, ge=1)
     """Loss positions projected to the vocabulary at a time; changes memory, not the value."""
+
+    @property
+    def differs_by_writer(self) -> bool:
+        """Whether the tokens of one rollout may have different divergences."""
+        own = (self.divergence_teacher_tokens, self.divergence_student_tokens)
+        return any(name is not None and name != self.divergence for name in own)
 
 
 class CacheSection(Section):

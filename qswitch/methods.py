@@ -81,6 +81,8 @@ OWNED = (
     "rollout.adaswitch_window",
     "loss.objective",
     "loss.divergence",
+    "loss.divergence_teacher_tokens",
+    "loss.divergence_student_tokens",
     "loss.alpha",
     "loss.beta",
     "loss.scope",

@@ -75,6 +75,13 @@ def _student_decodes(read: Read) -> bool:
     return writes_rollouts(read) and read("rollout.policy") != "teacher"
 
 
+def _some_divergence(*names: str) -> Condition:
+    """The condition that any token's divergence has one of these names."""
+    by_writer = ("loss.divergence", "loss.divergence_teacher_tokens", "loss.divergence_student_tokens")
+    return lambda read: any(read(setting) in names for setting in by_writer)
+
+
+_BY_WRITER = ("loss.divergence_teacher_tokens", "loss.divergence_student_tokens")
 _switches = is_one_of("rollout.policy", "switch")
 _POLICY = "with policy {rollout.policy}"
 _SCHEDULE = "with schedule {rollout.schedule}"
@@ -84,7 +91,7 @@ _OF_ROLLOUTS = (
     "rollout.policy", "rollout.schedule", "rollout.tau_0", "rollout.decay_rate", "rollout.constant_threshold",
     "rollout.teacher_probability", "rollout.mixture_teacher_weight", "rollout.skd_top_k", "rollout.adaswitch_factor",
     "rollout.adaswitch_window", "rollout.reuse", "rollout.block_tokens", "rollout.student_graphs",
-    "rollout.temperature", "loss.scope",
+    "rollout.temperature", "loss.scope", "loss.divergence_teacher_tokens", "loss.divergence_student_tokens",
 )  # fmt: skip
 
 UNREAD = (
@@ -113,15 +120,23 @@ UNREAD = (
     ),
     Unread(("rollout.round_steps", "teacher.residency"), needs_teacher, "with method={method}, which loads no teacher"),
     Unread(
-        ("loss.divergence", "loss.alpha", "loss.beta", "loss.temperature"), imitates,
+        ("loss.divergence", *_BY_WRITER, "loss.alpha", "loss.beta", "loss.temperature"), imitates,
         "with loss.objective=cross_entropy",
     ),
     Unread(
-        ("loss.alpha",), is_one_of("loss.divergence", "skew_forward_kl", "skew_reverse_kl"),
+        _BY_WRITER, is_one_of("rollout.policy", "switch", "random", "skd", "adaswitch"),
+        f"{_POLICY}, whose tokens are all of one kind", "Set loss.divergence.",
+    ),
+    Unread(
+        ("loss.divergence_student_tokens",), is_one_of("loss.scope", "all"),
+        "with loss.scope=interventions, which trains on no token of the student's", "Set loss.scope=all.",
+    ),
+    Unread(
+        ("loss.alpha",), _some_divergence("skew_forward_kl", "skew_reverse_kl"),
         "with loss.divergence={loss.divergence}", "Use a skew_ divergence or remove it.",
     ),
     Unread(
-        ("loss.beta",), is_one_of("loss.divergence", "jsd"),
+        ("loss.beta",), _some_divergence("jsd"),
         "with loss.divergence={loss.divergence}", "Use jsd or remove it.",
     ),
     Unread(("cache",), imitates, "with loss.objective=cross_entropy, which reads no teacher outputs"),

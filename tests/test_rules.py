@@ -18,7 +18,6 @@ from qswitch.layers import build_config
 from qswitch.methods import METHODS
 from qswitch.rules import CONFLICTS, UNREAD, unread
 from qswitch.run import distill
-from qswitch.run_dir import RunDir
 from tests.tiny import save_tiny_pair
 
 PACKAGE = Path(qswitch.__file__).parent
@@ -124,7 +123,7 @@ def consumers(method: str, folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
         return plain(self, name)
 
     monkeypatch.setattr(Section, "__getattribute__", watched)
-    distill(config, RunDir.create(tmp_path / "run", config))
+    distill(config, tmp_path / "run")
     monkeypatch.undo()
     found = {}
     for key in known_keys():

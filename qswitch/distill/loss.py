@@ -9,7 +9,7 @@ Letters: `N` positions, `D` student width, `V` shared vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from qswitch.distill.cache_format import LogitTargets
 from qswitch.distill.logit_cache import Targets
 from qswitch.divergence import divergence, topk_divergence
 
+Divergences = str | Sequence[tuple[str, Tensor]]
 ChunkLoss = Callable[[Tensor, int, int], Tensor]
 """(student hidden states [n, D], start, stop) -> loss per position [n], for positions start..stop."""
 
@@ -77,7 +78,7 @@ def chunked_divergence(
     head: nn.Module,
     targets: Targets,
     *,
-    name: str,
+    name: Divergences,
     alpha: float,
     beta: float,
     temperature: float,
@@ -85,6 +86,9 @@ def chunked_divergence(
     chunk_tokens: int,
 ) -> Tensor:
     """Sum over positions of the divergence from the teacher, divided by `normalizer`: [N, D] -> scalar, nats.
+
+    `name` is one divergence for all positions, or several, each with a bool mask [N] in host memory of the positions
+    that are its own; every position belongs to exactly one.
 
     `head` projects hidden states to logits [..., V]; those of its parameters that require a gradient get one.
 
@@ -162,7 +166,7 @@ def _divergence_of(
     targets: Targets,
     start: int,
     stop: int,
-    name: str,
+    name: Divergences,
     alpha: float,
     beta: float,
     temperature: float,
@@ -170,14 +174,32 @@ def _divergence_of(
     student_logits = head(chunk)
     with torch.no_grad():
         target = targets.chunk(start, stop, chunk.device)
-    if isinstance(target, LogitTargets):
-        return divergence(name, target.logits, student_logits, alpha=alpha, beta=beta, temperature=temperature)
-    return topk_divergence(
-        name,
-        target.log_probs,
-        target.ids,
-        student_logits,
-        teacher_tail_log_prob=target.tail_log_prob,
-        alpha=alpha,
-        beta=beta,
-    )
+
+    def of(one: str, rows: Tensor | None) -> Tensor:
+        """[n] of all rows, or of the rows [n] of the chunk."""
+
+        def own(values: Tensor) -> Tensor:
+            return values if rows is None else values[rows.to(values.device)]
+
+        if isinstance(target, LogitTargets):
+            return divergence(
+                one, own(target.logits), own(student_logits), alpha=alpha, beta=beta, temperature=temperature
+            )
+        return topk_divergence(
+            one,
+            own(target.log_probs),
+            own(target.ids),
+            own(student_logits),
+            teacher_tail_log_prob=own(target.tail_log_prob),
+            alpha=alpha,
+            beta=beta,
+        )
+
+    if isinstance(name, str):
+        return of(name, None)
+    masks = [(one, mask[start:stop].nonzero().squeeze(1)) for one, mask in name]
+    present = [(one, rows) for one, rows in masks if len(rows)]
+    if len(present) == 1:
+        return of(present[0][0], None)
+    order = torch.cat([rows for _, rows in present]).argsort().to(chunk.device)
+    return torch.cat([of(one, rows) for one, rows in present])[order]

@@ -18,6 +18,7 @@ from qswitch.distill.logit_cache import Targets
 from qswitch.distill.loss import chunked_divergence, language_model_loss
 from qswitch.distill.sequence import TrainingSequence
 from qswitch.models.language_model import LanguageModel
+from qswitch.rollout.policy import STUDENT, TEACHER
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,9 @@ class MicroBatch:
     """int64 [N]."""
     columns: Tensor
     """int64 [N]."""
+    writers: Tensor
+    """int64 [N], in host memory: who wrote the token of each loss position, as rollout.policy numbers writers; -1 for
+    the data."""
 
 
 def collate(sequences: Sequence[TrainingSequence], pad_id: int, device: torch.device) -> MicroBatch:
@@ -41,14 +45,20 @@ def collate(sequences: Sequence[TrainingSequence], pad_id: int, device: torch.de
     mask = torch.zeros((len(sequences), width), dtype=torch.int64)
     rows: list[int] = []
     columns: list[int] = []
+    writers: list[int] = []
     for i, sequence in enumerate(sequences):
         tokens = sequence.prompt_ids + sequence.response_ids[:-1]
         ids[i, : len(tokens)] = torch.tensor(tokens)
         mask[i, : len(tokens)] = 1
         rows += [i] * len(sequence.loss_steps)
         columns += [len(sequence.prompt_ids) - 1 + step for step in sequence.loss_steps]
+        writers += sequence.loss_writers or [-1] * len(sequence.loss_steps)
     return MicroBatch(
-        ids.to(device), mask.to(device), torch.tensor(rows, device=device), torch.tensor(columns, device=device)
+        ids.to(device),
+        mask.to(device),
+        torch.tensor(rows, device=device),
+        torch.tensor(columns, device=device),
+        torch.tensor(writers),
     )
 
 
@@ -91,10 +101,22 @@ class StudentObjective(nn.Module):
             hidden,
             self.student.head,
             targets,
-            name=loss.divergence,
+            name=self._divergences(batch.writers),
             alpha=loss.alpha,
             beta=loss.beta,
             temperature=loss.temperature,
             normalizer=normalizer,
             chunk_tokens=loss.chunk_tokens,
         )
+
+    def _divergences(self, writers: Tensor) -> str | list[tuple[str, Tensor]]:
+        """The divergence of all positions, or each with a bool mask [N] of its own."""
+        loss = self.settings
+        by_writer = {TEACHER: loss.divergence_teacher_tokens, STUDENT: loss.divergence_student_tokens}
+        masks: dict[str, Tensor] = {loss.divergence: torch.ones_like(writers, dtype=torch.bool)}
+        for writer, name in by_writer.items():
+            if name is not None and name != loss.divergence:
+                own = writers == writer
+                masks[loss.divergence] = masks[loss.divergence] & ~own
+                masks[name] = masks[name] | own if name in masks else own
+        return loss.divergence if len(masks) == 1 else list(masks.items())

@@ -17,6 +17,8 @@ class TrainingSequence:
     prompt_ids: list[int]
     response_ids: list[int]
     loss_steps: list[int]
+    loss_writers: list[int] | None = None
+    """Who wrote the token of each loss step, as rollout.policy numbers writers; None for the data's own text."""
 
     @property
     def key(self) -> tuple[int, int]:

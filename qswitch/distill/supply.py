@@ -254,7 +254,9 @@ class Supply:
             states = list(self._score([(r.prompt_ids, r.response_ids) for r in rollouts]))
             steps = [list(range(len(r.response_ids))) for r in rollouts]
         sequences = [
-            TrainingSequence(r.example_id, r.visit, r.prompt_ids, r.response_ids, kept)
+            TrainingSequence(
+                r.example_id, r.visit, r.prompt_ids, r.response_ids, kept, [r.writers[step] for step in kept]
+            )
             for r, kept in zip(rollouts, steps, strict=True)
         ]
         self._put(sequences, states)

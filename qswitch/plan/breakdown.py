@@ -117,7 +117,9 @@ def break_down(config: RunConfig, teacher: ModelShape, student: ModelShape, mach
     activations = memory.activation_bytes(
         student, micro, length, b, section.adapter, section.lora, section.gradient_checkpointing
     )
-    chunk = memory.loss_chunk_bytes(positions, config.loss.chunk_tokens, vocab, acc)
+    chunk = memory.loss_chunk_bytes(
+        positions, config.loss.chunk_tokens, vocab, acc, differs_by_writer=config.loss.differs_by_writer
+    )
     learn = {
         "gradients": num_trainable * acc,
         "activations": activations,

@@ -341,6 +341,14 @@ def activation_bytes(
     return layer * shape.num_layers + stream + in_flight
 
 
-def loss_chunk_bytes(positions: int, chunk_tokens: int, vocab_size: int, accumulate_bytes: int = FP32_BYTES) -> int:
-    """[chunk, V] tensors of one chunk of loss positions."""
-    return min(positions, chunk_tokens) * vocab_size * accumulate_bytes * LOSS_VOCABULARY_COPIES
+def loss_chunk_bytes(
+    positions: int,
+    chunk_tokens: int,
+    vocab_size: int,
+    accumulate_bytes: int = FP32_BYTES,
+    *,
+    differs_by_writer: bool = False,
+) -> int:
+    """[chunk, V] tensors of one chunk of loss positions; rows of different divergences are copied apart first."""
+    copies = LOSS_VOCABULARY_COPIES + (2 if differs_by_writer else 0)
+    return min(positions, chunk_tokens) * vocab_size * accumulate_bytes * copies

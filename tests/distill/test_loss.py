@@ -79,6 +79,26 @@ def test_chunked_equals_whole(kind, chunk_tokens, dtype):
 
 
 @pytest.mark.parametrize("chunk_tokens", CHUNKS)
+def test_divergences_of_several_writers_are_each_taken_over_their_own_tokens(chunk_tokens):
+    head, (targets, teacher_logits) = make_head("plain"), make_targets()
+    hidden = leaf(3)
+    inputs = [hidden, *head_parameters(head)]
+    teacher_wrote = torch.tensor([i % 3 == 0 or i > N // 2 for i in range(N)])
+    names = [("forward_kl", teacher_wrote), ("skew_reverse_kl", ~teacher_wrote)]
+    loss = chunked_divergence(hidden, head, targets, chunk_tokens=chunk_tokens, **(OPTIONS | {"name": names}))
+    p = (teacher_logits / OPTIONS["temperature"]).log_softmax(-1)
+    q = (head(hidden) / OPTIONS["temperature"]).log_softmax(-1)
+    alpha = OPTIONS["alpha"]
+    mixture = ((1 - alpha) * p.exp() + alpha * q.exp()).log()
+    direct = torch.where(teacher_wrote, (p.exp() * (p - q)).sum(-1), (q.exp() * (q - mixture)).sum(-1))
+    direct = direct.sum() / OPTIONS["normalizer"]
+    assert_close(loss, direct, torch.float64)
+    for found, gradient in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(direct, inputs), strict=True):
+        assert gradient.abs().max() > 1e-4
+        assert_close(found, gradient, torch.float64)
+
+
+@pytest.mark.parametrize("chunk_tokens", CHUNKS)
 def test_a_tied_head_gathers_the_gradients_of_both_its_uses(chunk_tokens):
     targets, teacher_logits = make_targets()
     ids = torch.arange(N) % ROWS

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from qswitch.data.template import Prompt
-from qswitch.distill.sequence import ground_truth_sequence
+from qswitch.distill.sequence import TrainingSequence, ground_truth_sequence
+from qswitch.divergence import divergence
+from qswitch.rollout.policy import STUDENT, TEACHER
 from qswitch.run import distill
 from qswitch.run_dir import RunDir
 from tests.distill.test_trainer import folders, make_trainer, settings
@@ -95,6 +97,28 @@ def test_a_method_has_its_mix_of_batches(folders, tmp_path, method, batches):
     steps = [m for m in run_dir.read_metrics() if "batch" in m]
     assert {m["batch"] for m in steps} == batches
     assert all(m["loss"] > 0 and m["loss_tokens"] > 0 for m in steps)
+
+
+def test_tokens_of_each_writer_have_the_divergence_that_is_set_for_them(folders, tmp_path):
+    options = {"train__compute_dtype": "fp64", "loss__scope": "all", "rollout__decay_rate": 0.5}
+    by_writer = {"loss__divergence_teacher_tokens": "forward_kl", "loss__divergence_student_tokens": "jsd"}
+    trainer = make_trainer(with_method(folders, "switch", **options, **by_writer), tmp_path / "run")
+    sequences = trainer.supply.cache_teacher(trainer.supply.roll_out(trainer.supply.loader.next(6))[0])
+    assert {writer for s in sequences for writer in s.loss_writers} == {STUDENT, TEACHER}
+    restored = [TrainingSequence(**s.state_dict()) for s in sequences]
+    loss = trainer.learner.accumulate(restored)
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        trainer.student.eval()
+        for s in sequences:
+            ids = torch.tensor([s.prompt_ids + s.response_ids])
+            p, q = (m.hf(ids).logits[0].double() for m in (trainer.supply._teacher, trainer.student))
+            for step, writer in zip(s.loss_steps, s.loss_writers, strict=True):
+                at = len(s.prompt_ids) + step - 1
+                name = "forward_kl" if writer == TEACHER else "jsd"
+                total += float(divergence(name, p[at], q[at], beta=0.5))
+                tokens += 1
+    assert loss == pytest.approx(total / tokens, rel=1e-9)
 
 
 def test_every_assistant_turn_of_a_conversation_is_learnt_and_no_user_turn():
