@@ -118,10 +118,10 @@ def _root(
 
 def _print_plan(plan: Any, source: str, as_json: bool) -> None:
     """The plan, and where its budget is from; what does not fit ends with its error."""
+    from qswitch.plan.advice import faster, require_fit
     from qswitch.plan.render import render
-    from qswitch.plan.scheduler import require_fit
 
-    show(plan.to_dict(), as_json, lambda _: f"{render(plan)}\nBudget: {source}.")
+    show(plan.to_dict(), as_json, lambda _: render(plan, faster(plan), source))
     require_fit(plan)
 
 

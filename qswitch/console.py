@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from qswitch.plan.render import duration
 from qswitch.run_dir import RunDir
 from qswitch.units import GIB
 
@@ -47,12 +48,19 @@ def print_summary(run_dir: RunDir, summary: Summary) -> None:
         f"\n{what} ({summary.validation_tokens} tokens):\n"
         f"  before {before:.3f}   after {after:.3f} nats/token ({fall:.0%} lower)\n"
         f"  {summary.steps} steps, {summary.rollout_tokens} rollout tokens, {summary.trained_tokens} trained tokens, "
-        f"{summary.seconds:.0f} s of training\n"
+        f"{_time(summary)} of training\n"
         f"  memory: {summary.peak_gib:.2f} GiB measured, {summary.planned_gib:.2f} GiB planned\n"
         f"  adapter: {run_dir.adapter_path}\n"
         f"  report:  {run_dir.report_path}\n"
         f"  next:    qswitch merge {run_dir.path} --output-dir merged"
     )
+
+
+def _time(summary: Summary) -> str:
+    """How long training took, beside the plan where it knew."""
+    if summary.planned_seconds is None:
+        return duration(summary.seconds)
+    return f"{duration(summary.seconds)} (by the plan's arithmetic {duration(summary.planned_seconds)})"
 
 
 def coloured(tokens: list[tuple[str, str]]) -> str:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from qswitch.config import RunConfig
 from qswitch.errors import Interrupted, QSwitchError
+from qswitch.plan.advice import require_fit, require_own_sizes_fit
 from qswitch.plan.machine import find_budget
 from qswitch.plan.run_plan import Plan
-from qswitch.plan.scheduler import plan_for, plan_run, require_fit, require_own_sizes_fit
+from qswitch.plan.scheduler import plan_for, plan_run
 from qswitch.preflight import check_settings, prepare, settings_problems
 from qswitch.run_dir import RunDir, locked
 

@@ -71,6 +71,8 @@ class Summary:
     trained_tokens: int
     seconds: float
     """Training, validation and start-up apart."""
+    planned_seconds: float | None
+    """Of the same by the plan's arithmetic; None on a CPU, whose speed the plan does not know."""
     peak_gib: float
     """Highest memory use, over every process that worked on the run."""
     planned_gib: float
@@ -138,7 +140,7 @@ def train(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool) -> 
         trainer.run()
     if not trainer.finished:
         raise Interrupted
-    return _finish(run_dir, trainer, pair, prepared.encoder, recovery.planned_bytes or plan.total_bytes)
+    return _finish(run_dir, trainer, pair, prepared.encoder, plan, recovery.planned_bytes or plan.total_bytes)
 
 
 def _bound_memory(runtime: Runtime, plan: Plan) -> None:
@@ -189,7 +191,9 @@ def _plan_again(run_dir: RunDir, sizes: Sizes, plan: Plan) -> int:
     return smaller.total_bytes
 
 
-def _finish(run_dir: RunDir, trainer: Trainer, pair: TokenizerPair, encoder: PromptEncoder, planned: int) -> Summary:
+def _finish(
+    run_dir: RunDir, trainer: Trainer, pair: TokenizerPair, encoder: PromptEncoder, plan: Plan, planned_bytes: int
+) -> Summary:
     """Put the best adapter, its tokenizer and a model card into RUN/adapter, and write the summary."""
     config, counters = run_dir.config, trainer.counters
     assert counters.before_nats is not None and counters.last_nats is not None
@@ -211,8 +215,9 @@ def _finish(run_dir: RunDir, trainer: Trainer, pair: TokenizerPair, encoder: Pro
         rollout_tokens=counters.rollout_tokens,
         trained_tokens=counters.trained_tokens,
         seconds=round(counters.seconds, 1),
+        planned_seconds=plan.seconds,
         peak_gib=round(max(peak_bytes(trainer.device) / GIB, *_logged_peaks(run_dir)), 3),
-        planned_gib=round(planned / GIB, 3),
+        planned_gib=round(planned_bytes / GIB, 3),
         device=str(trainer.device),
         teacher=_name(config.teacher.model),
         student=_name(config.student.model),

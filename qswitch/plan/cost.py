@@ -1,4 +1,4 @@
-"""How long one optimizer step takes, for putting candidates in order; no promise of seconds.
+"""How long a step and a run take, for putting candidates in order and for a first idea of hours; no promise.
 
 A pass costs the larger of its memory traffic and its arithmetic, and a fixed time per layer for issuing its kernels.
 The card's bandwidth and arithmetic are its maker's figures (`machine.py`); the other constants were measured on a CPU,
@@ -8,10 +8,12 @@ benchmarks/results/pass_times-cpu.json.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from qswitch.config import RunConfig
 from qswitch.plan import memory
-from qswitch.plan.machine import Machine
-from qswitch.plan.shapes import ModelShape
+from qswitch.plan.machine import Gpu, Machine
+from qswitch.plan.shapes import LinearShape, ModelShape
 
 PASS_OVERHEAD_S_PER_LAYER = 7.3e-4
 """Python and dispatcher time of one layer in one pass, whatever its width: why few large passes beat many small ones.
@@ -23,6 +25,9 @@ PCIE_BYTES_PER_S = 12e9
 """Upload of a swapped teacher from pinned memory: three quarters of PCIe 4.0 x8 (16 GB/s by its specification), the
 link of RTX 4060-class cards; x16 cards are faster. Not measured by this project."""
 
+
+FUSED_ALWAYS_TOKENS = 4
+"""Tokens that bitsandbytes multiplies with a packed 4-bit weight whatever its shape."""
 
 TYPICAL_DRAFTS = 3
 KEPT_DRAFT_SHARE = 0.6
@@ -40,22 +45,89 @@ def _typical_drafts(config: RunConfig) -> int:
 def pass_seconds(shape: ModelShape, precision: memory.Precision, tokens: int, kv_bytes: int, machine: Machine) -> float:
     """One pass without gradients over `tokens` tokens that reads `kv_bytes` of keys and values.
 
-    bitsandbytes multiplies one token with the packed 4-bit weight; for several it first unpacks the whole weight
-    (`matmul_4bit`), which writes and reads it once in the compute dtype.
+    bitsandbytes multiplies up to some number of tokens with the packed 4-bit weight (`fused_tokens`); for more it first
+    unpacks the whole weight, which writes and reads it once in the compute dtype. int8 weights are used as stored.
     """
     b = machine.compute_bytes
     traffic = memory.weight_bytes(shape, precision, b) + kv_bytes
-    if precision in ("nf4", "int8") and tokens > 1:
-        traffic += 2 * shape.linear_weight_parameters * b
+    if precision == "nf4":
+        unpacked = sum(
+            count * module.weight_parameters
+            for module, count in Counter(shape.linears).items()
+            if tokens > fused_tokens(module, machine.gpu, b)
+        )
+        traffic += 2 * unpacked * b
     arithmetic = 2 * shape.linear_weight_parameters * tokens
     slower = max(traffic / machine.gpu.bandwidth_bytes_per_s, arithmetic / machine.gpu.flops)
     return PASS_OVERHEAD_S_PER_LAYER * shape.num_layers + slower
 
 
+def fused_tokens(module: LinearShape, gpu: Gpu, compute_bytes: int) -> int:
+    """The most tokens of a product that bitsandbytes makes with the packed weight of a layer; exact up to 512 tokens.
+
+    The thresholds of `gemm_4bit` in bitsandbytes 0.50 (backends/cuda/ops.py), for the architectures of the table of
+    cards and bf16; in fp32 it has a fused kernel for fewer than 8 tokens. tests/plan/test_cost.py compares them.
+    """
+    if compute_bytes > 2 or module.in_features % memory.NF4_BLOCK:
+        return 7 if module.in_features % memory.NF4_BLOCK == 0 else 0
+    inputs, outputs, multiprocessors = module.in_features, module.out_features, gpu.num_multiprocessors
+    waves = -(-outputs // 64) / multiprocessors
+    blocks = -(-outputs // 64)
+    if inputs * outputs < 4 * 2**20:
+        if inputs * 2 < outputs:
+            return 192 if waves < 1 and blocks * inputs > multiprocessors * 320 else 320
+        if waves <= 1 / 4:
+            return 32 if inputs < outputs else 23
+        return 16 if waves <= 1 / 2 else FUSED_ALWAYS_TOKENS
+    if gpu.capability == (8, 6):
+        return 128 if waves >= 1 else 64 if blocks >= multiprocessors // 2 else 16
+    if waves >= 3:
+        return 256
+    if waves >= 2:
+        return 128
+    if gpu.capability == (12, 0):
+        if waves >= 4 / 5:
+            return 96 if inputs >= outputs else 64
+        if blocks >= multiprocessors // 2:
+            return 64 if inputs * 2 >= outputs and blocks >= 128 else 8
+        return 16 if inputs > outputs * 2 and blocks > 64 else 8
+    if waves >= 4 / 5:
+        if inputs > outputs * 2 or blocks >= 200:
+            return 128
+        return (128 if multiprocessors >= 60 else 32) if inputs >= outputs else 64
+    if blocks >= multiprocessors // 2:
+        return 64 if inputs > outputs * 2 else 8 if blocks >= 64 else 32
+    if inputs > outputs and blocks <= 48:
+        return 12 if inputs >= outputs * 3 else 10
+    return 16 if inputs > outputs * 2 or blocks < 48 else 8
+
+
+def run_seconds(config: RunConfig, teacher: ModelShape, student: ModelShape, machine: Machine) -> float:
+    """A whole run: its steps, and its validations with the responses that the teacher writes for them once."""
+    train, rollout = config.train, config.rollout
+    num_steps = train.max_steps
+    student_precision = _student_precision(config)
+    b, rows = machine.compute_bytes, rollout.batch_size
+    tokens = config.data.max_prompt_tokens + rollout.max_new_tokens
+    batches = -(-config.data.num_validation // rows)
+    validations = 1 + -(-num_steps // train.eval_steps)
+    seconds = num_steps * step_seconds(config, teacher, student, machine)
+    seconds += validations * batches * pass_seconds(student, student_precision, rows * tokens, 0, machine)
+    if config.needs_teacher:
+        kv_bytes = memory.kv_cache_bytes(teacher, rows, tokens // 2 + 1, b)
+        one = pass_seconds(teacher, config.teacher.precision, rows, kv_bytes, machine)
+        seconds += batches * rollout.max_new_tokens * one
+    return seconds if train.max_seconds is None else min(seconds, train.max_seconds)
+
+
+def _student_precision(config: RunConfig) -> memory.Precision:
+    return "bf16" if config.student.precision == "auto" else config.student.precision
+
+
 def step_seconds(config: RunConfig, teacher: ModelShape, student: ModelShape, machine: Machine) -> float:
     """One optimizer step: its share of a round of rollouts with half-filled caches, and the learning."""
     b, rollout, train = machine.compute_bytes, config.rollout, config.train
-    student_precision: memory.Precision = "bf16" if config.student.precision == "auto" else config.student.precision
+    student_precision = _student_precision(config)
     tokens = config.data.max_prompt_tokens + rollout.max_new_tokens
     micro, steps = train.per_device_train_batch_size, train.gradient_accumulation_steps
     sequences = micro * steps * rollout.round_steps
@@ -84,4 +156,5 @@ def step_seconds(config: RunConfig, teacher: ModelShape, student: ModelShape, ma
     learn_s += chunks * PASS_OVERHEAD_S_PER_LAYER  # a chunk issues about as many kernels as a layer
     if config.cache.device_budget_gib == 0:
         learn_s += steps * PASS_OVERHEAD_S_PER_LAYER  # rows come from host memory; overlapped but for the first
-    return decode_s / rollout.round_steps + learn_s
+    fresh_share = (1 - config.data.ground_truth_mix) / rollout.reuse if config.needs_teacher else 0.0
+    return fresh_share * decode_s / rollout.round_steps + learn_s

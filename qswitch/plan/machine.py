@@ -34,6 +34,9 @@ class Gpu:
     bandwidth_bytes_per_s: float
     flops: float
     """bf16 matrix products with fp32 accumulation, without sparsity: twice the fp32 rate on GeForce cards."""
+    num_multiprocessors: int
+    capability: tuple[int, int]
+    """CUDA compute capability."""
 
     @property
     def free_bytes(self) -> int:
@@ -41,21 +44,21 @@ class Gpu:
         return self.nominal_gib * GIB - DRIVER_RESERVE_BYTES
 
 
-# Memory, bandwidth and fp32 rate: NVIDIA's product pages and its Ampere GA102, Ada and Blackwell white papers.
+# Memory, bandwidth, fp32 rate, multiprocessors: NVIDIA's product pages and its Ampere GA102, Ada and Blackwell papers.
 GPUS = {
-    "rtx3050-6gb": Gpu(6, 168e9, 13.6e12),
-    "rtx4050-laptop-6gb": Gpu(6, 192e9, 18.0e12),
-    "rtx3060ti-8gb": Gpu(8, 448e9, 32.4e12),
-    "rtx3070-8gb": Gpu(8, 448e9, 40.6e12),
-    "rtx4060-8gb": Gpu(8, 272e9, 30.2e12),
-    "rtx3060-12gb": Gpu(12, 360e9, 25.4e12),
-    "rtx4070-12gb": Gpu(12, 504e9, 58.2e12),
-    "rtx4060ti-16gb": Gpu(16, 288e9, 44.2e12),
-    "rtx5060ti-16gb": Gpu(16, 448e9, 47.4e12),
-    "rtx4080-16gb": Gpu(16, 717e9, 97.4e12),
-    "rtx3090-24gb": Gpu(24, 936e9, 71.2e12),
-    "rtx4090-24gb": Gpu(24, 1008e9, 165.2e12),
-    "rtx5090-32gb": Gpu(32, 1792e9, 209.6e12),
+    "rtx3050-6gb": Gpu(6, 168e9, 13.6e12, 18, (8, 6)),
+    "rtx4050-laptop-6gb": Gpu(6, 192e9, 18.0e12, 20, (8, 9)),
+    "rtx3060ti-8gb": Gpu(8, 448e9, 32.4e12, 38, (8, 6)),
+    "rtx3070-8gb": Gpu(8, 448e9, 40.6e12, 46, (8, 6)),
+    "rtx4060-8gb": Gpu(8, 272e9, 30.2e12, 24, (8, 9)),
+    "rtx3060-12gb": Gpu(12, 360e9, 25.4e12, 28, (8, 6)),
+    "rtx4070-12gb": Gpu(12, 504e9, 58.2e12, 46, (8, 9)),
+    "rtx4060ti-16gb": Gpu(16, 288e9, 44.2e12, 34, (8, 9)),
+    "rtx5060ti-16gb": Gpu(16, 448e9, 47.4e12, 36, (12, 0)),
+    "rtx4080-16gb": Gpu(16, 717e9, 97.4e12, 76, (8, 9)),
+    "rtx3090-24gb": Gpu(24, 936e9, 71.2e12, 82, (8, 6)),
+    "rtx4090-24gb": Gpu(24, 1008e9, 165.2e12, 128, (8, 9)),
+    "rtx5090-32gb": Gpu(32, 1792e9, 209.6e12, 170, (12, 0)),
 }
 REFERENCE_GPU = GPUS["rtx3060-12gb"]
 """The card whose times order the candidates where none is named."""
@@ -218,4 +221,12 @@ def describe_machine(
         dtype = "bf16" if (narrow if wanted == "cuda" else _has_native_bf16_cpu()) else "fp32"
     compute_bytes = {"bf16": 2, "fp32": 4, "fp64": 8}[dtype]
     accumulate_bytes = 8 if dtype == "fp64" else 4
-    return Machine(wanted, compute_bytes, accumulate_bytes, gpu or REFERENCE_GPU)
+    gpu = gpu or (None if here is None else _card_called(here.label)) or REFERENCE_GPU
+    return Machine(wanted, compute_bytes, accumulate_bytes, gpu)
+
+
+def _card_called(label: str) -> Gpu | None:
+    """The card of the table that nvidia-smi's name means; of two with one name the smaller."""
+    name = re.sub(r"[^a-z0-9]", "", label.lower())
+    fits = [card for card in GPUS if card.rpartition("-")[0].replace("-", "") in name]
+    return GPUS[max(fits, key=len)] if fits else None

@@ -2,33 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qswitch.plan.machine import GPUS
 from qswitch.plan.run_plan import Plan
 from qswitch.units import GIB
 
+SHOWN_BYTES = GIB // 200
+"""Parts below half a hundredth of a GiB would read 0.00."""
+PHASE_TEXTS = {
+    "load": "while the models are loaded",
+    "rollout": "while responses are written",
+    "train": "while the student learns",
+    "validate": "while held-out prompts are scored",
+}
 
-def render(plan: Plan) -> str:
-    """A plain table: parts, phases, choices, host and disk, verdict, notes."""
-    lines = ["Memory plan, GiB (2**30 bytes)"]
+
+def render(plan: Plan, advice: Sequence[str], budget_source: str) -> str:
+    """A plan for people: the verdict, the time, the sizes, what would be faster, then the parts that take memory."""
+    lines = [_verdict(plan, budget_source), _time(plan), "", "sizes"]
+    lines += _table({name: str(value) for name, value in plan.choices.items()})
+    if advice:
+        lines += ["", "what would be faster, or better", *(f"  {line}" for line in advice)]
     breakdown = plan.breakdown
-    sections: list[tuple[str, dict[str, int]]] = [("parts", plan.parts), ("peak per phase", plan.phases)]
-    if breakdown.host:
-        sections.append((f"host memory, {plan.host_bytes / GIB:.2f} in all", breakdown.host))
-    sections.append((f"disk, {plan.disk_bytes / GIB:.2f} in all", breakdown.disk))
-    values = {name: str(value) for name, value in plan.choices.items()}
-    width = max(map(len, [*(name for _, group in sections for name in group), *values]))
-    for title, group in sections:
-        lines += ["", title] + [f"  {name:<{width}}  {size / GIB:8.2f}" for name, size in group.items()]
-    lines += ["", "choices"] + [f"  {name:<{width}}  {value:>8}" for name, value in values.items()]
-    verdict = f"total {plan.total_gib:.2f} GiB"
-    if plan.budget_bytes is not None:
-        verdict += f", budget {plan.budget_bytes / GIB:.2f}: {'fits' if plan.fits else 'does not fit'}"
-    lines += ["", verdict]
-    if plan.next_better is not None:
-        size, share = plan.next_better
-        lines.append(f"next better budget: {size / GIB:.1f} GiB, where a step takes about {share:.0%} of the time")
-    return "\n".join([*lines, *(f"- {note}" for note in plan.notes)])
+    for title, sizes in (
+        ("memory by part, GiB (not all at once)", plan.parts),
+        ("peak of each phase, GiB", plan.phases),
+        (f"host memory, GiB, {plan.host_bytes / GIB:.2f} in all", breakdown.host),
+        (f"disk, GiB, {plan.disk_bytes / GIB:.2f} in all", breakdown.disk),
+    ):
+        shown = {name: f"{size / GIB:.2f}" for name, size in sizes.items() if size >= SHOWN_BYTES}
+        if shown:
+            lines += ["", title, *_table(shown)]
+    return "\n".join([*lines, "", *(f"- {note}" for note in plan.notes)])
+
+
+def _verdict(plan: Plan, budget_source: str) -> str:
+    phase = max(plan.phases, key=plan.phases.__getitem__)
+    needed = f"{plan.total_gib:.2f} GiB at the peak, {PHASE_TEXTS[phase]}"
+    if plan.budget_bytes is None:
+        return f"Needs {needed}."
+    verdict = "Fits" if plan.fits else "Does not fit"
+    return f"{verdict}: {needed}; the budget is {plan.budget_bytes / GIB:.2f} ({budget_source})."
+
+
+def _time(plan: Plan) -> str:
+    if plan.seconds is None:
+        return "Time: not known for a CPU beforehand; the run measures its passes first and then says what is left."
+    card = next(name for name, gpu in GPUS.items() if gpu == plan.machine.gpu)
+    return (
+        f"Time: about {duration(plan.seconds)} for {plan.config.train.max_steps} steps at the speed of {card}, by "
+        "arithmetic from its published figures (not measured; --gpu names another card)."
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, two figures."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _table(values: Mapping[str, str]) -> list[str]:
+    width, room = max(map(len, values)), max(map(len, values.values()))
+    return [f"  {name:<{width}}  {value:>{room}}" for name, value in values.items()]
 
 
 SHORT_NAMES = {
@@ -79,7 +117,9 @@ _SHORT_CHOICES = {
 
 def render_overview(rows: list[dict[str, Any]]) -> str:
     """`plan_overview` as one block a preset: per budget whether it runs as written, with which changes, or not."""
-    lines = ["Every preset on a GPU of 6 to 24 GiB (memory in GiB, free to the program)"]
+    lines = [
+        "Every preset on a GPU of 6 to 24 GiB (memory in GiB, free to the program; hours at the speed of an rtx3060)"
+    ]
     for row in rows:
         lines += ["", f"{row['name']}: {row['as_written_gib']:.1f} as written"]
         for cell in row["budgets"]:
@@ -90,5 +130,6 @@ def render_overview(rows: list[dict[str, Any]]) -> str:
             else:
                 changed = cell["changed"]
                 verdict = ", ".join(text.format(changed[k]) for k, text in _SHORT_CHOICES.items() if k in changed)
-            lines.append(f"  {cell['budget_gib']:>4}  {verdict}")
+            hours = "" if cell["hours"] is None else f"{cell['hours']:.1f} h, "
+            lines.append(f"  {cell['budget_gib']:>4}  {hours}{verdict}")
     return "\n".join(lines)

@@ -29,6 +29,8 @@ class Plan:
     machine: Machine
     next_better: tuple[int, float] | None = None
     """Bytes of the next budget at which a step is faster, and the share of this plan's time it takes there."""
+    seconds: float | None = None
+    """Of the whole run on `machine.gpu`, by arithmetic; None for a CPU, whose speed the plan does not know."""
 
     @property
     def parts(self) -> dict[str, int]:

@@ -1,26 +1,24 @@
 """Which sizes fit a memory budget, and which of those run fastest.
 
 Arithmetic over shapes: neither weights nor a GPU are needed. How many bytes a configuration takes stands in
-`breakdown.py`, how long a step takes in `cost.py`. The configuration's values are upper bounds; what is lowered keeps
-the effective batch, so a plan changes time and memory and never what is learnt.
+`breakdown.py`, how long a step takes in `cost.py`. Rollout rows are chosen for speed, also above the configured ones;
+the other values are upper bounds. The effective batch stays: a plan changes time and memory and never what is learnt.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any, Literal
 
 from qswitch.config import RunConfig
-from qswitch.errors import ConfigError, PlanError
+from qswitch.errors import ConfigError
 from qswitch.plan import memory
 from qswitch.plan.breakdown import break_down
-from qswitch.plan.cost import step_seconds
+from qswitch.plan.cost import run_seconds, step_seconds
 from qswitch.plan.machine import Gpu, Machine, describe_machine, find_budget
 from qswitch.plan.model_files import shape_for
-from qswitch.plan.render import shortage
 from qswitch.plan.run_plan import Plan, in_gib
 from qswitch.plan.shapes import ModelShape
 from qswitch.units import GIB
@@ -73,6 +71,7 @@ def plan_run(
     budget_bytes: int | None = None,
     device: Literal["auto", "cuda", "cpu"] | None = None,
     gpu: Gpu | None = None,
+    machine: Machine | None = None,
     longest_prompt_tokens: int | None = None,
     keep_sizes: bool = False,
 ) -> Plan:
@@ -83,6 +82,7 @@ def plan_run(
     Args:
         device: plans for another machine than train.device would find here (`plan --vram` plans for a GPU).
         gpu: plans for the speed of a card.
+        machine: plans for just that one, instead of what train, device and gpu say.
         longest_prompt_tokens: of the data, where it is known; else prompts are planned as long as they may be.
         keep_sizes: measures the configuration's own sizes against the budget, for a run that has begun.
 
@@ -93,7 +93,7 @@ def plan_run(
     if longest_prompt_tokens is not None and longest_prompt_tokens < allowed.max_prompt_tokens:
         config = with_choices(config, {"data.max_prompt_tokens": longest_prompt_tokens})
     teacher, student = model_shapes(config)
-    machine = describe_machine(config.train, device, gpu)
+    machine = machine or describe_machine(config.train, device, gpu)
     asked = measure(config, teacher, student, machine)
     best, better, notes = asked, None, _notes(config, machine, teacher, student)
     if config.data != allowed:
@@ -103,8 +103,8 @@ def plan_run(
         )
     if keep_sizes:
         notes.append("The sizes are those of a run that has begun; none is chosen anew.")
-    elif budget_bytes is not None and asked.total_bytes > budget_bytes:
-        plans = []
+    elif budget_bytes is not None:
+        plans = [asked]
         for candidates in _candidates(config):
             for candidate in candidates:
                 plans.append(measure(candidate, teacher, student, machine))
@@ -117,9 +117,10 @@ def plan_run(
             better = _next_better(plans, seconds, best, budget_bytes)
         else:
             best = min(plans, key=lambda p: p.total_bytes)
-        changes = [f"{k} {asked.choices[k]} -> {v}" for k, v in best.choices.items() if v != asked.choices[k]]
-        if fitting:
-            notes.append(f"As written it needs {asked.total_gib:.2f} GiB; changed to fit: {', '.join(changes)}.")
+        changes = ", ".join(f"{k} {asked.choices[k]} -> {v}" for k, v in best.choices.items() if v != asked.choices[k])
+        if fitting and changes:
+            why = "for speed" if asked in fitting else "to fit"
+            notes.append(f"As written it needs {asked.total_gib:.2f} GiB; changed {why}: {changes}.")
     return replace(
         best,
         config=best.config.model_copy(update={"data": allowed}),
@@ -128,6 +129,7 @@ def plan_run(
         fits=budget_bytes is None or best.total_bytes <= budget_bytes,
         notes=tuple(notes),
         next_better=better,
+        seconds=run_seconds(best.config, teacher, student, machine) if machine.device == "cuda" else None,
     )
 
 
@@ -158,7 +160,7 @@ def model_shapes(config: RunConfig) -> tuple[ModelShape, ModelShape]:
 
 
 def _candidates(config: RunConfig) -> Iterator[list[RunConfig]]:
-    """Every combination at or below the configuration's sizes, with the same effective batch.
+    """Every combination of sizes with the same effective batch: any number of rows, the rest at most as configured.
 
     Those of one list differ in what costs little time, the fastest first: of them the first that fits will do.
     """
@@ -173,7 +175,7 @@ def _candidates(config: RunConfig) -> Iterator[list[RunConfig]]:
         for chunk in chunks
     ]
     residencies = ["swap"] if config.teacher.residency == "swap" else ["resident", "swap"]
-    rows = _row_counts(config.rollout.batch_size, effective * config.rollout.round_steps)
+    rows = _row_counts(effective * config.rollout.round_steps)
     sizes = [n for n in range(1, micro + 1) if effective % n == 0]
     for residency, num_rows, size, recompute in product(residencies, rows, sizes, checkpointing):
         large = with_choices(config, {
@@ -186,9 +188,9 @@ def _candidates(config: RunConfig) -> Iterator[list[RunConfig]]:
         yield [with_choices(large, choices) for choices in small]
 
 
-def _row_counts(most: int, sequences: int) -> list[int]:
+def _row_counts(sequences: int) -> list[int]:
     """The fewest rows for each number of rollout batches per round: more rows would only take memory."""
-    return sorted({min(most, -(-sequences // n)) for n in range(1, sequences + 1)})
+    return sorted({-(-sequences // n) for n in range(1, sequences + 1)})
 
 
 def _next_better(
@@ -227,75 +229,14 @@ def _notes(config: RunConfig, machine: Machine, teacher: ModelShape, student: Mo
     return notes
 
 
-def require_fit(plan: Plan) -> None:
-    """Nothing, or the error that says what is needed and what would fit.
-
-    Raises:
-        PlanError: the plan does not fit; exit code 3.
-    """
-    if not plan.fits:
-        raise PlanError(explain_no_fit(plan))
-
-
-def require_own_sizes_fit(plan: Plan) -> None:
-    """Nothing, or the error of a run that has begun with sizes which this budget does not hold.
-
-    Raises:
-        PlanError: the plan does not fit; exit code 3.
-    """
-    if not plan.fits:
-        enough = math.ceil(100 * plan.total_gib) / 100
-        raise PlanError(
-            f"{shortage(plan, 'with the sizes that the run began with')}\nA run keeps its sizes when it is resumed. "
-            f"Give it at least {enough:.2f} GiB, leave --vram out, or start a new run with that --vram."
-        )
-
-
-def explain_no_fit(plan: Plan) -> str:
-    """What the smallest plan needs, part by part, against the budget, and the settings that would fit."""
-    remedies = list(_remedies(plan))
-    if not remedies:
-        remedies = [f"choose a smaller teacher or give at least {plan.total_gib:.1f} GiB"]
-    text = ", or ".join(remedies)
-    return f"{shortage(plan)}\n{text[0].upper()}{text[1:]}."
-
-
-def _remedies(plan: Plan) -> Iterator[str]:
-    """Single changes that make the smallest plan fit, each tried."""
-    config = with_choices(plan.config, {"data.max_prompt_tokens": plan.prompt_tokens})
-    budget, machine = plan.budget_bytes or 0, plan.machine
-
-    def fits(changes: dict[str, Any]) -> bool:
-        changed = with_choices(config, changes)
-        return measure(changed, *model_shapes(changed), machine).total_bytes <= budget
-
-    if config.teacher.precision != "nf4" and fits({"teacher.precision": "nf4"}):
-        yield f"set teacher.precision=nf4 (now {config.teacher.precision})"
-    for key in ("rollout.max_new_tokens", "data.max_prompt_tokens"):
-        section, _, field = key.partition(".")
-        now = getattr(getattr(config, section), field)
-        low, high = 0, now - 1  # the largest value that fits lies in [low, high]; 0 stands for none
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits({key: middle}) else (low, middle - 1)
-        rounded = low // 16 * 16 or low
-        if rounded >= 16:
-            yield f"lower {key} from {now} to {rounded}"
-    student = config.student
-    if student.adapter == "none":
-        if fits({"student.adapter": "lora"}):
-            yield "set student.adapter=lora"
-    elif student.precision != "nf4" and fits({"student.precision": "nf4"}):
-        yield "set student.precision=nf4"
-    if config.train.optimizer == "adamw" and machine.device == "cuda" and fits({"train.optimizer": "paged_adamw_8bit"}):
-        yield "set train.optimizer=paged_adamw_8bit"
-
-
 # --------------------------------------------------------------------------------------------------------- every preset
 
 
 def plan_overview(configs: dict[str, RunConfig]) -> list[dict[str, Any]]:
-    """Each configuration against the budgets of consumer cards: name, GiB as written, and per budget what it takes."""
+    """Each configuration against the budgets of consumer cards: name, GiB as written, and per budget what it takes.
+
+    Hours are those of the reference card, whatever the budget.
+    """
     rows = []
     for name, config in configs.items():
         asked = plan_run(config, device="cuda")
@@ -304,7 +245,14 @@ def plan_overview(configs: dict[str, RunConfig]) -> list[dict[str, Any]]:
             plan = plan_run(config, budget_bytes=gib * GIB, device="cuda")
             changed = {k: v for k, v in plan.choices.items() if v != asked.choices[k]} if plan.fits else {}
             cells.append(
-                {"budget_gib": gib, "fits": plan.fits, "total_gib": in_gib(plan.total_bytes), "changed": changed}
+                {
+                    "budget_gib": gib,
+                    "fits": plan.fits,
+                    "total_gib": in_gib(plan.total_bytes),
+                    "rollout_rows": plan.choices["rollout.batch_size"],
+                    "hours": None if plan.seconds is None or not plan.fits else round(plan.seconds / 3600, 1),
+                    "changed": changed,
+                }
             )
         rows.append({"name": name, "as_written_gib": in_gib(asked.total_bytes), "budgets": cells})
     return rows

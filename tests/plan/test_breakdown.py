@@ -171,7 +171,10 @@ def test_the_targets_fit():
     assert swap.fits and swap.phases["train"] < 6 * GIB
     for gib in (12, 16):
         plan = at("llama-7b-to-1b", gib)
-        assert plan.fits and plan.choices["teacher.residency"] == "resident" and plan.next_better is None
+        assert plan.fits and plan.choices["teacher.residency"] == "resident"
+        assert (plan.choices["rollout.batch_size"], plan.next_better is None) == (
+            (8, False) if gib == 12 else (16, True)
+        )
     assert at("qwen2.5-32b-to-3b", 24).fits
     # Llama-2-13B: https://huggingface.co/meta-llama/Llama-2-13b-hf/blob/main/config.json
     thirteen = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 13824,

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from qswitch.errors import ConfigError, PlanError
 from qswitch.layers import build_config
 from qswitch.plan import machine, scheduler
+from qswitch.plan.advice import explain_no_fit, faster, require_fit
 from qswitch.plan.machine import describe_machine, detect_budget_bytes, parse_size
 from qswitch.plan.render import render
-from qswitch.plan.scheduler import explain_no_fit, model_shapes, plan_run, require_fit
+from qswitch.plan.scheduler import model_shapes, plan_run
 from qswitch.units import GIB
 
 TEACHER = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
@@ -44,8 +45,13 @@ def test_without_a_budget_the_configuration_is_planned_as_it_is():
     assert all(isinstance(v, int) and v >= 0 for v in plan.parts.values())
 
 
-def test_a_budget_that_is_large_enough_changes_nothing():
-    assert gpu_plan(config(), 80).choices == gpu_plan(config()).choices
+def test_a_budget_that_is_large_enough_changes_rollout_rows_alone_and_only_for_speed():
+    asked, plan = gpu_plan(config()), gpu_plan(config(), 80)
+    assert {k: v for k, v in plan.choices.items() if v != asked.choices[k]} == {"rollout.batch_size": 16}
+    assert any("changed for speed: rollout.batch_size 8 -> 16" in note for note in plan.notes)
+    assert plan.seconds < asked.seconds
+    full = config(rollout={"batch_size": 16})
+    assert gpu_plan(full, 80).choices == gpu_plan(full).choices
 
 
 @settings(max_examples=25, deadline=None)
@@ -64,7 +70,7 @@ def test_a_plan_that_fits_keeps_the_effective_batch_and_the_upper_bounds(gib, mi
     chosen = plan.config
     assert chosen.train.per_device_train_batch_size * chosen.train.gradient_accumulation_steps == micro * steps
     assert chosen.train.per_device_train_batch_size <= micro
-    assert chosen.rollout.batch_size <= rows
+    assert chosen.rollout.batch_size <= max(rows, micro * steps)
     assert gpu_plan(chosen).total_bytes == plan.total_bytes
 
 
@@ -125,14 +131,46 @@ def test_to_dict_is_json_with_the_documented_keys():
     assert values["choices"]["cache.format"] == "hidden"
 
 
-def test_the_table_is_aligned_and_complete():
+def test_people_read_the_verdict_first_then_hours_then_the_parts_that_are_not_zero():
     plan = gpu_plan(config(), 12)
-    text = render(plan)
-    rows = [line for line in text.splitlines() if line.startswith("  ")]
-    groups = (plan.parts, plan.phases, plan.choices, plan.breakdown.host, plan.breakdown.disk)
-    assert len(rows) == sum(len(group) for group in groups)
-    assert len({len(row) for row in rows}) == 1
-    assert "fits" in text
+    verdict, time, *rest = render(plan, ["buy a card"], "the card's").splitlines()
+    assert verdict.startswith("Fits: ") and "the budget is 12.00 (the card's)" in verdict and "while" in verdict
+    assert f"about {plan.seconds / 3600:.1f} h for 200 steps" in time
+    table = [line.split() for line in rest if line.startswith("  ")]
+    assert ["rollout.batch_size", str(plan.choices["rollout.batch_size"])] in table
+    assert ["buy", "a", "card"] in table and not any("0.00" in row for row in table)
+    shown = {name for name, size in plan.parts.items() if size >= GIB // 200}
+    assert shown <= {row[0] for row in table}
+    no = gpu_plan(config(), 4)
+    assert render(no, [], "x").startswith("Does not fit: ")
+    assert "measures" in render(plan_run(config(train={"device": "cpu"})), [], "x").splitlines()[1]
+
+
+def test_what_is_said_to_be_faster_is_and_fits():
+    plan = gpu_plan(config(student={"gradient_checkpointing": True}), 20)
+    lines = faster(plan)
+    for change in (
+        "student.gradient_checkpointing=false: about",
+        "rollout.round_steps=2 (32 rollout rows, responses up",
+    ):
+        assert any(line.startswith(change) for line in lines), change
+    quick = gpu_plan(config(student={"gradient_checkpointing": True}, rollout={"round_steps": 2}), 20)
+    assert quick.fits and quick.seconds < plan.seconds
+    large = faster(gpu_plan(config(), 24))
+    assert any("teacher.precision=bf16 fits too" in line for line in large)
+    assert gpu_plan(config(teacher={"precision": "bf16"}), 24).fits
+    assert not any("bf16" in line for line in faster(gpu_plan(config(), 12)))
+    assert faster(gpu_plan(config(), 4)) == [] == faster(plan_run(config(train={"device": "cpu"})))
+
+
+def test_a_card_is_known_by_the_name_that_nvidia_smi_gives_it():
+    from qswitch.plan.machine import GPUS, _card_called
+
+    named = {"NVIDIA GeForce RTX 3060": "rtx3060-12gb", "GPU 0, NVIDIA GeForce RTX 4060 Ti": "rtx4060ti-16gb",
+             "NVIDIA GeForce RTX 4050 Laptop GPU": "rtx4050-laptop-6gb", "the first GPU, NVIDIA GeForce RTX 4090":
+             "rtx4090-24gb"}  # fmt: skip
+    assert {label: _card_called(label) for label in named} == {label: GPUS[card] for label, card in named.items()}
+    assert _card_called("Tesla T4") is None
 
 
 def test_full_training_costs_weights_gradients_and_moments():

@@ -1,0 +1,124 @@
+"""What to do about a plan: what would make one fit that does not, and what would make a run faster that fits.
+
+Every change that is named has been measured on the plan it is named for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from qswitch.errors import PlanError
+from qswitch.plan.cost import step_seconds
+from qswitch.plan.render import shortage
+from qswitch.plan.run_plan import Plan
+from qswitch.plan.scheduler import WORTH_SAYING, measure, model_shapes, plan_run, with_choices
+from qswitch.units import GIB
+
+MOST_ROUND_STEPS = 4
+"""Rounds that are proposed feed at most this many steps: beyond, the responses are written by too old a student."""
+
+
+def require_fit(plan: Plan) -> None:
+    """Nothing, or the error that says what is needed and what would fit.
+
+    Raises:
+        PlanError: the plan does not fit; exit code 3.
+    """
+    if not plan.fits:
+        raise PlanError(explain_no_fit(plan))
+
+
+def require_own_sizes_fit(plan: Plan) -> None:
+    """Nothing, or the error of a run that has begun with sizes which this budget does not hold.
+
+    Raises:
+        PlanError: the plan does not fit; exit code 3.
+    """
+    if not plan.fits:
+        enough = math.ceil(100 * plan.total_gib) / 100
+        raise PlanError(
+            f"{shortage(plan, 'with the sizes that the run began with')}\nA run keeps its sizes when it is resumed. "
+            f"Give it at least {enough:.2f} GiB, leave --vram out, or start a new run with that --vram."
+        )
+
+
+def explain_no_fit(plan: Plan) -> str:
+    """What the smallest plan needs, part by part, against the budget, and the settings that would fit."""
+    remedies = list(_remedies(plan))
+    if not remedies:
+        remedies = [f"choose a smaller teacher or give at least {plan.total_gib:.1f} GiB"]
+    text = ", or ".join(remedies)
+    return f"{shortage(plan)}\n{text[0].upper()}{text[1:]}."
+
+
+def _remedies(plan: Plan) -> Iterator[str]:
+    """Single changes that make the smallest plan fit, each tried."""
+    config = with_choices(plan.config, {"data.max_prompt_tokens": plan.prompt_tokens})
+    budget, machine = plan.budget_bytes or 0, plan.machine
+
+    def fits(changes: dict[str, Any]) -> bool:
+        changed = with_choices(config, changes)
+        return measure(changed, *model_shapes(changed), machine).total_bytes <= budget
+
+    if config.teacher.precision != "nf4" and fits({"teacher.precision": "nf4"}):
+        yield f"set teacher.precision=nf4 (now {config.teacher.precision})"
+    for key in ("rollout.max_new_tokens", "data.max_prompt_tokens"):
+        section, _, field = key.partition(".")
+        now = getattr(getattr(config, section), field)
+        low, high = 0, now - 1  # the largest value that fits lies in [low, high]; 0 stands for none
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits({key: middle}) else (low, middle - 1)
+        rounded = low // 16 * 16 or low
+        if rounded >= 16:
+            yield f"lower {key} from {now} to {rounded}"
+    student = config.student
+    if student.adapter == "none":
+        if fits({"student.adapter": "lora"}):
+            yield "set student.adapter=lora"
+    elif student.precision != "nf4" and fits({"student.precision": "nf4"}):
+        yield "set student.precision=nf4"
+    if config.train.optimizer == "adamw" and machine.device == "cuda" and fits({"train.optimizer": "paged_adamw_8bit"}):
+        yield "set train.optimizer=paged_adamw_8bit"
+
+
+def faster(plan: Plan) -> list[str]:
+    """What would make a run that fits faster, or its teacher exact, within the same memory; best first."""
+    config = with_choices(plan.config, {"data.max_prompt_tokens": plan.prompt_tokens})
+    if not plan.fits or plan.machine.device != "cuda":
+        return []
+
+    def planned(changes: dict[str, Any]) -> Plan:
+        return plan_run(with_choices(config, changes), budget_bytes=plan.budget_bytes, machine=plan.machine)
+
+    def share(other: Plan) -> float:
+        now, then = (step_seconds(p, *model_shapes(p), plan.machine) for p in (config, other.config))
+        return then / now
+
+    tried: list[tuple[float, str]] = []
+    if config.student.gradient_checkpointing:
+        other = planned({"student.gradient_checkpointing": False})
+        if other.fits and not other.choices["student.gradient_checkpointing"] and share(other) <= WORTH_SAYING:
+            tried.append((share(other), "student.gradient_checkpointing=false"))
+    rollout = config.rollout
+    if config.needs_teacher and rollout.round_steps == 1 == rollout.reuse and not config.data.adaptive_share:
+        best = WORTH_SAYING
+        for steps in (2, MOST_ROUND_STEPS):  # the older the responses, the more they must save
+            other = planned({"rollout.round_steps": steps})
+            if other.fits and share(other) <= best:
+                best = WORTH_SAYING * share(other)
+                staleness = f"responses up to {steps - 1} update{'s' if steps > 2 else ''} old"
+                rows = other.choices["rollout.batch_size"]
+                tried.append((share(other), f"rollout.round_steps={steps} ({rows} rollout rows, {staleness})"))
+    lines = [f"{change}: about {100 * part:.0f} % of the time" for part, change in sorted(tried)]
+    if config.needs_teacher and config.teacher.precision in ("nf4", "int8"):
+        exact = planned({"teacher.precision": "bf16"})
+        if exact.fits and exact.choices["teacher.residency"] == plan.choices["teacher.residency"]:
+            room, time = f"{exact.total_gib:.1f} GiB", f"about {100 * share(exact):.0f} % of the time"
+            lines.append(f"teacher.precision=bf16 fits too, in {room}: the teacher as it was trained, {time}")
+    if plan.next_better is not None:
+        size, part = plan.next_better
+        lines.append(f"a budget of {size / GIB:.1f} GiB: about {100 * part:.0f} % of the time")
+    return lines
