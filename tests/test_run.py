@@ -32,7 +32,6 @@ def stored_plan(path: Path) -> dict[str, Any]:
 def own_plan(config: RunConfig) -> Plan:
     """As the run should plan it: for the longest prompt of its data."""
     _, training, held_out = load_prompts(config, load_pair_tokenizer(config))
-    assert isinstance(training, list)
     return plan_run(config, longest_prompt_tokens=max(len(p.prompt_ids) for p in [*training, *held_out]))
 
 
