@@ -15,7 +15,21 @@ import typer
 from typer.core import TyperGroup
 
 from qswitch import __version__
-from qswitch.cli_options import AsJson, Config, DryRun, Overrides, Preset, Vram, load_settings, show
+from qswitch.cli_options import (
+    AsJson,
+    Config,
+    Data,
+    DryRun,
+    Method,
+    Named,
+    Overrides,
+    Preset,
+    Student,
+    Teacher,
+    Vram,
+    load_settings,
+    show,
+)
 from qswitch.cli_results import results_app
 from qswitch.cli_student import student_app
 from qswitch.errors import ConfigError, QSwitchError
@@ -40,7 +54,6 @@ app = typer.Typer(
     cls=_Commands,
     help="Distil a large language model into a small one on one consumer GPU, with the SWITCH method.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -136,13 +149,18 @@ def _print_run(path: Path, summary: Any, as_json: bool) -> None:
         print_summary(run_dir, summary)
 
 
-def _new_run(preset: str | None, config: Path | None, kind: str = "") -> Path:
-    """runs/<preset><kind>-<date>-<time>."""
-    return Path("runs") / f"{preset or (config.stem if config else 'run')}{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+def _new_run(label: str) -> Path:
+    """runs/<label>-<date>-<time>."""
+    return Path("runs") / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-@app.command(epilog="Example: qswitch distill --preset llama-7b-to-1b --set data.train=my_prompts.jsonl")
+@app.command(epilog="Example: qswitch distill --teacher TEACHER --student STUDENT --data my_prompts.jsonl, or with a "
+             "preset: qswitch distill --preset llama-7b-to-1b --data my_prompts.jsonl")  # fmt: skip
 def distill(
+    teacher: Teacher = None,
+    student: Student = None,
+    data: Data = None,
+    method: Method = None,
     preset: Preset = None,
     config: Config = None,
     overrides: Overrides = None,
@@ -156,20 +174,21 @@ def distill(
     vram: Vram = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a student: teacher in 4-bit, LoRA student, SWITCH rollouts."""
+    """Train a student of a teacher on your data, from a preset, a file, or the names of two models."""
     from qswitch import run as runs
     from qswitch.run_dir import RunDir
 
-    if resume is not None and (preset or config or overrides or output_dir):
+    named = Named(preset, config, overrides, teacher, student, data, method)
+    if resume is not None and (named or output_dir):
         raise ConfigError("--resume goes on with the run's own config.yaml; leave --preset, --config, --set and "
-                          "--output-dir out.")  # fmt: skip
+                          "--output-dir out, and so --teacher, --student, --data and --method.")  # fmt: skip
     if dry_run:
-        settings = load_settings(preset, config, overrides) if resume is None else RunDir.open(resume).config
+        settings = load_settings(named, vram=vram) if resume is None else RunDir.open(resume).config
         _print_plan(*runs.rehearse(settings, vram=vram, resumes=resume is not None), as_json)
     elif resume is not None:
         _print_run(resume, runs.resume(resume, vram=vram), as_json)
     else:
-        settings, path = load_settings(preset, config, overrides), output_dir or _new_run(preset, config)
+        settings, path = load_settings(named, vram=vram), output_dir or _new_run(named.label)
         _print_run(path, runs.distill(settings, path, vram=vram), as_json)
 
 
@@ -178,6 +197,9 @@ def sft(
     model: Annotated[
         Literal["teacher", "student"], typer.Option(help="Which model of the pair to fine-tune.")
     ] = "student",
+    teacher: Teacher = None,
+    student: Student = None,
+    data: Data = None,
     preset: Preset = None,
     config: Config = None,
     overrides: Overrides = None,
@@ -192,11 +214,14 @@ def sft(
     from qswitch import run as runs
     from qswitch.layers import sft_config
 
-    settings = sft_config(load_settings(preset, config, overrides), model)
+    if preset is None and config is None:  # one model is enough
+        teacher, student = teacher or student, student or teacher
+    named = Named(preset, config, overrides, teacher, student, data, None if preset or config else "sft")
+    settings = sft_config(load_settings(named, vram=vram, command=f"sft --model {model}"), model)
     if dry_run:
         _print_plan(*runs.rehearse(settings, vram=vram), as_json)
         return
-    path = output_dir or _new_run(preset, config, f"-sft-{model}")
+    path = output_dir or _new_run(f"{named.label}-sft-{model}")
     _print_run(path, runs.distill(settings, path, vram=vram), as_json)
     if not as_json:
         setting = "teacher.adapter" if model == "teacher" else "student.init_adapter"
@@ -205,6 +230,10 @@ def sft(
 
 @app.command(epilog="Example: qswitch plan --preset llama-7b-to-1b --gpu rtx3060-12gb")
 def plan(
+    teacher: Teacher = None,
+    student: Student = None,
+    data: Data = None,
+    method: Method = None,
     preset: Preset = None,
     config: Config = None,
     overrides: Overrides = None,
@@ -220,10 +249,11 @@ def plan(
     from qswitch.plan.scheduler import plan_for, plan_overview
     from qswitch.presets import load_run_config, preset_names
 
+    named = Named(preset, config, overrides, teacher, student, data, method)
     if not every:
-        _print_plan(*plan_for(load_settings(preset, config, overrides), vram=vram, gpu=gpu), as_json)
+        _print_plan(*plan_for(load_settings(named, vram=vram, gpu=gpu), vram=vram, gpu=gpu), as_json)
         return
-    if preset or config or overrides or vram or gpu:
+    if named or vram or gpu:
         raise ConfigError("--all plans every preset against fixed budgets; leave the other options out.")
     show(plan_overview({name: load_run_config(name) for name in preset_names()}), as_json, render_overview)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 Preset = Annotated[str | None, typer.Option("--preset", help="Name of a preset; `qswitch presets list` shows them.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file instead of a preset.")]
+Teacher = Annotated[str | None, typer.Option("--teacher", help="teacher.model: hub id, folder or GGUF file.")]
+Student = Annotated[str | None, typer.Option("--student", help="student.model: hub id, folder or GGUF file.")]
+Data = Annotated[list[str] | None, typer.Option("--data", help="data.train: file, folder or hub id. Repeatable.")]
+Method = Annotated[str | None, typer.Option("--method", help="switch, gkd, kd, sft, ...; see docs/methods.md.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value, for example train.max_steps=100. Repeatable.")
 ]
@@ -25,20 +30,64 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the settings and 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
 
 
-def load_settings(preset: str | None, config: Path | None, overrides: list[str] | None) -> RunConfig:
-    """The configuration that the options name.
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What the options of a command say a run is made of; nothing that is empty."""
+
+    preset: str | None = None
+    config: Path | None = None
+    overrides: list[str] | None = None
+    teacher: str | None = None
+    student: str | None = None
+    data: list[str] | None = None
+    method: str | None = None
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def label(self) -> str:
+        """For the folder of a run."""
+        return self.preset or (self.config.stem if self.config else "run")
+
+
+def load_settings(
+    named: Named, *, vram: str | None = None, gpu: str | None = None, command: str = "distill"
+) -> RunConfig:
+    """The configuration that the options name: a preset or a file, changed; or a pair, for which the rest is chosen.
+
+    What was chosen is said beside the result, with the command that repeats it.
 
     Raises:
-        ConfigError: not one of a preset and a file is named, or what it says is wrong.
+        ConfigError: both a preset and a file are named, the pair or its data is incomplete, or what it says is wrong.
     """
-    from qswitch.presets import load_run_config
+    from qswitch.layers import set_layer
 
-    source = config if preset is None else preset
-    if source is None or (preset is not None and config is not None):
+    preset, config, data = named.preset, named.config, named.data
+    if preset is not None and config is not None:
         raise ConfigError("Name either --preset NAME or --config FILE. `qswitch presets list` shows the presets.")
+    options = {"teacher.model": named.teacher, "student.model": named.student, "method": named.method,
+               "data.train": data[0] if data and len(data) == 1 else data}  # fmt: skip
+    own = set_layer(named.overrides or [], {key: value for key, value in options.items() if value})
+    source = config if preset is None else preset
+    if source is None:
+        from qswitch.choose import choose
+
+        if not own:
+            raise ConfigError(
+                "Name --preset NAME or --config FILE, or a pair and its data: --teacher MODEL --student MODEL --data "
+                "FILE. `qswitch presets list` shows the presets."
+            )
+        chosen = choose(own, vram=vram, gpu=gpu)
+        say(chosen.render(command))
+        return chosen.config
     if config is not None and config.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--config {config}: expected a .yaml file. For a preset write --preset {config}.")
-    return load_run_config(source, overrides)
+
+    from qswitch.layers import build_config
+    from qswitch.presets import load_preset
+
+    return build_config(load_preset(source), own, source=f"{source} with --set" if own else str(source))
 
 
 def show(result: Any, as_json: bool, render: Callable[[Any], object]) -> None:

@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from qswitch.cli_options import AsJson, Config, Overrides, Preset, load_settings, say, show
+from qswitch.cli_options import (
+    AsJson,
+    Config,
+    Data,
+    Named,
+    Overrides,
+    Preset,
+    Student,
+    Teacher,
+    load_settings,
+    say,
+    show,
+)
 from qswitch.errors import ConfigError
 
 results_app = typer.Typer()
@@ -106,6 +118,9 @@ def fidelity(
     run_path: Annotated[
         Path | None, typer.Argument(metavar="[RUN]", help="Run directory; else name --preset or --config.")
     ] = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    data: Data = None,
     preset: Preset = None,
     config: Config = None,
     overrides: Overrides = None,
@@ -125,15 +140,16 @@ def fidelity(
     """Measure what 4-bit and 8-bit weights do to the teacher, and to its interventions."""
     from qswitch.run_dir import RunDir, write_atomically
 
+    named = Named(preset, config, overrides, teacher, student, data)
     run_dir = None
     if run_path is not None:
-        if preset or config or overrides:
-            raise ConfigError("A run has its own configuration; leave --preset, --config and --set out.")
+        if named:
+            raise ConfigError("A run has its own configuration; leave --preset, --config, --set and models out.")
         run_dir = RunDir.open(run_path)
         settings, folder = run_dir.config, output_dir or run_path
     else:
-        settings = load_settings(preset, config, overrides)
-        folder = output_dir or Path("fidelity") / (preset or (config.stem if config else "run"))
+        settings = load_settings(named, command="fidelity")
+        folder = output_dir or Path("fidelity") / named.label
 
     from qswitch.evaluate.fidelity import PRECISIONS, render
     from qswitch.evaluate.fidelity import fidelity as measure

@@ -138,13 +138,15 @@ def by_section(settings: Layer, source: str | None = None) -> dict[str, Any]:
     return values
 
 
-def set_layer(overrides: list[str]) -> dict[str, Any]:
-    """The layer that `--set key=value` options make; a value is read as YAML, and of two for one key the later counts.
+def set_layer(overrides: list[str], named: Layer | None = None) -> dict[str, Any]:
+    """The layer that options make: those with a name of their own, and `--set key=value`, whose values are YAML.
+
+    Of two for one setting the later counts, and `--set` is later than an option with a name.
 
     Raises:
         ConfigError: an option without `=`, or with a value that is no YAML.
     """
-    layer: dict[str, Any] = {}
+    layer = by_section(named or {})
     problems = []
     for override in overrides:
         key, separator, text = override.partition("=")

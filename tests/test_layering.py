@@ -27,7 +27,7 @@ LAYERS = [
     ["compare"],
     ["evaluate", "export"],
     ["distill.session"],
-    ["preflight"],
+    ["preflight", "choose"],
     ["distill.answers"],
     ["distill.trainer"],
     ["rollout", "distill"],
@@ -44,6 +44,7 @@ LAYERS = [
 COLD = [
     "__init__.py",
     "aside.py",
+    "choose.py",
     "cli.py",
     "cli_options.py",
     "cli_results.py",

@@ -1,0 +1,236 @@
+"""What a run takes for a pair that no preset describes: precision, adapters, lengths, rows and steps.
+
+The lowest layer of the settings, so that whatever the user says wins. It is chosen from the shapes of the two models,
+from a sample of the data and from the memory budget, by the rules of thumb of `parts/instruct.yaml` and the presets;
+nothing is measured. Cold: configurations and data files are read, no weights and no tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from qswitch.config import DataSection, RunConfig, StudentSection, TeacherSection, reader
+from qswitch.data.records import iter_records
+from qswitch.data.sources import reference_path
+from qswitch.errors import ConfigError
+from qswitch.layers import Layer, build_config, by_section, flatten
+from qswitch.plan.machine import describe_machine, find_budget
+from qswitch.plan.model_files import shape_for
+from qswitch.plan.scheduler import plan_run, with_choices
+from qswitch.plan.shapes import ModelShape
+from qswitch.presets import load_run_config, preset_names
+
+SAMPLED_RECORDS = 5_000
+"""Records read for the lengths and the number of steps; about 0.2 s."""
+CHARACTERS_PER_TOKEN = 3
+"""Of English text it is about 4, of code and other languages less; too low a figure only reserves more room."""
+TEMPLATE_TOKENS = 32
+"""What a chat template puts around a prompt, roughly."""
+STEP_SEQUENCES = 16
+MIN_STEPS, MAX_STEPS, EPOCHS = 50, 1000, 3
+NAMED = {"teacher.model": "--teacher", "student.model": "--student", "data.train": "--data"}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One setting that the user left open."""
+
+    setting: str
+    value: Any
+    because: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A configuration for a pair, and what of it was chosen rather than said."""
+
+    config: RunConfig
+    choices: tuple[Choice, ...]
+    said: Mapping[str, Any]
+    """Dotted setting -> value, as the user gave them."""
+
+    def render(self, command: str) -> str:
+        """A line per reason, then the command that repeats this run with every choice written out."""
+        by_reason: dict[str, list[str]] = {}
+        for choice in self.choices:
+            by_reason.setdefault(choice.because, []).append(f"{choice.setting}={_text(choice.value)}")
+        lines = [f"  {', '.join(settings)}: {because}" for because, settings in by_reason.items()]
+        rest = [f"{key}={_text(value)}" for key, value in self.said.items() if key not in NAMED]
+        rest += [f"{choice.setting}={_text(choice.value)}" for choice in self.choices]
+        names = [f"{NAMED[key]} {shlex.quote(_text(self.said[key]))}" for key in NAMED if key in self.said]
+        again = " ".join([f"qswitch {command}", *names, *(f"--set {shlex.quote(setting)}" for setting in rest)])
+        return "\n".join(["Chosen for this pair; --set changes any of it:", *lines, f"The same again: {again}"])
+
+
+def choose(own: Layer, *, vram: str | None = None, gpu: str | None = None) -> Chosen:
+    """The configuration of a pair and its data, with what `own` leaves open chosen for the budget.
+
+    Raises:
+        ConfigError: the teacher, the student or the data is not named, or what is said is wrong. Where the student is
+            missing, the message names those that would do.
+        DataError: a record of the sample cannot be read.
+    """
+    said = flatten(by_section(own))
+    missing = [setting for setting in NAMED if said.get(setting) is None]
+    if missing:
+        raise ConfigError(list(_missing(missing, said)))
+    asked = build_config(own)  # what is wrong with it comes before what is missing in it
+    shapes = {
+        f"{role}.shape": block
+        for role, section in (("teacher", asked.teacher), ("student", asked.student))
+        if (block := _published_shape(section)) is not None
+    }
+    asked = build_config(shapes, own)
+    teacher, student = shape_for(asked.teacher), shape_for(asked.student)
+    found = [*_of_the_data(asked, teacher, student), *_of_the_student(student)]
+    found.append(_teacher_precision(build_config(shapes, _layer(found), own), vram=vram, gpu=gpu))
+    config = build_config(shapes, _layer(found), own)
+    read = reader(config)
+    choices = tuple(choice for choice in found if choice.setting not in said and read(choice.setting) == choice.value)
+    return Chosen(config, choices, said)
+
+
+def _published_shape(section: TeacherSection | StudentSection) -> Mapping[str, Any] | None:
+    """The shape block of a preset for a model whose config.json is neither here nor to be had; None where it is."""
+    try:
+        shape_for(section.model_copy(update={"shrink_to_layers": None}))
+        return None
+    except ConfigError:
+        for preset in preset_names():
+            config = load_run_config(preset)
+            for known in (config.teacher, config.student):
+                if known.shape is not None and known.model == section.model and known.revision == section.revision:
+                    return known.shape
+        raise
+
+
+def _layer(choices: list[Choice]) -> dict[str, Any]:
+    return by_section({choice.setting: choice.value for choice in choices})
+
+
+def _of_the_student(student: ModelShape) -> Iterator[Choice]:
+    billions = student.num_parameters / 1e9
+    rank, rate = (64, 1e-4) if billions >= 1 else (32, 2e-4) if billions >= 0.3 else (16, 5e-4)
+    size = f"the student has {billions:.2f} billion parameters"
+    yield Choice("student.lora.r", rank, size)
+    yield Choice("student.lora.alpha", float(2 * rank), size)
+    yield Choice("train.learning_rate", rate, size)
+    yield Choice("rollout.batch_size", STEP_SEQUENCES, "the sequences of a step; the plan lowers it to fit")
+
+
+def _of_the_data(config: RunConfig, teacher: ModelShape, student: ModelShape) -> Iterator[Choice]:
+    lengths = _lengths(config.data)
+    contexts = [shape.max_positions for shape in (teacher, student) if shape.max_positions]
+    context = min(contexts, default=4096)
+    if lengths is None:
+        prompt, response, because = 256, 256, "data on the hub is not read before the run"
+        steps = MAX_STEPS
+        validation = 64
+    else:
+        prompts, responses = lengths
+        prompt = _rounded(_high(prompts) + TEMPLATE_TOKENS)
+        response = _rounded(_high(responses)) if responses else 256
+        count = len(prompts)
+        many = f"{'at least ' if count == SAMPLED_RECORDS else ''}{count} records"
+        because = f"{many}, of which 95 % have at most {_high(prompts)} prompt tokens by their characters"
+        validation = max(2, min(64, count // 10))
+        steps = math.ceil(EPOCHS * max(1, count - validation) / STEP_SEQUENCES)
+        steps = max(MIN_STEPS, min(MAX_STEPS, steps)) if count < SAMPLED_RECORDS else MAX_STEPS
+    yield Choice("data.max_prompt_tokens", min(prompt, context // 2), because)
+    yield Choice("rollout.max_new_tokens", min(response, context // 2), because)
+    yield Choice("data.num_validation", validation, because)
+    yield Choice("train.max_steps", steps, because)
+    yield Choice("train.warmup_steps", steps // 20, "a twentieth of the steps")
+    for setting in ("train.eval_steps", "train.save_steps"):
+        yield Choice(setting, max(1, steps // 10), "a tenth of the steps")
+
+
+def _lengths(data: DataSection) -> tuple[list[int], list[int]] | None:
+    """Tokens of the sampled prompts and responses, estimated by their characters; None for data on the hub."""
+    references = [data.train] if isinstance(data.train, str) else data.train
+    if any(reference_path(reference) is None for reference in references):
+        return None
+    prompts, responses = [], []
+    for record in islice(iter_records(data, data.train, limit=SAMPLED_RECORDS), data.limit):
+        prompts.append(math.ceil(len(record.text) / CHARACTERS_PER_TOKEN))
+        if record.response is not None:
+            responses.append(math.ceil(len(record.response) / CHARACTERS_PER_TOKEN))
+    return prompts, responses
+
+
+def _high(values: list[int]) -> int:
+    """The 95th percentile."""
+    return sorted(values)[(len(values) - 1) * 95 // 100]
+
+
+def _rounded(num_tokens: int) -> int:
+    return max(64, min(1024, -(-num_tokens // 64) * 64))
+
+
+def _teacher_precision(config: RunConfig, *, vram: str | None, gpu: str | None) -> Choice:
+    """bf16 where it fits without giving up anything, else 4-bit, which a CPU reads in few shapes and slowly."""
+    setting = "teacher.precision"
+    if not config.needs_teacher:
+        return Choice(setting, "bf16", "the method loads no teacher")
+    budget = find_budget(config.train, vram=vram, gpu=gpu)
+    exact = with_choices(config, {setting: "bf16"})
+    plan = plan_run(exact, budget_bytes=budget.num_bytes, device=budget.device, gpu=budget.gpu)
+    machine = describe_machine(config.train, budget.device, budget.gpu)
+    asked = plan_run(exact, device=budget.device, gpu=budget.gpu)
+    gib = f"{asked.total_gib:.1f} GiB with it in bf16, {budget.num_bytes / 2**30:.1f} in the budget"
+    if plan.fits and (machine.device == "cpu" or asked.total_bytes <= budget.num_bytes):
+        return Choice(setting, "bf16", f"the run takes {gib}")
+    return Choice(setting, "nf4", f"the run would take {gib}")
+
+
+# ------------------------------------------------------------------------------------------------- what was not named
+
+
+def _missing(missing: list[str], said: Mapping[str, Any]) -> Iterator[str]:
+    for setting in missing:
+        if setting == "student.model" and "teacher.model" not in missing:
+            yield _students_for(said)
+        else:
+            yield f"{NAMED[setting]} is missing: name it so, or with --set {setting}=..., a preset or a file."
+
+
+def _students_for(said: Mapping[str, Any]) -> str:
+    """Smaller models with the teacher's tokenizer that a preset knows, and the way to cut one from the teacher."""
+    values = {key.partition(".")[2]: value for key, value in said.items() if key.startswith("teacher.")}
+    section = TeacherSection.model_validate({key: values[key] for key in ("model", "revision") if key in values})
+    shape = shape_for(section.model_copy(update={"shape": _published_shape(section)}))
+    known = dict.fromkeys(f"{name} (preset {preset})" for preset, name in _smaller(section, shape))
+    layers = max(1, shape.num_layers * 2 // 3)
+    cut = f"--student {_text(section.model)} --set student.shrink_to_layers={layers}"
+    siblings = f"With the teacher's tokenizer the presets know {', '.join(known)}. " if known else ""
+    return (
+        f"--student is missing. {siblings}{'Or cut' if known else 'Cut'} one from the teacher, here to {layers} of its "
+        f"{shape.num_layers} layers: {cut}."
+    )
+
+
+def _smaller(teacher: TeacherSection, shape: ModelShape) -> Iterator[tuple[str, str]]:
+    """(preset, student) where a preset teaches with this model, or with one of its family and vocabulary."""
+    names = {teacher.model} if isinstance(teacher.model, str) else set(teacher.model)
+    for preset in preset_names():
+        config = load_run_config(preset)
+        models: list[TeacherSection | StudentSection] = [config.teacher, config.student]
+        named = [[model.model] if isinstance(model.model, str) else model.model for model in models]
+        if config.student.shrink_to_layers is not None or names & set(named[1]):
+            continue
+        own = shape_for(config.student)
+        # Checkpoints of one family pad the same vocabulary to different multiples.
+        same = own.model_type == shape.model_type and abs(own.vocab_size - shape.vocab_size) < 256
+        if (names & set(named[0]) or same) and own.num_parameters < shape.num_parameters:
+            yield preset, named[1][0]
+
+
+def _text(value: Any) -> str:
+    import json
+
+    return value if isinstance(value, str) else json.dumps(value)
