@@ -18,6 +18,7 @@ from qswitch.evaluate.subjects import find_subject
 from qswitch.export.merge import merge_run
 from qswitch.models.references import ResolvedModel
 from tests.evaluate.runs import make_run, write_test_set
+from tests.tiny import save_tiny_pair
 
 
 @pytest.fixture(scope="module")
@@ -389,3 +390,16 @@ def test_questions_that_the_run_was_trained_on_are_reported(made, tmp_path):
     results, _ = run_eval(wanted, say=said.append)
     assert results["overlaps_with_training"] == {"seen": {"run": 1}}
     assert any("1 of 2 prompts are also in the training data of run" in line for line in said)
+
+
+def test_prompt_and_response_stay_within_the_context_of_the_models(tmp_path, capsys):
+    """GPT-2 has learned positions: one more than it has is an index error."""
+    teacher, student = save_tiny_pair(tmp_path / "gpt2", "gpt2", n_positions=64)
+    run_dir = make_run(tmp_path, teacher__model=str(teacher), student__model=str(student), data__max_prompt_tokens=50)
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"prompt": "x" * n, "response": "y"}) + "\n" for n in (5, 40)))
+    command = ["eval", str(run_dir.path), "--data", str(tmp_path / "t.jsonl"), "--output-dir", str(tmp_path / "eval")]
+    assert run([*command, "--max-new-tokens", "16"]) == 0
+    said = capsys.readouterr().err
+    assert "left out 1 records whose prompt has more than 48 tokens (--max-prompt-tokens 1024, but the context" in said
+    assert run([*command, "--max-new-tokens", "1000000000"]) == 2
+    assert "is 64 tokens, the prompt included. Give less." in capsys.readouterr().err

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,6 +175,28 @@ def test_fp64_passes_layer_by_layer_are_those_of_the_whole_model_in_fp64(tmp_pat
     for found, expected in zip(by_layer, (whole, whole[:3]), strict=True):
         assert found.dtype == torch.float64
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+def test_a_finished_merge_is_left_as_it_is_and_another_adapter_is_not_mixed_with_it(tmp_path):
+    run_dir, config = trained_run(tmp_path)
+    first = merge_run(run_dir.path, prompts=TEXTS)
+    assert first.output_dir == run_dir.path / "merged" and json.loads((first.output_dir / "merge.json").read_text())
+    weights = first.output_dir / "model.safetensors"
+    written, mode = weights.stat().st_mtime_ns, stat.S_IMODE(weights.stat().st_mode)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert mode == 0o666 & ~umask, "not for its owner alone"
+    assert merge_run(run_dir.path, prompts=TEXTS) == first and weights.stat().st_mtime_ns == written
+    save_adapter(load_student(config, FP32), run_dir.adapter_path)
+    with pytest.raises(ModelError, match="not empty"):
+        merge_run(run_dir.path, prompts=TEXTS)
+
+
+def test_the_sentencepiece_model_of_the_base_comes_along(tmp_path):
+    run_dir, config = trained_run(tmp_path)
+    (Path(config.student.model) / "tokenizer.model").write_bytes(b"pieces")
+    report = merge_run(run_dir.path, tmp_path / "out", prompts=TEXTS)
+    assert (report.output_dir / "tokenizer.model").read_bytes() == b"pieces"
 
 
 def test_a_host_too_small_for_the_merge_is_refused_before_anything_is_read(tmp_path, monkeypatch):
