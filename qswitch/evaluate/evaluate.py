@@ -211,10 +211,7 @@ def _encode(
     if left_out:
         limit = f"{longest} tokens"
         if longest < settings.protocol.max_prompt_tokens:
-            limit += (
-                f" (--max-prompt-tokens {settings.protocol.max_prompt_tokens}, but the context of the models has no "
-            )
-            limit += "place for more beside the response)"
+            limit += ", since the shortest context of the models has no place for more beside the response"
         say(f"{test_set.name}: left out {left_out} records whose prompt has more than {limit}")
     first = [(t.record.id, t.references[0]) for t in test_set.records if t.references and t.record.id in prompts]
     ids = tokenizer([text for _, text in first], add_special_tokens=False)["input_ids"] if first else []
