@@ -188,9 +188,11 @@ def shrink(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Cut a student out of a model: drop the layers that change the hidden state least."""
+    """Cut a student out of a model: keep the layers with which its output changes least."""
     from qswitch.console import shrunk
     from qswitch.models.shrink import shrink_to_folder
 
-    report = shrink_to_folder(model, layers, output_dir, revision=revision, trust_remote_code=trust_remote_code)
+    report = shrink_to_folder(
+        model, layers, output_dir, revision=revision, trust_remote_code=trust_remote_code, notify=say
+    )
     show(report, as_json, shrunk)

@@ -126,7 +126,4 @@ def answers(generations: Sequence[Generation], *, coloured_by_writer: bool) -> s
 
 def shrunk(report: ShrinkReport) -> str:
     """What a cut model has left."""
-    return (
-        f"{report.output_dir}: {report.parameters_before / 1e6:.1f} M -> {report.parameters_after / 1e6:.1f} M "
-        f"parameters; dropped layers {', '.join(map(str, report.dropped)) or 'none'}"
-    )
+    return f"{report.output_dir}: {report.summary()}"

@@ -157,14 +157,16 @@ def _load_models(
     """The teacher, None where the method needs none, and the student with its adapter as the run begins."""
     config = run_dir.config
     if config.student.shrink_to_layers is not None and not run_dir.student_base_path.exists():
+        progress.say(f"cutting the student to {config.student.shrink_to_layers} layers")
         report = shrink_to_folder(
             config.student.model,
             config.student.shrink_to_layers,
             run_dir.student_base_path,
             revision=config.student.revision,
             trust_remote_code=config.student.trust_remote_code,
+            notify=progress.say,
         )
-        progress.say(f"student cut to {len(report.kept)} layers; dropped {', '.join(map(str, report.dropped))}")
+        progress.say(f"student cut: {report.summary()}")
     loaded = f"the teacher ({config.teacher.precision}) and the student" if config.needs_teacher else "the student"
     progress.say(f"loading {loaded} on {runtime.device}")
     teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size) if config.needs_teacher else None

@@ -1,27 +1,29 @@
-"""Which layers of a decoder-only model matter least, and the same model without them.
+"""A decoder-only model without some of its layers, and as a folder.
 
-Where a family has no small sibling this makes the student: layers that change the hidden state least are dropped; the
-tokenizer, embeddings, norms and head stay. The cut model is worse until it is trained. Knows nothing of runs.
+Where a family has no small sibling this makes the student: the layers that `layer_choice` finds dispensable are
+dropped; the tokenizer, embeddings, norms and head stay. The cut model is worse until it is trained. Knows nothing of
+runs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from qswitch.aside import folder_aside
 from qswitch.config import ModelReference
 from qswitch.errors import ModelError
+from qswitch.models.layer_choice import Example, calibration, choose_layers, kl_of_choice, scored_rows
+from qswitch.models.layers import find_layers
 from qswitch.models.load import read_model, read_tokenizer
 from qswitch.models.messages import quiet
 from qswitch.models.references import resolve_reference
@@ -39,127 +41,39 @@ CALIBRATION_PROMPTS = (
     "A train leaves at 9:15 and arrives at 11:40. How long does the trip take? It takes two hours and 25 minutes.",
     "Dear Ms Weber, thank you for your letter of 3 March. We are sorry that your order arrived damaged and",
 )
-"""Text of varied kind on which layers are scored when the caller has none."""
+"""Short texts of varied kind, on which a model that was written is compared with the one it was made of."""
 
-MAX_PROMPT_TOKENS = 256
-NARROW = (torch.bfloat16, torch.float16)
+SHRINK_REPORT = "shrink.json"
+"""In the folder of a cut model: its ShrinkReport."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShrinkReport:
-    """What a cut kept and what it cost in size."""
+    """What a cut kept, and what it cost."""
 
+    source: str
+    """Name of the model that was cut."""
     kept: tuple[int, ...]
+    """Layers of the source, in order."""
     dropped: tuple[int, ...]
-    scores: tuple[float, ...]
-    """Per layer of the original, 1 - cosine of its input and output, mean over tokens; small means dispensable."""
+    kl_nats: float
+    """KL(source || cut) per token, on this project's examples that the choice of layers has not seen."""
+    kl_nats_at_choice: float
+    """The same on the examples by which they were chosen."""
+    seconds: float
+    """What the choice took."""
     parameters_before: int
     parameters_after: int
     output_dir: Path
 
-
-@torch.no_grad()
-def layer_scores(hf: Any, prompts_ids: Sequence[Sequence[int] | Tensor]) -> list[float]:
-    """1 - cosine between the hidden state before and after each layer, mean over all tokens of the prompts.
-
-    Computed in fp32 whatever the weights are kept in.
-
-    Raises:
-        ModelError: there are no prompts, or the decoder layers cannot be found.
-    """
-    _, layers = find_layers(hf)
-    rows = [torch.as_tensor(ids, dtype=torch.long).reshape(1, -1) for ids in prompts_ids]
-    rows = [row for row in rows if row.numel()]
-    if not rows:
-        raise ModelError("Scoring layers needs at least one prompt that is not empty.")
-    device = next(hf.parameters()).device
-    sums = [0.0] * len(layers)
-
-    def record(index: int):
-        def hook(_module: nn.Module, arguments: tuple, keywords: dict, output: Any) -> None:
-            before = arguments[0] if arguments else keywords["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
-            cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
-            sums[index] += (1 - cosine).sum().item()
-
-        return hook
-
-    handles = [layer.register_forward_hook(record(i), with_kwargs=True) for i, layer in enumerate(layers)]
-    was_training = hf.training
-    hf.eval()
-    try:
-        with _computing_in_fp32(hf, layers):
-            for row in rows:
-                hf.base_model(input_ids=row.to(device), use_cache=False)
-    finally:
-        hf.train(was_training)
-        for handle in handles:
-            handle.remove()
-    num_tokens = sum(row.numel() for row in rows)
-    return [total / num_tokens for total in sums]
-
-
-@contextlib.contextmanager
-def _computing_in_fp32(hf: Any, layers: nn.ModuleList) -> Iterator[None]:
-    """Narrower weights are widened layer by layer while they are used: a 7B model in bf16 needs one layer more memory,
-    where widening it whole would need 14 GiB more. The narrow tensors themselves come back afterwards."""
-    narrow: dict[nn.Module, list[tuple[nn.Parameter, Tensor]]] = {}
-
-    def widen(module: nn.Module, recurse: bool = True) -> None:
-        narrow[module] = [(p, p.data) for p in module.parameters(recurse) if p.dtype in NARROW]
-        for parameter, data in narrow[module]:
-            parameter.data = data.float()
-
-    def restore(module: nn.Module) -> None:
-        for parameter, data in narrow.pop(module):
-            parameter.data = data
-
-    def widen_output(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
-        return output.float() if output.dtype in NARROW else output
-
-    inside = {id(m) for layer in layers for m in layer.modules()}
-    handles = []
-    try:
-        for layer in layers:
-            handles.append(layer.register_forward_pre_hook(lambda module, _: widen(module)))
-            handles.append(layer.register_forward_hook(lambda module, *_: restore(module)))
-        for module in hf.base_model.modules():
-            if id(module) in inside:
-                continue
-            if isinstance(module, nn.Embedding):  # a table is too large to widen, what is read from it is not
-                handles.append(module.register_forward_hook(widen_output))
-            else:
-                widen(module, recurse=False)
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in list(narrow):
-            restore(module)
-
-
-def shrink(hf: Any, prompts_ids: Sequence[Sequence[int] | Tensor], num_layers: int) -> tuple[Any, list[int]]:
-    """A new model of `num_layers` layers in the same dtype, and the original indices it kept, in order.
-
-    Drops the layers with the lowest `layer_scores`. Tensors are copies; `hf` stays as it is.
-
-    Raises:
-        ModelError: num_layers is below 1 or above the model's, or the architecture cannot be cut.
-    """
-    new, kept, _ = _shrink(hf, prompts_ids, num_layers)
-    return new, kept
-
-
-def _shrink(
-    hf: Any, prompts_ids: Sequence[Sequence[int] | Tensor], num_layers: int
-) -> tuple[Any, list[int], list[float]]:
-    _, layers = find_layers(hf)
-    if not 1 <= num_layers <= len(layers):
-        raise ModelError(f"{type(hf).__name__} has {len(layers)} layers, so {num_layers} cannot be kept.")
-    scores = layer_scores(hf, prompts_ids)
-    by_importance = sorted(range(len(layers)), key=lambda i: (-scores[i], i))
-    kept = sorted(by_importance[:num_layers])
-    return keep_layers(hf, kept), kept, scores
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"{len(self.kept)} of {len(self.kept) + len(self.dropped)} layers kept, "
+            f"{self.parameters_before / 1e6:.1f} M -> {self.parameters_after / 1e6:.1f} M parameters; dropped "
+            f"{', '.join(map(str, self.dropped)) or 'none'}; KL(whole || cut) {self.kl_nats:.2f} nats/token on "
+            "text that the choice has not seen"
+        )
 
 
 def keep_layers(hf: Any, kept: Sequence[int]) -> Any:
@@ -202,19 +116,6 @@ def keep_layers(hf: Any, kept: Sequence[int]) -> Any:
     return new.train(hf.training)
 
 
-def find_layers(hf: Any) -> tuple[str, nn.ModuleList]:
-    """(name, module list) of the decoder layers: the outermost list that is as long as the config says.
-
-    Raises:
-        ModelError: there is none.
-    """
-    expected = hf.config.get_text_config().num_hidden_layers
-    found = [(n, m) for n, m in hf.named_modules() if isinstance(m, nn.ModuleList) and len(m) == expected]
-    if not found:
-        raise ModelError(f"{type(hf).__name__}: no list of {expected} decoder layers found, so it cannot be cut.")
-    return min(found, key=lambda item: item[0].count("."))
-
-
 def _short_config(config: Any, kept: Sequence[int], num_before: int) -> Any:
     """The configuration for the kept layers; per-layer lists (layer_types and the like) are cut the same way."""
     values = copy.deepcopy(config.to_dict())
@@ -238,12 +139,14 @@ def shrink_to_folder(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    prompts: Sequence[str] | None = None,
+    examples: Sequence[Example] | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> ShrinkReport:
     """Cut a model and write it as a Hugging Face folder with tokenizer and generation config, complete or not at all.
 
-    Scored in fp32 on CPU on `prompts` (default: CALIBRATION_PROMPTS), saved in the dtype of the source. A bf16 model
-    takes host memory for itself, its cut and one layer in fp32; others are widened whole.
+    Layers are chosen in fp32 on CPU by `examples` (default: this project's own), and the model is saved in the dtype of
+    the source, with its report as shrink.json. A bf16 model takes host memory for itself and its cut, and before the
+    cut for one layer and the head in fp32; others are widened whole.
 
     Raises:
         ModelError: the model cannot be had or cut, or output_dir exists and is not empty.
@@ -256,20 +159,24 @@ def shrink_to_folder(
     narrow = stored == torch.bfloat16
     runtime = Runtime(device=torch.device("cpu"), compute_dtype=torch.bfloat16 if narrow else torch.float32)
     model = read_model(resolved, runtime, "bf16" if narrow else "fp32", trust_remote_code)
-    texts = CALIBRATION_PROMPTS if prompts is None else prompts
-    ids = [tokenizer(text)["input_ids"][:MAX_PROMPT_TOKENS] for text in texts]
-    small, kept, scores = _shrink(model, ids, num_layers)
-    small.to(stored)
-    write_model_folder(small, tokenizer, output_dir)
+    rows = scored_rows(tokenizer, calibration("choose") if examples is None else examples)
+    choice = choose_layers(model, rows, num_layers, notify=notify)
+    small = keep_layers(model, choice.kept)
     report = ShrinkReport(
-        kept=tuple(kept),
-        dropped=tuple(i for i in range(len(scores)) if i not in kept),
-        scores=tuple(scores),
+        source=resolved.name,
+        kept=choice.kept,
+        dropped=choice.dropped,
+        kl_nats=kl_of_choice(model, scored_rows(tokenizer, calibration("check")), choice.kept),
+        kl_nats_at_choice=choice.kl_nats,
+        seconds=round(choice.seconds, 1),
         parameters_before=model.num_parameters(),
         parameters_after=small.num_parameters(),
         output_dir=output_dir,
     )
-    logger.info("%s: kept layers %s of %d", resolved.name, list(kept), len(scores))
+    small.to(stored)
+    text = json.dumps({**asdict(report), "output_dir": output_dir.name}, indent=1, ensure_ascii=False) + "\n"
+    write_model_folder(small, tokenizer, output_dir, {SHRINK_REPORT: text})
+    logger.info("%s: %s", resolved.name, report.summary())
     return report
 
 
