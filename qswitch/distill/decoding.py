@@ -67,6 +67,7 @@ class Decoding:
         if path.exists():
             times = PassTimes.from_dict(json.loads(path.read_text(encoding="utf-8")))
         else:
+            self._progress.say("measuring passes of both models: rollout.block_tokens=auto chooses by their times")
             with freed_memory_kept(self._student.device):  # as they will be in the rollouts
                 times = measure_pass_times(self._teacher, self._student, settings.batch_size, make_graphs=self.graphs)
             self._run_dir.write_json(path.name, times.to_dict())

@@ -96,6 +96,7 @@ class Trainer:
             assert response_loss is not None
             self.validation = response_loss
         else:
+            self.progress.say(f"the teacher answers the {len(validation_prompts)} held-out prompts")
             self.validation = Validation(
                 validation_prompts,
                 teacher,
@@ -162,6 +163,7 @@ class Trainer:
         """
         train, counters = self.config.train, self.counters
         if counters.before_nats is None:
+            self.progress.say(f"validating before the first step, on {self.validation.num_tokens} tokens")
             counters.before_nats = counters.last_nats = self.validate()
             counters.before_nats_by_prompt = self.validation.nats_by_prompt
             self._adapt_share()
