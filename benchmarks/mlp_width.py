@@ -3,7 +3,7 @@
     python -m benchmarks.mlp_width MODEL --data FILE.jsonl --output results/mlp_width-NAME.json
 
 Of every MLP the hidden units go whose activation, times the norm of their column of the down projection, has the
-smallest mean square on this project's calibration examples; `refitted` solves the down projection of the units that stay
+smallest mean square on this project's calibration examples; `refitted` solves the down projection of those that stay
 anew by least squares on the same examples. KL(whole || cut) is measured as in benchmarks/shrink.py, whose results say
 what the same number of parameters costs in layers.
 """

@@ -44,8 +44,6 @@ class LayerChoice:
     dropped: tuple[int, ...]
     kl_nats: float
     """KL(whole || cut) per position on the text by which they were chosen."""
-    num_tried: int
-    """Models that were scored."""
     seconds: float
 
 
@@ -86,55 +84,88 @@ def choose_layers(
     Raises:
         ModelError: num_layers is below 1 or above the model's, or the model cannot be taken apart.
     """
-    started = last_said = time.monotonic()
+    (choice,) = choices(hf, rows, [num_layers], notify=notify)
+    return choice
+
+
+def choices(
+    hf: Any, rows: Sequence[ScoredRow], sizes: Sequence[int], *, notify: Callable[[str], None] | None = None
+) -> list[LayerChoice]:
+    """As `choose_layers`, for several numbers of layers in the time that the smallest takes alone."""
+    started = time.monotonic()
     _, layers = find_layers(hf)
-    if not 1 <= num_layers <= len(layers):
-        raise ModelError(f"{type(hf).__name__} has {len(layers)} layers, so {num_layers} cannot be kept.")
-    everything = list(range(len(layers)))
-    if num_layers == len(layers):
-        return LayerChoice(kept=tuple(everything), dropped=(), kl_nats=0.0, num_tried=0, seconds=0.0)
-
-    def say(text: str) -> None:
-        nonlocal last_said
-        if notify is not None and time.monotonic() - last_said >= SAY_EVERY_S:
-            last_said = time.monotonic()
-            notify(f"choosing layers: {text}, {last_said - started:.0f} s")
-
-    num_tried = 0
+    for size in sizes:
+        if not 1 <= size <= len(layers):
+            raise ModelError(f"{type(hf).__name__} has {len(layers)} layers, so {size} cannot be kept.")
+    found: dict[int, tuple[list[int], float]] = {}
     with computing_in_fp32(hf):
-        few = LayerStack(hf, rows[::ROWS_AT_FIRST], max_positions=MAX_POSITIONS // ROWS_AT_FIRST)
-        added = {}  # KL that a layer added when it was last tried
-        for layer in everything:
-            added[layer] = few.kl_nats(few.through(everything[layer + 1 :], few.states[layer])[len(few)])
-            say(f"{layer + 1} of {len(layers)} tried")
-        stack = LayerStack(hf, rows, max_positions=MAX_POSITIONS)
-        kept, kl, states = list(everything), 0.0, stack.states
-        while len(kept) > num_layers:
-            best: tuple[float, int, dict[int, Tensor]] | None = None
-            for layer in _worth_trying(kept, added):
-                after = stack.through([i for i in kept if i > layer], states[layer])
-                score = stack.kl_nats(after[len(stack)])
-                added[layer] = score - kl
-                num_tried += 1
-                if best is None or (score, layer) < best[:2]:
-                    best = (score, layer, after)
-            assert best is not None
-            kl, layer, after = best
-            states = {i: state for i, state in states.items() if i < layer} | after
-            kept.remove(layer)
-            say(f"{len(kept)} left, to be {num_layers}; KL {kl:.2f} nats/token")
-        for other in _by_hidden_change(stack, num_layers):
-            score = stack.kl_nats(stack.through(other, stack.states[0])[len(stack)])
-            num_tried += 1
-            if score < kl:
-                kept, kl = other, score
-    return LayerChoice(
-        kept=tuple(kept),
-        dropped=tuple(i for i in everything if i not in kept),
-        kl_nats=kl,
-        num_tried=num_tried,
-        seconds=time.monotonic() - started,
-    )
+        search = _Search(hf, rows, min(sizes), notify)
+        while True:
+            size = len(search.kept)
+            if size in sizes:
+                found[size] = search.nearest()
+            if size == min(sizes):
+                break
+            search.drop_one()
+    seconds = time.monotonic() - started
+    return [
+        LayerChoice(
+            kept=tuple(found[size][0]),
+            dropped=tuple(sorted(set(range(len(layers))) - set(found[size][0]))),
+            kl_nats=found[size][1],
+            seconds=seconds,
+        )
+        for size in sizes
+    ]
+
+
+class _Search:
+    """Layers that are still kept, fewer from call to call."""
+
+    def __init__(self, hf: Any, rows: Sequence[ScoredRow], target: int, notify: Callable[[str], None] | None) -> None:
+        self._notify, self._target = notify, target
+        self._started = self._last_said = time.monotonic()
+        self._stack = LayerStack(hf, rows, max_positions=MAX_POSITIONS)
+        self._added: dict[int, float] = {}
+        """KL that a layer added when it was last tried, nats."""
+        self.kept = list(range(len(self._stack)))
+        self.kl_nats = 0.0
+        self._states = self._stack.states
+        if target < len(self._stack):
+            few = LayerStack(hf, rows[::ROWS_AT_FIRST], max_positions=MAX_POSITIONS // ROWS_AT_FIRST)
+            for layer in self.kept:
+                after = few.through(self.kept[layer + 1 :], few.states[layer])
+                self._added[layer] = few.kl_nats(after[len(few)])
+                self._say(f"{layer + 1} of {len(few)} tried")
+
+    def drop_one(self) -> None:
+        """One layer goes: of those that are worth trying, the one without which the output is nearest."""
+        best: tuple[float, int, dict[int, Tensor]] | None = None
+        for layer in _worth_trying(self.kept, self._added):
+            after = self._stack.through([i for i in self.kept if i > layer], self._states[layer])
+            score = self._stack.kl_nats(after[len(self._stack)])
+            self._added[layer] = score - self.kl_nats
+            if best is None or (score, layer) < best[:2]:
+                best = (score, layer, after)
+        assert best is not None
+        self.kl_nats, gone, after = best
+        self._states = {i: state for i, state in self._states.items() if i < gone} | after
+        self.kept.remove(gone)
+        self._say(f"{len(self.kept)} left, to be {self._target}; KL {self.kl_nats:.2f} nats/token")
+
+    def nearest(self) -> tuple[list[int], float]:
+        """The kept layers, or as many chosen by the hidden state where their KL is lower; and that KL, nats."""
+        found = [(self.kl_nats, list(self.kept))]
+        for kept in _by_hidden_change(self._stack, len(self.kept)):
+            last = self._stack.through(kept, self._stack.states[0])[len(self._stack)]
+            found.append((self._stack.kl_nats(last), kept))
+        kl_nats, kept = min(found)
+        return kept, kl_nats
+
+    def _say(self, text: str) -> None:
+        if self._notify is not None and time.monotonic() - self._last_said >= SAY_EVERY_S:
+            self._last_said = time.monotonic()
+            self._notify(f"choosing layers: {text}, {self._last_said - self._started:.0f} s")
 
 
 def _worth_trying(kept: Sequence[int], added: dict[int, float]) -> list[int]:

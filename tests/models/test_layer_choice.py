@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qswitch.errors import ModelError
-from qswitch.models.layer_choice import MAX_TRIED, calibration, choose_layers, kl_of_choice, scored_rows
+from qswitch.models.layer_choice import MAX_TRIED, calibration, choices, choose_layers, kl_of_choice, scored_rows
 from qswitch.models.layers import LayerStack, ScoredRow, computing_in_fp32, find_layers
 from qswitch.models.shrink import keep_layers
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
@@ -70,6 +70,13 @@ def test_a_run_of_layers_that_goes_cheaply_together_is_found():
             for layer in (five, six):
                 layer.get_submodule(name).weight.mul_(0.1)
     assert choose_layers(hf, ROWS, 10).dropped == (5, 6)
+
+
+def test_several_sizes_at_once_are_what_each_is_alone():
+    hf = lively_model("llama", 6)
+    together = choices(hf, ROWS, [5, 3, 6])
+    assert [c.kept for c in together] == [choose_layers(hf, ROWS, n).kept for n in (5, 3, 6)]
+    assert together[2].dropped == () and together[2].kl_nats == pytest.approx(0, abs=1e-6)
 
 
 def test_the_same_layers_every_time():
