@@ -14,20 +14,21 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.provenance import publish
-from qswitch.models.layer_choice import MAX_POSITIONS, calibration, choices, kl_of_choice, scored_rows
+from qswitch.models.layer_choice import MAX_POSITIONS, calibration, choices, scored_rows
 from qswitch.models.layers import LayerStack, ScoredRow, computing_in_fp32
 from qswitch.models.load import read_model, read_tokenizer
 from qswitch.models.references import resolve_reference
 from qswitch.models.runtime import Runtime
 from qswitch.models.shrink import CALIBRATION_PROMPTS
 
-MAX_HELD_OUT_TOKENS = 160
+MAX_HELD_OUT_TOKENS = 120
 
 
 def hidden_change(hf: Any, rows: Sequence[Sequence[int]]) -> list[float]:
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--layers", type=int, action="append", required=True)
     parser.add_argument("--data", type=Path, required=True, help="held-out records, jsonl")
-    parser.add_argument("--records", type=int, default=16)
+    parser.add_argument("--records", type=int, default=10)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
 
@@ -80,23 +81,33 @@ def main() -> None:
     started = time.process_time()
     chosen = choices(hf, rows, args.layers, notify=print)
     now_s = time.process_time() - started
+    kept = [
+        {"before": by_change[:size], "last_two": last_two[:size], "now": choice.kept}
+        for size, choice in zip(args.layers, chosen, strict=True)
+    ]
     results = []
-    for num_layers, choice in zip(args.layers, chosen, strict=True):
-        kept = {"before": by_change[:num_layers], "last_two": last_two[:num_layers], "now": choice.kept}
-        results.append(
-            {
-                "layers": num_layers,
-                "kl_nats": {name: round(kl_of_choice(hf, held_out, sorted(k)), 4) for name, k in kept.items()},
-                "dropped": {name: sorted(set(range(len(change))) - set(k)) for name, k in kept.items()},
-            }
-        )
-        print(results[-1])
+    with computing_in_fp32(hf):
+        stack = LayerStack(hf, held_out, max_positions=sum(len(row.ids) for row in held_out))
+
+        @cache
+        def kl_nats(layers: tuple[int, ...]) -> float:
+            return round(stack.kl_nats(stack.through(layers, stack.states[0])[len(stack)]), 4)
+
+        for size, ways in zip(args.layers, kept, strict=True):
+            results.append(
+                {
+                    "layers": size,
+                    "kl_nats": {name: kl_nats(tuple(sorted(k))) for name, k in ways.items()},
+                    "dropped": {name: sorted(set(range(len(change))) - set(k)) for name, k in ways.items()},
+                }
+            )
+            print(results[-1], flush=True)
     publish(
         {
             "model": resolved.name,
             "layers_of_the_whole": len(change),
             "data": args.data.name,
-            "held_out_tokens": sum(len(row.ids) - row.first for row in held_out),
+            "held_out_tokens": stack.num_positions,
             "calibration_tokens": sum(len(row.ids) for row in rows),
             "scored_positions": MAX_POSITIONS,
             "cpu_s": {"before": round(before_s, 1), "now, all sizes": round(now_s, 1)},
