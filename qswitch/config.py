@@ -7,6 +7,7 @@ tests/test_config.py proves that every field is read somewhere.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from functools import cache, reduce
@@ -189,6 +190,14 @@ class StudentSection(Section):
     """config.json values of the model (before shrinking), so that it can be planned before any download."""
 
 
+RESERVED_TEMPLATE_KWARGS = frozenset({
+    "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+})  # fmt: skip
+"""Arguments of `apply_chat_template` that are ours to give, or the record's."""
+
+
 class DataSection(Section):
     """Prompts, and ground-truth responses where there are any."""
 
@@ -207,8 +216,13 @@ class DataSection(Section):
     """Our field (prompt, response, system, instruction, input, output, messages, ...) -> column of the file."""
     template: str = "teacher"
     """teacher or student (that tokenizer's chat template), alpaca, plain (the prompt as it is), or a Jinja file."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What the chat template is told beside the turns, for example {enable_thinking: false}. A row's column
+    chat_template_kwargs goes before it."""
     system_prompt: str | None = None
     """Put before every conversation that has no system turn of its own."""
+    end_tokens: list[str] = Field(default_factory=list)
+    """Further tokens that end a response, in rollouts, training and the exported model, for example <end_of_turn>."""
     allow_eos_mismatch: bool = False
     """Train although no end token of one model ends a response of the other; responses end at either's."""
     max_prompt_tokens: int = Field(default=256, ge=1)
@@ -227,6 +241,25 @@ class DataSection(Section):
     """Plain text for an added language-model loss; text, jsonl with `text`, or a hub id."""
     lm_corpus_tokens: int = Field(default=20_000_000, ge=1)
     """Tokens read of lm_corpus, from its start, at most; they stay in host memory, 8 bytes each."""
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _refuse_reserved(cls, values: dict[str, Any]) -> dict[str, Any]:
+        for name, value in values.items():
+            if name in RESERVED_TEMPLATE_KWARGS:
+                raise ValueError(f"{name} is not for the template; the data and the run say it. Remove it")
+            if not name.isidentifier():
+                raise ValueError(f"{name!r} is no name that a template can read; write letters, digits and _")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; a template needs a number, text, a list or a mapping")
+        return values
+
+    @field_validator("end_tokens")
+    @classmethod
+    def _refuse_empty_tokens(cls, tokens: list[str]) -> list[str]:
+        if "" in tokens or len(set(tokens)) < len(tokens):
+            raise ValueError("every entry must be a token, once; name it as the tokenizer does, such as <end_of_turn>")
+        return tokens
 
 
 class RolloutSection(Section):

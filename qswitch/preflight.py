@@ -1,12 +1,14 @@
 """What would stop a run, found before any weight is loaded, and all in one list.
 
-`check_settings` needs no library and no network; `prepare` then reads tokenizers and data, and hands back what it has
-read. Each finding names the setting, the reason and the remedy. Cold until `prepare` runs.
+`check_settings` needs no library and no network, and reads the first rows of every data file; `prepare` then reads
+tokenizers and data, and hands back what it has read. Each finding names the setting, the reason and the remedy. Cold
+until `prepare` runs.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import platform
 import shutil
@@ -27,8 +29,12 @@ if TYPE_CHECKING:
     from qswitch.models.pair import TokenizerPair
     from qswitch.plan.shapes import ModelShape
 
+logger = logging.getLogger(__name__)
+
 NF4_CPU_BLOCK = 64
 """bitsandbytes on CPU reads NF4 in blocks of this many inputs."""
+FIRST_RECORDS = 32
+"""Records read of each data set before anything else, so that a wrong column or encoding shows at once."""
 PROBED_RECORDS = 20_000
 """Records read of each data set to find its problem where a run cannot start anyway; about a second."""
 TEMPLATE_PROBE = "What is 2 + 2? It's four."
@@ -78,6 +84,7 @@ def check_settings(config: RunConfig, output_dir: Path | None = None, *, elsewhe
 def settings_problems(config: RunConfig, output_dir: Path | None = None, *, elsewhere: bool = False) -> list[str]:
     """What `check_settings` would raise, as a list, for `prepare` to add to."""
     problems = [*_adapters(config), *_shapes_and_context(config, elsewhere), *_files(config)]
+    problems += _unreadable_data(config, FIRST_RECORDS)
     if not elsewhere:
         problems += _machine(config)
     if output_dir is not None:
@@ -190,7 +197,8 @@ def _adapters(config: RunConfig) -> Iterator[str]:
 
 
 def _files(config: RunConfig) -> Iterator[str]:
-    from qswitch.data.sources import RECORD_SUFFIXES, TEXT_SUFFIXES, reference_path
+    from qswitch.data.files import RECORD_SUFFIXES, TEXT_SUFFIXES
+    from qswitch.data.sources import reference_path
 
     data = config.data
     texts = RECORD_SUFFIXES + TEXT_SUFFIXES
@@ -291,12 +299,14 @@ def prepare(
     if pair is not None and encoder is not None:
         problems += _end_tokens(config, pair)
         problems += _template(config, pair, encoder)
+        _warn_of_end_of_turn(pair, encoder)
     if pair is None or encoder is None or problems:
-        problems += _unreadable_data(config)
+        found = _unreadable_data(config, PROBED_RECORDS)
+        problems += [problem for problem in found if problem not in problems]
         raise PreflightError(problems)
     prompts = attempt(gather_prompts, config, encoder, notify)
     if prompts is None:  # of several sets that cannot be read, it named the first
-        problems = _unreadable_data(config) or problems
+        problems = _unreadable_data(config, PROBED_RECORDS) or problems
     corpus = attempt(_corpus, config, pair) if config.data.lm_corpus is not None else None
     if problems:
         raise PreflightError(problems)
@@ -385,12 +395,15 @@ def _refuse_another_shape(shape: Mapping[str, Any] | None, config: Any, name: st
                              "Remove the block; the model's own file is read then.")  # fmt: skip
 
 
-def _unreadable_data(config: RunConfig) -> list[str]:
-    """The first problem of every data set that lies on this disk, read up to `PROBED_RECORDS` records.
+def _unreadable_data(config: RunConfig, num_records: int) -> list[str]:
+    """The first problem of every data set that lies on this disk, read up to `num_records` records.
 
-    One that is not there has been reported before, and a hub that does not answer costs minutes.
+    One that is not there has been reported before, a hub that does not answer costs minutes, and what `datasets`
+    saved is read when the libraries are there.
     """
-    from qswitch.data.records import check_columns, load_records
+    from qswitch.data.fields import check_columns
+    from qswitch.data.records import load_records
+    from qswitch.data.sources import is_saved_dataset
 
     data = config.data
     problems: list[str] = []
@@ -401,10 +414,10 @@ def _unreadable_data(config: RunConfig) -> list[str]:
     named = ((data.train, data.split, data.limit), (data.validation, data.validation_split or data.split, None))
     for references, split, limit in named:
         for reference in [references] if isinstance(references, str) else references or []:
-            if not Path(reference).expanduser().exists():
+            if not Path(reference).expanduser().exists() or is_saved_dataset(Path(reference).expanduser()):
                 continue
             try:
-                load_records(data, reference, limit=min(limit or PROBED_RECORDS, PROBED_RECORDS), split=split)
+                load_records(data, reference, limit=min(limit or num_records, num_records), split=split)
             except DataError as error:
                 problems.append(str(error))
     return problems
@@ -423,9 +436,23 @@ def _end_tokens(config: RunConfig, pair: TokenizerPair) -> list[str]:
     ]
 
 
+def _warn_of_end_of_turn(pair: TokenizerPair, encoder: PromptEncoder) -> None:
+    """Says where the template closes an answer with a token at which nothing stops."""
+    closing = encoder.closing_token_id()
+    if closing is None or closing in pair.eos_ids:
+        return
+    token, *ends = pair.tokenizer.convert_ids_to_tokens([closing, *pair.eos_ids])
+    logger.warning(
+        "The chat template closes an answer with %s, which ends no response: the models stop at %s. Rollouts and the "
+        "exported student would run on to their limit. Set data.end_tokens='[\"%s\"]' to stop there.",
+        token, ", ".join(ends), token,
+    )  # fmt: skip
+
+
 def _template(config: RunConfig, pair: TokenizerPair, encoder: PromptEncoder) -> list[str]:
     """The template's own text, special tokens included, must be the same ids to both."""
-    from qswitch.data.records import Message, Record
+    from qswitch.data.records import Record
+    from qswitch.data.turns import Message
 
     text = encoder.render(Record(0, (Message("user", TEMPLATE_PROBE),), None, "the template probe"))
     ids = {role: t(text, add_special_tokens=False)["input_ids"] for role, t in

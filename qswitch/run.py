@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def rehearse(config: RunConfig, *, vram: str | None = None, resumes: bool = False) -> tuple[Plan, str]:
-    """The plan of a run from its settings alone, and where its budget is from; reads no data.
+    """The plan of a run from its settings alone, and where its budget is from; of the data the first rows.
 
     Raises:
         PreflightError: what would stop the run on this machine, or with `vram` on any.

@@ -186,7 +186,7 @@ def _lacks_responses(cell: Cell) -> bool:
     data = cell.config.data
     try:
         rows = enumerate(iter_rows(data.train, split=data.split))
-        return any(not (record_of_row(row, number, data).response or "").strip() for number, row in rows)
+        return any(not record_of_row(row, number, data).has_response for number, row in rows)
     except DataError:
         return False
 

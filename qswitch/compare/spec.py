@@ -241,10 +241,11 @@ def _unlike_evaluations(cells: list[Cell], section: CompareSection) -> Iterator[
                 f"{', student.'.join(changed)}): a comparison has one start. Set it in settings: for every cell, or "
                 "compare the runs with qswitch eval"
             )
-        ours, theirs = ((c.config.data.template, c.config.data.system_prompt) for c in (first, cell))
+        shown = ("template", "template_kwargs", "system_prompt")
+        ours, theirs = ([getattr(c.config.data, name) for name in shown] for c in (first, cell))
         if follows_runs and ours != theirs:
             yield (
-                f"cells.{cell.name} has another data.template or data.system_prompt than {first.name}, but all answer "
+                f"cells.{cell.name} has another data.template, data.template_kwargs or data.system_prompt than {first.name}, but all answer "
                 "the same prompts. Name one in evaluate.template, or set it in settings: for every cell"
             )
 

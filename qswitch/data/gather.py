@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from qswitch.config import RunConfig
+from qswitch.data.fields import check_columns
 from qswitch.data.loader import Mixture
-from qswitch.data.records import check_columns
 from qswitch.data.sources import Notify
 from qswitch.data.table import PromptTable, prompt_table
 from qswitch.data.template import Prompt, PromptEncoder
@@ -51,8 +52,10 @@ class DataReport:
     """Left out of training because data.validation has the same prompt."""
     longest_prompt_tokens: int
     """Of the prompts that are trained on or held out."""
+    unused_fields: dict[str, int]
+    """Columns, and fields of turns, that neither we nor the template read -> records that have them."""
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -75,7 +78,12 @@ def load_prompts(config: RunConfig, pair: TokenizerPair) -> tuple[PromptEncoder,
 def make_encoder(config: RunConfig, pair: TokenizerPair) -> PromptEncoder:
     """The encoder of data.template."""
     template = config.data.template
-    return PromptEncoder(template_tokenizer(pair, template), template, end_token_ids=pair.eos_ids)
+    return PromptEncoder(
+        template_tokenizer(pair, template),
+        template,
+        end_token_ids=pair.eos_ids,
+        template_kwargs=config.data.template_kwargs,
+    )
 
 
 def gather_prompts(config: RunConfig, encoder: PromptEncoder, notify: Notify | None = None) -> RunPrompts:
@@ -134,14 +142,18 @@ def gather_prompts(config: RunConfig, encoder: PromptEncoder, notify: Notify | N
     return RunPrompts(sets[0] if data.weights is None else Mixture(sets, data.weights), held_out, report)
 
 
-def _count(sets: Sequence[PromptTable], max_response_tokens: int) -> dict[str, int]:
+def _count(sets: Sequence[PromptTable], max_response_tokens: int) -> dict[str, Any]:
     """What is odd about the records, before any of them is held out."""
 
     def prompts_where(holds: Any) -> int:
         return sum(int(np.count_nonzero(holds(s))) for s in sets)
 
     num_rows = sum(s.num_rows for s in sets)
+    unused: Counter[str] = Counter()
+    for prompts in sets:
+        unused.update(prompts.unused_fields())
     return {
+        "unused_fields": dict(unused.most_common()),
         "records": num_rows,
         "duplicates": num_rows - len(np.unique(np.concatenate([s.digests() for s in sets]))),
         "too_long": num_rows - sum(map(len, sets)),
@@ -229,3 +241,6 @@ def _say(config: RunConfig, report: DataReport, longest: int) -> None:
     for text, number in found.items():
         if number:
             logger.warning(text, number)
+    if report.unused_fields:
+        named = ", ".join(f"{name} ({number})" for name, number in report.unused_fields.items())
+        logger.warning("Of %d records these fields are not used: %s.", report.records, named)

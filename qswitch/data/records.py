@@ -6,64 +6,31 @@ Detects the format of every row from its columns (`data.columns` decides first).
 from __future__ import annotations
 
 import difflib
-import functools
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from qswitch.config import DataSection
-from qswitch.data.sources import Row, iter_rows
+from qswitch.config import RESERVED_TEMPLATE_KWARGS, DataSection
+from qswitch.data.fields import USUAL_NAMES, Fields, check_columns, kind_of, unknown_column
+from qswitch.data.files import Row
+from qswitch.data.sources import iter_rows
+from qswitch.data.turns import Message, read_tools, read_turns
 from qswitch.errors import DataError
 
-MAPPABLE_FIELDS = (
-    "prompt",
-    "response",
-    "system",
-    "instruction",
-    "input",
-    "output",
-    "messages",
-    "conversations",
-    "max_new_tokens",
-)
-_FIELD_NAMES = {
-    "messages": ("messages",),
-    "conversations": ("conversations", "conversation"),
-    "instruction": ("instruction",),
-    "prompt": ("prompt", "question", "text"),
-    "input": ("input", "context"),
-    "response": ("response", "completion", "output", "answer"),
-    "system": ("system", "system_prompt"),
-    "max_new_tokens": ("max_new_tokens",),
+_FORMATS = {
+    "messages": (),
+    "conversations": (),
+    "instruction": ("input", "response"),
+    "prompt": ("response",),
 }
-_FORMATS = ("messages", "conversations", "instruction", "prompt")
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-}
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn; role is system, user or assistant."""
-
-    role: str
-    content: str
+"""What says that a row is of a format -> the other fields that this format reads."""
+_ALWAYS_READ = ("system", "max_new_tokens", "tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One prompt, whose last turn is the user's, and the ground-truth response if the data has one.
+    """One prompt, whose last turn is the user's or a tool's, and the ground-truth response if the data has one.
 
     `instruction` and `input` hold the two halves of the last user turn when the data keeps them apart; the Alpaca
     template lays them out separately.
@@ -79,11 +46,25 @@ class Record:
     """Response limit of this record, tokens; None: the run's."""
     instruction: str | None = None
     input: str = ""
+    response_extra: Mapping[str, Any] = field(default_factory=dict)
+    """What the response's turn holds beside its text: tool_calls, reasoning_content, ..."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON schemas of the tools that may be called."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """What this row tells the chat template, over data.template_kwargs."""
+    unused: tuple[str, ...] = ()
+    """Columns of the row that hold something and are not read."""
 
     @property
     def text(self) -> str:
         """The whole prompt as one text, for telling equal prompts."""
-        return "\n".join(f"{m.role}: {m.content.strip()}" for m in self.messages)
+        turns = (f"{m.role}: {m.content.strip()}{m.extra or ''}" for m in self.messages)
+        return "\n".join([*turns, *map(str, self.tools)])
+
+    @property
+    def has_response(self) -> bool:
+        """Whether there is a response to learn from: text, or calls of tools."""
+        return bool((self.response or "").strip()) or "tool_calls" in self.response_extra
 
 
 def iter_records(
@@ -104,7 +85,7 @@ def iter_records(
         yield record_of_row(row, index, data)
     for ours, column in data.columns.items():
         if column not in columns:
-            raise DataError(_unknown_column(ours, column, columns, str(reference)))
+            raise DataError(unknown_column(ours, column, columns, str(reference)))
 
 
 def load_records(
@@ -114,93 +95,19 @@ def load_records(
     return list(iter_records(data, reference, limit=limit, split=split))
 
 
-def check_columns(data: DataSection) -> None:
-    """Nothing, or an error for a key of data.columns that no record has.
-
-    Raises:
-        DataError: names the key and the nearest field.
-    """
-    unknown = [f for f in data.columns if f not in MAPPABLE_FIELDS]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], MAPPABLE_FIELDS, n=1)
-        hint = f"Did you mean data.columns.{near[0]}?" if near else f"Known: {', '.join(MAPPABLE_FIELDS)}."
-        raise DataError(f"data.columns.{unknown[0]} is not a field that a record has. {hint}")
-
-
-def _unknown_column(ours: str, column: str, columns: Mapping[str, Any], where: str) -> str:
-    near = difflib.get_close_matches(column, list(columns), n=1, cutoff=0.5)
-    hint = f"Did you mean data.columns.{ours}={near[0]}?" if near else f"Set data.columns.{ours} to one of them."
-    return f"{where}: data.columns.{ours} names the column {column}, but the columns are {', '.join(columns)}. {hint}"
-
-
-@functools.lru_cache(maxsize=256)  # rows of one file have few sets of columns
-def _columns_of(names: tuple[str, ...], mapped: tuple[tuple[str, str], ...]) -> dict[str, str | None]:
-    columns = {"response" if field == "output" else field: column for field, column in mapped}
-    taken = set(columns.values())
-    found: dict[str, str | None] = {}
-    for field, usual in _FIELD_NAMES.items():
-        if field in columns:
-            found[field] = columns[field] if columns[field] in names else None
-        else:
-            found[field] = next((n for n in usual if n in names and n not in taken), None)
-    return found
-
-
-class _Fields:
-    """The fields of one row under our names; knows the row's place for error messages."""
-
-    def __init__(self, row: Row, columns: Mapping[str, str]) -> None:
-        self.row = row
-        self._columns = _columns_of(tuple(row.fields), tuple(columns.items()))
-
-    def column(self, field: str) -> str | None:
-        """The row's column that holds `field`: the mapped one, else the first of the usual names."""
-        return self._columns[field]
-
-    def raw(self, field: str) -> Any:
-        column = self.column(field)
-        return None if column is None else self.row.fields[column]
-
-    def text(self, field: str) -> str | None:
-        value = self.raw(field)
-        return None if value is None else self.as_text(value, str(self.column(field)))
-
-    def as_text(self, value: Any, name: str) -> str:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = str(value)
-        if not isinstance(value, str):
-            raise self.error(f"{name} must be text, found {_kind(value)}. Mend or delete this record")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            code = ord(value[error.start])
-            raise self.error(
-                f"{name} holds half a character (U+{code:04X}). Mend the escape sequence in this record"
-            ) from None
-        return value
-
-    def error(self, reason: str) -> DataError:
-        return DataError(f"{self.row.where}: {reason}.")
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", bool: "true or false", type(None): "null", str: "text", int: "a number"}
-    return names.get(type(value), type(value).__name__)
-
-
 def record_of_row(row: Row, index: int, data: DataSection) -> Record:
     """What one row says; `index` becomes its id.
 
     Raises:
         DataError: no known format, a wrong type, an empty prompt; names file, line, reason and remedy.
     """
-    fields = _Fields(row, data.columns)
+    fields = Fields(row, data.columns)
     present = [name for name in _FORMATS if fields.column(name) is not None and fields.raw(name) is not None]
+    _refuse_preferences(fields, data.columns)
     if not present:
         raise DataError(_no_format(row, data.columns))
     chosen = sorted(present, key=lambda name: name not in data.columns)[0]
-    read = _READERS[chosen]
-    messages, response, instruction, extra = read(fields)
+    messages, response, instruction, extra = _READERS[chosen](fields)
 
     system = fields.text("system") or data.system_prompt
     if system and messages[0].role != "system":
@@ -209,19 +116,42 @@ def record_of_row(row: Row, index: int, data: DataSection) -> Record:
     return Record(
         id=index,
         messages=tuple(messages),
-        response=response,
+        response=None if response is None else response.content,
         source=row.where,
         max_new_tokens=_max_new_tokens(fields),
         instruction=instruction,
         input=extra,
+        response_extra={} if response is None else response.extra,
+        tools=tuple(read_tools(fields)),
+        template_kwargs=_template_kwargs(fields),
+        unused=fields.unused((chosen, *_FORMATS[chosen], *_ALWAYS_READ)),
     )
+
+
+def _refuse_preferences(fields: Fields, columns: Mapping[str, str]) -> None:
+    """Rows that say which of two answers is the better one teach something else than their prompts do."""
+    names = fields.row.fields
+    if "response" in columns or "output" in columns or "messages" in columns or "conversations" in columns:
+        return  # somebody has said what to learn
+    if "chosen" in names and "rejected" in names:
+        whole = isinstance(names["chosen"], list) and len(names["chosen"]) > 1
+        remedy = "data.columns.messages=chosen" if whole else "data.columns.response=chosen"
+        raise fields.error(
+            "a pair of a chosen and a rejected answer. qswitch learns from no preferences; to learn the chosen "
+            f"answer, set {remedy}"
+        )
+    if isinstance(names.get("label"), bool) and "completion" in names:
+        raise fields.error(
+            "a completion with a label that is true or false. qswitch learns from no preferences; keep the records "
+            "whose label is true, and say that their answer is meant with data.columns.response=completion"
+        )
 
 
 def _no_format(row: Row, columns: Mapping[str, str]) -> str:
     for ours in _FORMATS:
         if ours in columns and columns[ours] not in row.fields:
-            return _unknown_column(ours, columns[ours], row.fields, row.where)
-    known = [name for ours in _FORMATS for name in _FIELD_NAMES[ours]]
+            return unknown_column(ours, columns[ours], row.fields, row.where)
+    known = [name for ours in _FORMATS for name in USUAL_NAMES[ours]]
     empty = [c for c in row.fields if c in known]
     if empty:
         return f"{row.where}: the prompt is empty ({empty[0]} is null). Fill it in or delete this record."
@@ -235,21 +165,22 @@ def _no_format(row: Row, columns: Mapping[str, str]) -> str:
     )
 
 
-_Read = tuple[list[Message], str | None, str | None, str]
+_Read = tuple[list[Message], Message | None, str | None, str]
+"""Turns of the prompt, the response, and the two halves of an instruction."""
 
 
-def _read_conversation(fields: _Fields, name: str) -> _Read:
+def _read_conversation(fields: Fields, name: str) -> _Read:
     column = str(fields.column(name))
-    turns = _turns(fields, fields.raw(name), column)
+    turns = read_turns(fields, fields.raw(name), column)
     response = None
     if turns and turns[-1].role == "assistant":
-        response = turns.pop().content
-    if not turns:
+        response = turns.pop()
+    if not any(turn.role in ("user", "system") for turn in turns):
         raise fields.error(f"{column} holds no user turn. Add the question, or delete this record")
     return turns, response, None, ""
 
 
-def _read_instruction(fields: _Fields) -> _Read:
+def _read_instruction(fields: Fields) -> _Read:
     instruction, extra = fields.text("instruction") or "", fields.text("input") or ""
     if not instruction.strip():
         instruction, extra = extra, ""
@@ -258,14 +189,14 @@ def _read_instruction(fields: _Fields) -> _Read:
     return [Message("user", f"{instruction}\n\n{extra}")], _response(fields), instruction, extra
 
 
-def _read_prompt(fields: _Fields) -> _Read:
+def _read_prompt(fields: Fields) -> _Read:
     if isinstance(fields.raw("prompt"), list):  # turns under the name prompt, as TRL has them
         turns, response, _, _ = _read_conversation(fields, "prompt")
         return turns, response if response is not None else _response(fields), None, ""
     return [Message("user", fields.text("prompt") or "")], _response(fields), None, ""
 
 
-_READERS: dict[str, Callable[[_Fields], _Read]] = {
+_READERS: dict[str, Callable[[Fields], _Read]] = {
     "messages": lambda fields: _read_conversation(fields, "messages"),
     "conversations": lambda fields: _read_conversation(fields, "conversations"),
     "instruction": _read_instruction,
@@ -273,67 +204,48 @@ _READERS: dict[str, Callable[[_Fields], _Read]] = {
 }
 
 
-def _response(fields: _Fields) -> str | None:
+def _response(fields: Fields) -> Message | None:
     value = fields.raw("response")
     if isinstance(value, list):
-        turns = _turns(fields, value, str(fields.column("response")))
+        column = str(fields.column("response"))
+        turns = read_turns(fields, value, column)
         if len(turns) != 1 or turns[0].role != "assistant":
-            raise fields.error(f"{fields.column('response')} must be text or one assistant turn. Mend this record")
-        return turns[0].content
-    return fields.text("response")
-
-
-def _turns(fields: _Fields, value: Any, column: str) -> list[Message]:
-    """A list of {role, content} or {from, value} turns; in CSV the list is JSON text."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise fields.error(f"{column} must be a list of turns, found text. Use the column name prompt") from None
-    if not isinstance(value, list):
-        raise fields.error(f"{column} must be a list of turns, found {_kind(value)}. Mend this record")
-    turns = []
-    for number, turn in enumerate(value, 1):
-        place = f"{column} turn {number}"
-        if not isinstance(turn, dict):
-            raise fields.error(f"{place} must be an object with role and content, found {_kind(turn)}")
-        role = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if role is None or content is None:
             raise fields.error(
-                f"{place} needs role and content (or from and value), found {', '.join(turn) or 'nothing'}. "
-                "Mend this record"
+                f"{column} must be text or one assistant turn, found {len(turns)} turns. Where it holds the whole "
+                f"conversation, set data.columns.messages={column}"
             )
-        if str(role).lower() not in _ROLES:
-            raise fields.error(f"{place} has the role {role!r}. Use system, user or assistant")
-        turns.append(Message(_ROLES[str(role).lower()], _content(fields, content, place)))
-    return turns
+        return turns[0]
+    text = fields.text("response")
+    return None if text is None else Message("assistant", text)
 
 
-def _content(fields: _Fields, content: Any, place: str) -> str:
-    if not isinstance(content, list):
-        return fields.as_text(content, place)
-    parts = []
-    for part in content:
-        if not (isinstance(part, dict) and part.get("type") == "text"):
-            raise fields.error(f"{place} holds something that is not text (an image?). Keep text only")
-        parts.append(fields.as_text(part.get("text"), place))
-    return "".join(parts)
+def _template_kwargs(fields: Fields) -> dict[str, Any]:
+    value = fields.raw("chat_template_kwargs")
+    if value in (None, "", {}):
+        return {}
+    column = str(fields.column("chat_template_kwargs"))
+    found = fields.structure(value, column)
+    if not isinstance(found, dict):
+        raise fields.error(f'{column} must be an object such as {{"enable_thinking": false}}, found {kind_of(found)}')
+    reserved = [key for key in found if key in RESERVED_TEMPLATE_KWARGS or not key.isidentifier()]
+    if reserved:
+        raise fields.error(f"{column} holds {reserved[0]}, which is not for the data to say. Remove it")
+    return {key: value for key, value in found.items() if value is not None}
 
 
-def _check_turns(fields: _Fields, messages: list[Message]) -> None:
-    if messages[-1].role != "user":
+def _check_turns(fields: Fields, messages: list[Message]) -> None:
+    if messages[-1].role not in ("user", "tool"):
         raise fields.error(f"the prompt ends with a turn of the {messages[-1].role}. It must end with the user's")
-    if not messages[-1].content.strip():
+    if messages[-1].role == "user" and not messages[-1].content.strip():
         raise fields.error("the prompt is empty. Fill it in or delete this record")
 
 
-def _max_new_tokens(fields: _Fields) -> int | None:
+def _max_new_tokens(fields: Fields) -> int | None:
     value = fields.raw("max_new_tokens")
     if value is None or value == "":
         return None
     try:
-        number = int(value)
+        number = int(str(value))
     except (TypeError, ValueError):
         number = 0
     if number < 1 or isinstance(value, bool):

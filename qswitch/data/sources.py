@@ -6,33 +6,25 @@ unusable can say so.
 
 from __future__ import annotations
 
-import codecs
-import csv
 import difflib
 import functools
 import importlib.util
-import io
 import itertools
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qswitch.data.compression import COMPRESSIONS, compression_of, data_suffix, open_bytes
+from qswitch.data.compression import data_suffix
+from qswitch.data.files import RECORD_SUFFIXES, TEXT_SUFFIXES, Row, first_line, from_arrow, rows_of_file
 from qswitch.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-TEXT_SUFFIXES = (".txt", ".md")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
-_FIELD_LIMIT_CHARS = 2**27
 _METADATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 """What the hub's data sets have beside their records."""
-_DELIMITERS = (";", "\t", "|", ",")
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -43,14 +35,6 @@ _SPLIT_NAMES = {
 
 Notify = Callable[[str, int, "int | None"], None]
 """Hears how far loading is: what is being done, how much of it, of how much (None: unknown)."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One record as it stands in the file: column -> value, and where it stands, for example `p.jsonl line 3`."""
-
-    fields: dict[str, Any]
-    where: str
 
 
 def iter_rows(
@@ -83,11 +67,11 @@ def _rows_of(reference: str, split: str, text_files: bool, stream_hub: bool) -> 
     path = reference_path(reference, suffixes)
     if path is None:
         yield from _rows_of_hub(reference, split, stream_hub)
-    elif _is_saved_dataset(path):
+    elif is_saved_dataset(path):
         yield from _rows_of_saved(path, split)
     else:
         for file in data_files(path, split, suffixes):
-            yield from _rows_of_file(file, suffixes)
+            yield from rows_of_file(file, suffixes)
 
 
 def source_stamp(reference: str | list[str], split: str) -> list[Any]:
@@ -102,9 +86,7 @@ def source_stamp(reference: str | list[str], split: str) -> list[Any]:
         if path is None:
             files = [Path(file["filename"]) for file in _hub_dataset(one, split).cache_files]
         else:
-            files = (
-                sorted(filter(Path.is_file, path.rglob("*"))) if _is_saved_dataset(path) else data_files(path, split)
-            )
+            files = sorted(filter(Path.is_file, path.rglob("*"))) if is_saved_dataset(path) else data_files(path, split)
         stamp.append([one, split, *([str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files)])
     return stamp
 
@@ -173,7 +155,8 @@ def _split_of(inner: Path) -> str | None:
     return None
 
 
-def _is_saved_dataset(path: Path) -> bool:
+def is_saved_dataset(path: Path) -> bool:
+    """Whether `save_to_disk` of the datasets library wrote this folder."""
     return path.is_dir() and any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
@@ -184,7 +167,7 @@ def _rows_of_saved(path: Path, split: str) -> Iterator[Row]:
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # datasets and pyarrow raise many kinds; all mean that the folder is not whole
-        raise DataError(f"{path}: not readable as a saved data set: {_first_line(error)}. Save it anew.") from None
+        raise DataError(f"{path}: not readable as a saved data set: {first_line(error)}. Save it anew.") from None
     if isinstance(saved, dict):
         if split not in saved:
             raise DataError(
@@ -192,7 +175,7 @@ def _rows_of_saved(path: Path, split: str) -> Iterator[Row]:
             )
         saved = saved[split]
     for number, fields in enumerate(saved, 1):
-        yield Row(dict(fields), f"{path} record {number}")
+        yield Row(from_arrow(fields), f"{path} record {number}")
 
 
 def _package_path(reference: str) -> Path:
@@ -222,211 +205,9 @@ def _nearest_file(path: Path, suffixes: tuple[str, ...]) -> str:
     return f" The folder {folder.resolve()} {held}. A hub data set is written owner/name."
 
 
-def _rows_of_file(path: Path, suffixes: tuple[str, ...]) -> Iterator[Row]:
-    suffix = data_suffix(path)
-    if suffix not in suffixes:
-        raise DataError(
-            f"{path}: files that end in {path.suffix.lower() or 'nothing'} are not read. Use {', '.join(suffixes)}, "
-            f"plain or compressed ({', '.join(COMPRESSIONS)})."
-        )
-    try:
-        if path.stat().st_size == 0:
-            raise DataError(f"{path} is empty. Put at least one record into it, or name another file.")
-        if suffix in (".jsonl", ".ndjson"):
-            yield from _json_lines(path)
-        elif suffix == ".json":
-            yield from _json_file(path)
-        elif suffix in (".csv", ".tsv"):
-            yield from _csv_file(path, _delimiter(path, "\t" if suffix == ".tsv" else ","))
-        elif suffix == ".parquet":
-            yield from _parquet_file(path)
-        else:
-            yield Row({"text": _read_text(path)}, str(path))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from None
-
-
-def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
-    with open_bytes(path) as file:
-        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    return DataError(
-        f"{path} line {line}: not UTF-8 text (byte 0x{error.object[error.start]:02x}). Save the file as UTF-8, "
-        f"for example with `iconv -f {'UTF-16' if is_utf16 else 'WINDOWS-1252'} -t UTF-8`."
-    )
-
-
-def _first_line_not_utf8(path: Path) -> DataError:
-    """Reads the file again, line by line, to say where the decoder of the whole file gave up."""
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                return _not_utf8(path, number, error)
-    raise AssertionError(f"{path} decodes line by line, but not as a whole")
-
-
-def _read_text(path: Path) -> str:
-    with open_bytes(path) as file:
-        data = file.read()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise _first_line_not_utf8(path) from None
-
-
-def _refuse_constant(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_float=str, parse_constant=_refuse_constant)
-
-
-def _parse_json(text: str) -> Any:
-    """Numbers with a fraction stay as they are written: they end up as text."""
-    return _DECODER.decode(text)
-
-
-def _as_row(value: Any, where: str) -> Row:
-    if isinstance(value, str):
-        return Row({"prompt": value}, where)
-    if not isinstance(value, dict):
-        raise DataError(f'{where}: expected an object such as {{"prompt": "..."}}, found {type(value).__name__}.')
-    return Row(value, where)
-
-
-def _json_lines(path: Path) -> Iterator[Row]:
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, 1):
-            row = parse_json_line(line, path, number)
-            if row is not None:
-                yield row
-
-
-def parse_json_line(line: bytes, path: Path, number: int) -> Row | None:
-    """The row on line `number` (from 1) of a JSON-lines file; None for a blank line.
-
-    Raises:
-        DataError: the line is not UTF-8, no JSON, or no object.
-    """
-    where = f"{path} line {number}"
-    try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, number, error) from None
-    if not text.strip():
-        return None
-    try:
-        value = _parse_json(text)
-    except json.JSONDecodeError as error:
-        if number == 1 and text.lstrip().startswith("["):
-            raise _an_array(path) from None
-        raise DataError(
-            f"{where}: not valid JSON: {error.msg} at column {error.colno}. Write one object a line; "
-            "mend or delete this line."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON: {error}. Mend or delete this line.") from None
-    if number == 1 and isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        raise _an_array(path)
-    return _as_row(value, where)
-
-
-def _an_array(path: Path) -> DataError:
-    return DataError(
-        f"{path} line 1: the file holds one JSON array, not an object a line. Rename it to end in .json, or write one "
-        "object a line."
-    )
-
-
-def _json_file(path: Path) -> Iterator[Row]:
-    text = _read_text(path)
-    try:
-        value = _parse_json(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # JSON lines under the name .json, as the hub often has them
-            yield from _json_lines(path)
-            return
-        raise DataError(
-            f"{path} line {error.lineno}: not valid JSON: {error.msg} at column {error.colno}. Mend the file."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON: {error}. Mend the file.") from None
-    if isinstance(value, dict):
-        # {"data": [...], "version": 1}: records in a wrapper, unless the list is a conversation of one record.
-        lists = [v for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)
-                 and k not in ("messages", "conversations", "conversation")]  # fmt: skip
-        is_record = any(isinstance(value.get(k), str) for k in ("prompt", "instruction", "question", "text"))
-        value = lists[0] if len(lists) == 1 and not is_record else [value]
-    if not isinstance(value, list):
-        raise DataError(f"{path}: expected a list of objects, found {type(value).__name__}.")
-    for number, item in enumerate(value, 1):
-        yield _as_row(item, f"{path} record {number}")
-
-
-def _delimiter(path: Path, usual: str) -> str:
-    """What separates the cells: `usual`, or another of `; tab | ,` where that parts the header into more cells."""
-    with open_bytes(path) as file:
-        header = file.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n")
-
-    def cells(delimiter: str) -> int:
-        found = next(csv.reader([header], delimiter=delimiter), [])
-        # A cell that begins with a blank is text in which the delimiter is punctuation: "response, if any".
-        return 0 if any(cell.startswith(" ") for cell in found) else len(found)
-
-    most = max(map(cells, _DELIMITERS))
-    return usual if cells(usual) == most else max(_DELIMITERS, key=cells)
-
-
-def _csv_file(path: Path, delimiter: str) -> Iterator[Row]:
-    """Every cell as text, so that 007 stays 007; a quoted cell may span lines. Read row by row."""
-    csv.field_size_limit(_FIELD_LIMIT_CHARS)
-    header: list[str] | None = None
-    start = 1
-    try:
-        with open_bytes(path) as file:
-            lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-            reader = csv.reader(lines, delimiter=delimiter, strict=True)
-            for cells in reader:
-                where = f"{path} line {start}"
-                start = reader.line_num + 1
-                if not cells:
-                    continue
-                if header is None:
-                    header = [name.strip() for name in cells]
-                    if len(set(header)) != len(header):
-                        raise DataError(f"{where}: two columns have the same name ({', '.join(header)}). Rename one.")
-                    continue
-                if len(cells) != len(header):
-                    raise DataError(
-                        f"{where}: {len(cells)} cells, but the header has {len(header)} ({', '.join(header)}). "
-                        "Put text that holds a delimiter into double quotes."
-                    )
-                yield Row(dict(zip(header, cells, strict=True)), where)
-    except csv.Error as error:
-        raise DataError(f"{path} line {start}: not valid CSV: {error}. Check the quotes.") from None
-    except UnicodeDecodeError:
-        raise _first_line_not_utf8(path) from None
-
-
-def _parquet_file(path: Path) -> Iterator[Row]:
-    if compression_of(path):
-        raise DataError(f"{path}: parquet compresses by itself and is not read from a compressed file. Unpack it.")
-    import datasets
-
-    try:
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        for number, fields in enumerate(rows, 1):
-            yield Row(dict(fields), f"{path} record {number}")
-    except DataError:
-        raise
-    except Exception as error:  # datasets and pyarrow raise many kinds; all mean that the file is no parquet
-        raise DataError(f"{path}: not readable as parquet: {_first_line(error)}. Write the file anew.") from None
-
-
 def _rows_of_hub(reference: str, split: str, stream: bool) -> Iterator[Row]:
     for number, fields in enumerate(_hub_dataset(reference, split, stream), 1):
-        yield Row(dict(fields), f"{reference} {split} record {number}")
+        yield Row(from_arrow(fields), f"{reference} {split} record {number}")
 
 
 def _hub_dataset(reference: str, split: str, stream: bool = False) -> Any:
@@ -444,11 +225,6 @@ def _hub_dataset(reference: str, split: str, stream: bool = False) -> Any:
             return datasets.load_dataset(name, configuration or None, **options, revision="refs/convert/parquet")
     except Exception as error:  # network, missing data set, split, configuration or token: many kinds, one remedy
         raise DataError(
-            f"{reference} is no file here, and the hub gave no data set (split {split}): {_first_line(error)}. "
+            f"{reference} is no file here, and the hub gave no data set (split {split}): {first_line(error)}. "
             "Check the name, data.split, the network and HF_TOKEN; a configuration is written owner/name:configuration."
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")

@@ -33,7 +33,7 @@ KEPT_BYTES = 20 * 2**30
 """Tables used longest ago leave the cache where all together take more than this."""
 ABANDONED_AFTER_S = 24 * 3600
 """A table that is not whole and was not written to for this long was left by a process that ended."""
-_VERSION = 1
+_VERSION = 2
 """Of a table's columns; raised when their meaning changes."""
 _BATCH_RECORDS = 1024
 
@@ -100,6 +100,11 @@ class PromptTable(Sequence[Prompt]):
         """A column of numbers of the rows that are prompts: [len(self)]."""
         return self._column(name)[self.rows]
 
+    def unused_fields(self) -> dict[str, int]:
+        """Columns and fields of turns that neither a record nor the template read -> in how many rows."""
+        names = (self._dataset.data.column("unused").combine_chunks()).flatten()
+        return {str(v["values"]): int(v["counts"]) for v in names.value_counts().to_pylist()}
+
     def text_ranks(self, rank: Callable[[str], int]) -> np.ndarray:
         """`rank` of every prompt's text, uint64 [len(self)]; texts are read a batch at a time."""
         ranks = np.empty(self.num_rows, np.uint64)
@@ -155,6 +160,7 @@ def prompt_table(
         "max_new_tokens": datasets.Value("int32"),
         "earlier_turns": datasets.List(ids),
         "text": datasets.Value("string"),
+        "unused": datasets.List(datasets.Value("string")),
         "digest": datasets.Value("int64"),
     }
     with _no_progress_bars():
@@ -201,6 +207,7 @@ def _rows(
                 "max_new_tokens": prompt.max_new_tokens,
                 "earlier_turns": [list(turn) for turn in prompt.earlier_turns],
                 "text": prompt.text,
+                "unused": [*record.unused, *prompt.left_out],
                 "digest": int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True),
             }
         done += len(batch)

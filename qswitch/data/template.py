@@ -5,15 +5,19 @@ One template serves teacher and student. Knows nothing of files, order or models
 
 from __future__ import annotations
 
+import difflib
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qswitch.data.records import Record
+from qswitch.data.turns import Message
 from qswitch.errors import DataError
 from qswitch.models.vocab import PROBES
 
@@ -60,6 +64,8 @@ class Prompt:
     """Response limit of this example, tokens; None: the run's."""
     earlier_turns: tuple[tuple[int, int], ...] = ()
     """[start, end) within prompt_ids of the assistant's earlier turns, which ground-truth training learns too."""
+    left_out: tuple[str, ...] = ()
+    """What the record holds and these ids do not, because the template does not read it."""
 
 
 class PromptEncoder:
@@ -70,13 +76,23 @@ class PromptEncoder:
         template: `teacher` or `student` (the chat template of `tokenizer`), `alpaca`, `plain`, or a Jinja file that
             reads `messages` and `add_generation_prompt`.
         end_token_ids: further tokens that end a response, for example of the generation config (Gemma's end of turn).
+        template_kwargs: what a Jinja template is told beside the turns, unless a record says otherwise.
 
     Raises:
-        DataError: the template file is missing or is no Jinja template.
+        DataError: the template file is missing or is no Jinja template, or the template does not read one of
+            `template_kwargs`.
     """
 
-    def __init__(self, tokenizer: Any, template: str = "teacher", *, end_token_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str = "teacher",
+        *,
+        end_token_ids: Sequence[int] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
+        self.template_kwargs = dict(template_kwargs or {})
         self._jinja: str | None = None
         self._kind = template if template in ("alpaca", "plain") else "jinja"
         if template in ("teacher", "student"):
@@ -94,12 +110,48 @@ class PromptEncoder:
         self._start_ids = _start_ids(tokenizer)
         if self._jinja is not None:
             _check_template(self, template)
+        for name in self.template_kwargs:
+            if not self.reads(name):
+                words = set(re.findall(r"\w+", self._jinja or ""))
+                near = difflib.get_close_matches(name, words, n=1, cutoff=0.8)
+                hint = f"Did you mean {near[0]}?" if near else "Remove it."
+                raise DataError(f"data.template_kwargs.{name}: the template does not read it. {hint}")
+
+    def reads(self, name: str) -> bool:
+        """Whether the template mentions `name` at all: a field of a turn, `tools`, or an argument."""
+        return self._jinja is not None and re.search(rf"\b{re.escape(name)}\b", self._jinja) is not None
+
+    @functools.cached_property
+    def _prints_tool_turns(self) -> bool:
+        """Whether the text of a tool's turn is in the rendered prompt; some templates pass over unknown roles."""
+        if self._jinja is None:
+            return False
+        probe = "a probe of the template"
+        call = {"type": "function", "function": {"name": "probe", "arguments": {}}}
+        asked = (Message("user", "?"), Message("assistant", "", {"tool_calls": [call]}))
+        try:
+            record = Record(0, (*asked, Message("tool", probe, {"name": "probe"})), None, "the template probe")
+            return probe in self._render_chat(record)
+        except DataError:
+            return True  # it may refuse the probe for what a record does not have; then the record's own turn shows
+
+    def closing_token_id(self) -> int | None:
+        """The special token with which a Jinja template closes an answer; None where it writes none after one."""
+        if self._jinja is None:
+            return None
+        answer = "a probe of the answer"
+        text = self._render_chat(Record(0, (Message("user", "?"),), answer, "the template probe"), whole=True)
+        special = {int(i) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        after = self.tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+        return next((i for i in after if i in special), None)
 
     @property
     def fingerprint(self) -> str:
         """Changes whenever the token ids of some record would: by the tokenizer, the template or the end tokens."""
         return hashlib.sha256(
-            json.dumps([_tokenizer_content(self.tokenizer), self._kind, self._jinja, self.end_token_ids]).encode()
+            json.dumps(
+                [_tokenizer_content(self.tokenizer), self._kind, self._jinja, self.end_token_ids, self.template_kwargs]
+            ).encode()
         ).hexdigest()
 
     def render(self, record: Record) -> str:
@@ -108,7 +160,7 @@ class PromptEncoder:
             return _alpaca_text(record)
         if self._kind == "plain":
             return _plain_text(record)
-        return self._render_chat(record, response=None)
+        return self._render_chat(record)
 
     def encode(self, record: Record) -> Prompt:
         """Token ids of one record, nothing cut. Same as `encode_batch([record])[0]`."""
@@ -123,29 +175,71 @@ class PromptEncoder:
         Raises:
             DataError: the template refuses a record, or a response cannot be ended; names file and line.
         """
+        for record in records:
+            self._refuse_what_has_no_place(record)
         texts = [self.render(r) for r in records]
         prompt_ids = self._tokenize(texts)
-        answered = [i for i, r in enumerate(records) if r.response is not None and r.response.strip()]
+        answered = [i for i, r in enumerate(records) if r.has_response]
         if answered and not self.end_token_ids:
             raise DataError(
                 f"{records[answered[0]].source}: the tokenizer has no end-of-sequence token, so the response cannot be "
                 "ended. Set eos_token in the model's tokenizer_config.json."
             )
         wholes = [self._whole_text(records[i], texts[i]) for i in answered]
-        whole_ids = self._tokenize(wholes)
         responses: dict[int, list[int]] = {}
-        for i, whole in zip(answered, whole_ids, strict=True):
+        left_out = {i: self._left_out(record) for i, record in enumerate(records)}
+        for i, text, whole in zip(answered, wholes, self._tokenize(wholes), strict=True):
             start = prompt_ids[i]
             if len(whole) > len(start) and whole[: len(start)] == start:
                 responses[i] = self._ended(whole[len(start) :])
+                continue
+            apart = records[i].response or ""
+            if "tool_calls" in records[i].response_extra:
+                if not text.startswith(texts[i]):
+                    raise DataError(
+                        f"{records[i].source}: the chat template renders this conversation otherwise than its prompt, "
+                        "so where the answer with its tool calls begins is not to be told. Set data.template_kwargs "
+                        "so that both agree (enable_thinking, for example), or remove this record."
+                    )
+                apart = text[len(texts[i]) :]
             else:
-                text = records[i].response or ""
-                responses[i] = self._ended(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+                left_out[i] += tuple(f"turns.{key}" for key in records[i].response_extra if self.reads(key))
+            responses[i] = self._ended(self.tokenizer(apart, add_special_tokens=False)["input_ids"])
         spans = self._earlier_turns(records, prompt_ids)
         return [
-            Prompt(record.id, prompt_ids[i], responses.get(i), texts[i], record.max_new_tokens, spans.get(i, ()))
+            Prompt(
+                example_id=record.id,
+                prompt_ids=prompt_ids[i],
+                response_ids=responses.get(i),
+                text=texts[i],
+                max_new_tokens=record.max_new_tokens,
+                earlier_turns=spans.get(i, ()),
+                left_out=left_out[i],
+            )
             for i, record in enumerate(records)
         ]
+
+    def _refuse_what_has_no_place(self, record: Record) -> None:
+        """Turns that the template would leave out, so that the model would read another conversation."""
+        extras = [*(m.extra for m in record.messages), record.response_extra]
+        if any("tool_calls" in extra for extra in extras) and not self.reads("tool_calls"):
+            raise DataError(
+                f"{record.source}: the assistant calls a tool, but the template has no place for tool_calls. Name a "
+                "Jinja file that has in data.template, or remove these records."
+            )
+        if any(m.role == "tool" for m in record.messages) and not self._prints_tool_turns:
+            raise DataError(
+                f"{record.source}: the conversation holds a tool's turn, which the template leaves out. Name a Jinja "
+                "file that prints it in data.template, or remove these records."
+            )
+
+    def _left_out(self, record: Record) -> tuple[str, ...]:
+        """What a record says that the template does not read."""
+        extras = [*(m.extra for m in record.messages), record.response_extra]
+        named = [("turns.", key) for extra in extras for key in extra]
+        named += [("chat_template_kwargs.", key) for key in record.template_kwargs]
+        named += [("", "tools")] if record.tools else []
+        return tuple(dict.fromkeys(f"{where}{key}" for where, key in named if not self.reads(key)))
 
     def _earlier_turns(
         self, records: Sequence[Record], prompt_ids: Sequence[list[int]]
@@ -164,27 +258,31 @@ class PromptEncoder:
         before, upto = [], []
         for i, turn in places:
             record = records[i]
-            head = replace(record, messages=record.messages[:turn], response=None, instruction=None, input="")
+            said = record.messages[turn]
+            head = replace(
+                record, messages=record.messages[:turn], response=None, response_extra={}, instruction=None, input=""
+            )
             text = self.render(head)
             before.append(text)
-            upto.append(self._whole_text(replace(head, response=record.messages[turn].content), text))
+            upto.append(self._whole_text(replace(head, response=said.content, response_extra=said.extra), text))
         spans: dict[int, tuple[tuple[int, int], ...]] = {}
-        for (i, _), start_ids, end_ids in zip(places, self._tokenize(before), self._tokenize(upto), strict=True):
+        for (i, turn), start_ids, end_ids in zip(places, self._tokenize(before), self._tokenize(upto), strict=True):
             whole, start = prompt_ids[i], len(start_ids)
-            if whole[:start] != start_ids:
+            if whole[:start] != start_ids or end_ids[:start] != start_ids:
                 continue
-            end = start
-            while end < min(len(end_ids), len(whole)) and end_ids[end] == whole[end]:
-                end += 1
-                if whole[end - 1] in self.end_token_ids:
-                    break
-            if end > start:
-                spans[i] = (*spans.get(i, ()), (start, end))
+            length = _turn_length(
+                end_ids[start:],
+                whole[start:],
+                self.end_token_ids,
+                calls="tool_calls" in records[i].messages[turn].extra,
+            )
+            if length:
+                spans[i] = (*spans.get(i, ()), (start, start + length))
         return spans
 
     def _whole_text(self, record: Record, prompt_text: str) -> str:
         if self._kind == "jinja":
-            return self._render_chat(record, response=record.response)
+            return self._render_chat(record, whole=True)
         return prompt_text + (record.response or "")
 
     def _ended(self, ids: list[int]) -> list[int]:
@@ -204,13 +302,19 @@ class PromptEncoder:
             return [list(row) for row in rows]
         return [list(row) if row[: len(start)] == start else [*start, *row] for row in rows]
 
-    def _render_chat(self, record: Record, response: str | None) -> str:
-        turns = [{"role": m.role, "content": m.content} for m in record.messages]
-        if response is not None:
-            turns.append({"role": "assistant", "content": response})
+    def _render_chat(self, record: Record, whole: bool = False) -> str:
+        """The prompt, or the whole conversation with the response's turn."""
+        turns = [m.to_dict() for m in record.messages]
+        if whole:
+            turns.append(Message("assistant", record.response or "", record.response_extra).to_dict())
         try:
             return self.tokenizer.apply_chat_template(
-                turns, chat_template=self._jinja, tokenize=False, add_generation_prompt=response is None
+                turns,
+                tools=list(record.tools) or None,
+                chat_template=self._jinja,
+                tokenize=False,
+                add_generation_prompt=not whole,
+                **{**self.template_kwargs, **record.template_kwargs},
             )
         except Exception as error:  # jinja's own kinds, and whatever a template's filters raise
             system = any(m.role == "system" for m in record.messages)
@@ -225,10 +329,15 @@ def template_source(encoder: PromptEncoder) -> str:
     """The Jinja chat template that the exported student should carry, so that it is asked as it was trained.
 
     For `alpaca` and `plain` a template that renders the same text from messages, start token included; Alpaca's
-    separate input has no place among messages and is rendered as part of the instruction.
+    separate input has no place among messages and is rendered as part of the instruction. What data.template_kwargs
+    said in training becomes the template's default, which a caller may still set otherwise.
     """
     if encoder._jinja is not None:
-        return encoder._jinja
+        defaults = (
+            f"{{%- set {name} = {name} if {name} is defined else {value!r} -%}}"
+            for name, value in encoder.template_kwargs.items()
+        )
+        return "".join([*defaults, encoder._jinja])
     start = "{{ bos_token }}" if encoder._start_ids else ""
     return start + (_ALPACA_JINJA if encoder._kind == "alpaca" else _PLAIN_JINJA)
 
@@ -292,6 +401,21 @@ def _plain_text(record: Record) -> str:
     return text
 
 
+def _turn_length(said: list[int], printed: list[int], end_token_ids: Sequence[int], *, calls: bool) -> int:
+    """How many ids of `printed`, the prompt from a turn on, are that turn; 0 where it is printed otherwise than `said`.
+
+    `calls`: it calls a tool. Qwen 3 closes an empty thinking before a call that is the last turn, and leaves it out
+    before others; the rest is the same.
+    """
+    ends = [next((n for n, token in enumerate(ids, 1) if token in end_token_ids), None) for ids in (said, printed)]
+    if ends[0] is None or ends[1] is None:  # a template without end tokens, in which the next turn may join the last id
+        pairs = zip(said, printed, strict=False)
+        return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(said), len(printed)))
+    said, printed = said[: ends[0]], printed[: ends[1]]
+    same = said == printed or (calls and said[-len(printed) :] == printed)
+    return len(printed) if same else 0
+
+
 def _chat_template(tokenizer: Any) -> str | None:
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
@@ -319,6 +443,7 @@ def _check_template(encoder: PromptEncoder, template: str) -> None:
             chat_template=encoder._jinja,
             tokenize=False,
             add_generation_prompt=True,
+            **encoder.template_kwargs,
         )
     except Exception as error:
         raise DataError(f"data.template={template}: not a usable chat template: {error}. Mend the template.") from None

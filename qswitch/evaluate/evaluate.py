@@ -90,7 +90,8 @@ def evaluate(
     overlaps = _overlaps(settings, sets, say)
     first = settings.subjects[0]
     template = settings.protocol.template or first.template
-    content = template_source(PromptEncoder(first.tokenizer(template), template))
+    encoder = PromptEncoder(first.tokenizer(template), template, template_kwargs=first.template_kwargs(template))
+    content = template_source(encoder)
     folder = EvaluationDir.open(output_dir, settings.to_dict(sets, template, content))
     with locked(output_dir):
         return _evaluate(settings, folder, sets, overlaps, template, say)
@@ -206,7 +207,7 @@ def _encode(
     say: Callable[[str], None],
 ) -> EncodedSet:
     tokenizer = subject.tokenizer(template)
-    encoder = PromptEncoder(tokenizer, template)
+    encoder = PromptEncoder(tokenizer, template, template_kwargs=subject.template_kwargs(template))
     prompts, left_out = encode_test_set(test_set, encoder, max_prompt_tokens=longest)
     if left_out:
         limit = f"{longest} tokens"
@@ -385,10 +386,11 @@ def _own_prompts(
     if subject is first:
         return encoded.prompts
     tokenizer, yardstick = subject.tokenizer(template), first.tokenizer(template)
+    told = subject
     if template in ("teacher", "student") and tokenizer.get_vocab() == yardstick.get_vocab():
         # One family: the same text for all. Another family would read the first one's special tokens as letters.
-        tokenizer.chat_template = yardstick.chat_template
-    encoder = PromptEncoder(tokenizer, template)
+        tokenizer.chat_template, told = yardstick.chat_template, first
+    encoder = PromptEncoder(tokenizer, template, template_kwargs=told.template_kwargs(template))
     records = [t.record for t in test_set.records if t.record.id in encoded.prompts]
     return {p.example_id: p for p in encoder.encode_batch(records)}
 

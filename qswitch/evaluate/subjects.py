@@ -88,6 +88,11 @@ class Subject:
         """data.system_prompt of the run."""
         return self.run_dir.config.data.system_prompt if self.run_dir is not None else None
 
+    def template_kwargs(self, template: str) -> dict[str, Any]:
+        """data.template_kwargs of the run, where `template` is the one that it was trained with."""
+        config = None if self.run_dir is None else self.run_dir.config
+        return {} if config is None or config.data.template != template else config.data.template_kwargs
+
     def tokenizer(self, template: str) -> Any:
         """The tokenizer, with the chat template that `template` means; loads no weights."""
         if self.run_dir is not None:

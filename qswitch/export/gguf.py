@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from qswitch.aside import file_aside, scratch
-from qswitch.data.records import Message, Record
+from qswitch.data.records import Record
 from qswitch.data.template import PromptEncoder
+from qswitch.data.turns import Message
 from qswitch.errors import ModelError
 from qswitch.export.llama_cpp import Engine, GgufType, check_tools, convert, has_engine, quantise
 from qswitch.export.modelfile import find_layout, modelfile

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,15 +40,16 @@ def load_pair_tokenizer(config: RunConfig) -> TokenizerPair:
 
     Raises:
         TokenizerMismatchError: they do not.
-        ModelError: a tokenizer cannot be loaded, or none of the two knows an end-of-sequence token.
+        ModelError: a tokenizer cannot be loaded, none of the two knows an end-of-sequence token, or data.end_tokens
+            names a token that they do not have.
     """
     teacher, student = load_tokenizer(config.teacher), load_tokenizer(config.student)
     vocab_size = check_tokenizers(
         teacher, student, teacher_rows=_num_rows(config.teacher), student_rows=_num_rows(config.student)
     )
-    own = []
+    own, named = [], _ids_of_tokens(teacher, config.data.end_tokens)
     for tokenizer, section in ((teacher, config.teacher), (student, config.student)):
-        eos = _generation_eos(section) | ({tokenizer.eos_token_id} - {None})
+        eos = _generation_eos(section) | ({tokenizer.eos_token_id} - {None}) | named
         own.append(tuple(sorted(i for i in eos if i < vocab_size)))
     eos_ids = tuple(sorted({*own[0], *own[1]}))
     if not eos_ids:
@@ -55,6 +58,17 @@ def load_pair_tokenizer(config: RunConfig) -> TokenizerPair:
             "Set eos_token in the teacher's tokenizer_config.json."
         )
     return TokenizerPair(teacher, teacher, student, vocab_size, eos_ids, teacher.pad_token_id, own[0], own[1])
+
+
+def _ids_of_tokens(tokenizer: Any, tokens: Sequence[str]) -> set[int]:
+    known = tokenizer.get_vocab()
+    for token in tokens:
+        if token not in known:
+            special = [str(t) for t in tokenizer.added_tokens_decoder.values()]
+            near = difflib.get_close_matches(token, special, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]}?" if near else f"Its special tokens are {', '.join(special[:12])}."
+            raise ModelError(f"data.end_tokens names {token}, which the tokenizer does not have. {hint}")
+    return {known[token] for token in tokens}
 
 
 def template_tokenizer(pair: TokenizerPair, template: str) -> Any:

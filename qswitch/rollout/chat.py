@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from qswitch.data.records import Message
+from qswitch.data.turns import Message
 from qswitch.errors import ConfigError, DataError
 from qswitch.rollout.generate import Answerer, Generation
 from qswitch.rollout.policy import Policy, StudentPolicy, TeacherPolicy, make_policy

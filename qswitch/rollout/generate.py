@@ -14,12 +14,13 @@ from pathlib import Path
 
 from qswitch.aside import file_aside
 from qswitch.config import DataSection
-from qswitch.data.records import Message, Record, load_records
-from qswitch.data.template import PromptEncoder
+from qswitch.data.gather import make_encoder
+from qswitch.data.records import Record, load_records
+from qswitch.data.turns import Message
 from qswitch.errors import ConfigError, RunDirError
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import context_tokens, load_teacher
-from qswitch.models.pair import load_pair_tokenizer, template_tokenizer
+from qswitch.models.pair import load_pair_tokenizer
 from qswitch.models.runtime import make_runtime
 from qswitch.models.student import load_adapter, load_student
 from qswitch.rollout.decode import RolloutRequest, rollout
@@ -89,10 +90,7 @@ class Answerer:
         )
         load_adapter(self._student, adapter)
         self._teacher: LanguageModel | None = None
-        template = self.config.data.template
-        self._encoder = PromptEncoder(
-            template_tokenizer(self._pair, template), template, end_token_ids=self._pair.eos_ids
-        )
+        self._encoder = make_encoder(self.config, self._pair)
 
     def fits(self, messages: Sequence[Message]) -> bool:
         """Whether a conversation leaves the response all the tokens that it may have."""

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from qswitch.config import DataSection
-from qswitch.data.records import Message, load_records
+from qswitch.data.records import load_records
+from qswitch.data.turns import Message
 from qswitch.errors import DataError
 
 
@@ -201,7 +202,8 @@ GOOD = '{"prompt": "a"}\n'
         ('{"messages": "text"}\n', "messages must be a list of turns"),
         ('{"messages": ["text"]}\n', "messages turn 1 must be an object.*found text"),
         ('{"messages": [{"role": "user"}]}\n', "messages turn 1 needs role and content.*found role"),
-        ('{"messages": [{"role": "tool", "content": "x"}]}\n', "turn 1 has the role 'tool'"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}\n', "messages holds no user turn"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}\n', "turn 1 has the role 'robot'"),
         ('{"messages": [{"role": "system", "content": "x"}]}\n', "ends with a turn of the system"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}\n', "messages holds no user turn"),
         ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}\n', "not text"),

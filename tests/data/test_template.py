@@ -7,8 +7,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from qswitch.data.records import Message, Record
+from qswitch.data.records import Record
 from qswitch.data.template import PromptEncoder, pad_left, template_source
+from qswitch.data.turns import Message
 from qswitch.errors import DataError
 
 CHAT = (

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from qswitch.cli import run
-from qswitch.data.records import Message
+from qswitch.data.turns import Message
 from qswitch.errors import ConfigError
 from qswitch.rollout.chat import Chat
 from qswitch.rollout.generate import Answerer, generate_from_run, read_conversations
