@@ -24,6 +24,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from qswitch.models.load import attention_kind
+from tests.families import family_config
+
 ARCHITECTURES = ("llama", "gpt2", "opt", "qwen2", "mistral", "gemma2")
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ.,:;!?'\n0123456789"
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -99,7 +102,7 @@ def tiny_config(arch: str = "llama", *, layers: int = 2, vocab_size: int = VOCAB
             **ids, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": layers, "num_attention_heads": 4,
             "max_position_embeddings": 512, "word_embed_proj_dim": 32, **changes,
         })  # fmt: skip
-    raise ValueError(arch)
+    return family_config(arch, layers=layers, **ids, **changes)
 
 
 def _alternating(layers: int) -> list[str]:
@@ -111,14 +114,15 @@ def tiny_model(arch: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch
     config = tiny_config(arch, **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_kind(config))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(0, 0.15)
                 elif "norm" not in name and "ln" not in name:
                     parameter.normal_(0, 0.05)
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")  # the grouped product has no float64
     return model.to(dtype).eval()
 
 

@@ -44,7 +44,7 @@ class Decoding:
 
     def graphs(self, num_rows: int) -> StepGraphs | None:
         """What replays the student's passes in one call; None where that is off, not possible or of no use."""
-        return StepGraphs(self._student, num_rows) if self.uses_graphs else None
+        return StepGraphs(self._student) if self.uses_graphs else None
 
     def _try_graphs(self, num_rows: int) -> bool:
         wanted = self._config.rollout.student_graphs == "auto" and self._config.writes_rollouts

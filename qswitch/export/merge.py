@@ -23,6 +23,7 @@ from qswitch.config import RunConfig
 from qswitch.errors import ModelError, PlanError, QSwitchError
 from qswitch.export.card import model_card, reference_names
 from qswitch.export.hub import MERGED_FOLDER
+from qswitch.models.architecture import plain_experts
 from qswitch.models.host_memory import bound_kernel_cache, return_freed_memory
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import read_model, read_tokenizer
@@ -296,7 +297,7 @@ def _exact_logits(hf: Any, ids: Sequence[Tensor]) -> list[Tensor]:
         handles.append(part.register_forward_pre_hook(lambda module, _: module.to(torch.float64) and None))
         handles.append(part.register_forward_hook(lambda module, *_: module.to(torch.float32) and None))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), plain_experts(hf):
             logits = hf(input_ids=padded, use_cache=False).logits
             return [one[:length] for one, length in zip(logits, lengths, strict=True)]
     finally:

@@ -7,13 +7,13 @@ letters: `B` rows, `n` tokens of this pass, `D` hidden width, `V` shared vocabul
 from __future__ import annotations
 
 import contextlib
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qswitch.errors import ModelError
+from qswitch.models.architecture import backbone, check_architecture
 
 
 class Head(nn.Module):
@@ -68,7 +68,7 @@ class LanguageModel(nn.Module):
             autocast. None: the dtype of the weights.
 
     Raises:
-        ModelError: the architecture has no output embedding, or takes no position ids.
+        ModelError: rollouts cannot decode the architecture (`architecture.py` says which).
     """
 
     def __init__(
@@ -77,12 +77,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.hf = hf
         causal = self.causal_model
-        name = type(causal).__name__
+        check_architecture(causal)
         linear = causal.get_output_embeddings()
-        if linear is None:
-            raise ModelError(f"{name} has no output embedding, so it is no decoder-only language model.")
-        if "position_ids" not in inspect.signature(self._backbone.forward).parameters:
-            raise ModelError(f"{name} takes no position_ids, which batched rollouts need. Use another model family.")
         self.compute_dtype = compute_dtype or linear_dtype(linear)
         scale, softcap = _logit_transform(causal.config)
         self.head = Head(
@@ -101,8 +97,9 @@ class LanguageModel(nn.Module):
         return self.causal_model.config
 
     @property
-    def _backbone(self) -> nn.Module:
-        return self.causal_model.base_model
+    def backbone(self) -> nn.Module:
+        """The model below its head."""
+        return backbone(self.causal_model)
 
     @property
     def vocab_size(self) -> int:
@@ -138,7 +135,7 @@ class LanguageModel(nn.Module):
         Remaining keywords go to the backbone.
         """
         with _autocast(self.head.linear, self.compute_dtype, input_ids.device):
-            output = self._backbone(
+            output = self.backbone(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -195,6 +192,12 @@ def verify_head(model: LanguageModel) -> None:
         )
     leak = (after[:, :-1].float() - logits[:, :-1].float()).abs().max().item()
     if not leak <= tolerance * scale:
+        if is_int8:
+            raise ModelError(
+                f"{name} in int8: LLM.int8 picks its outlier columns over all tokens of all rows at once, so a token "
+                f"changes with those behind and beside it (by {leak / scale:.1%} of the largest logit on a probe), "
+                "and a rollout would depend on its batch. Set precision=nf4 or bf16."
+            )
         raise ModelError(f"{name} lets earlier tokens see later ones: it is an encoder. Use a decoder-only model.")
 
 

@@ -12,6 +12,7 @@ import torch
 
 from qswitch.config import StudentSection, TeacherSection
 from qswitch.errors import ModelError
+from qswitch.models.architecture import on_meta
 from qswitch.models.language_model import LanguageModel, verify_head
 from qswitch.models.messages import explained, first_line, quiet, say_once
 from qswitch.models.quantise import QUANTISED, quantization_config, stored_quantization
@@ -154,6 +155,8 @@ def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_
     if reason is not None:
         raise ModelError(f"{resolved.name} ({config.model_type}) cannot be distilled here: {reason}")
 
+    meta = on_meta(config, resolved.name, trust_remote_code)
+
     options: dict[str, Any] = {"use_safetensors": True, "attn_implementation": attention_kind(config), **common}
     load_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision, runtime.compute_dtype)
     stored = stored_quantization(config, resolved, precision)
@@ -164,9 +167,7 @@ def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_
             raise ModelError(f"precision={precision} needs bitsandbytes: pip install bitsandbytes")
         options["device_map"] = {"": runtime.device}
         if not stored:
-            options["quantization_config"] = quantization_config(
-                config, resolved, precision, runtime, trust_remote_code
-            )
+            options["quantization_config"] = quantization_config(meta, resolved, precision, runtime)
     with quiet(), explained(resolved.name, "model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             resolved.path, dtype=load_dtype, output_loading_info=True, **options
@@ -186,11 +187,15 @@ def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_
         model = model.to(runtime.compute_dtype)
     elif precision == "fp32" and runtime.compute_dtype == torch.float64:
         model = model.to(torch.float64)
+        model.set_experts_implementation("eager")  # the grouped product of experts has no fp64
     if precision not in QUANTISED:
         model = model.to(runtime.device)
     return model
 
 
-def attention_kind(config: Any) -> str:
-    """sdpa; eager where the architecture caps its attention scores (Gemma 2), which sdpa would leave out."""
-    return "eager" if getattr(config, "attn_logit_softcapping", None) is not None else "sdpa"
+def attention_kind(config: Any) -> str | None:
+    """eager where the architecture caps its attention scores (Gemma 2), which the fused kernels would leave out.
+
+    None lets transformers choose: sdpa, or eager where an architecture has no sdpa (gpt-oss, with its sinks).
+    """
+    return "eager" if getattr(config, "attn_logit_softcapping", None) is not None else None

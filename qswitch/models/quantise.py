@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from qswitch.errors import ModelError
-from qswitch.models.messages import explained, say_once
+from qswitch.models.messages import say_once
 from qswitch.models.references import ResolvedModel
 from qswitch.models.runtime import Runtime
 
@@ -35,12 +34,11 @@ def stored_quantization(config: Any, resolved: ResolvedModel, precision: str) ->
     )
 
 
-def quantization_config(
-    config: Any, resolved: ResolvedModel, precision: str, runtime: Runtime, trust_remote_code: bool
-) -> Any:
+def quantization_config(meta: Any, resolved: ResolvedModel, precision: str, runtime: Runtime) -> Any:
+    """What tells transformers to quantise a model while reading it; `meta` is that model on the meta device."""
     from transformers import BitsAndBytesConfig
 
-    skip = unquantised_modules(config, resolved, precision, runtime, trust_remote_code)
+    skip = unquantised_modules(meta, resolved, precision, runtime)
     if precision == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(
@@ -52,22 +50,20 @@ def quantization_config(
     )
 
 
-def unquantised_modules(
-    config: Any, resolved: ResolvedModel, precision: str, runtime: Runtime, trust_remote_code: bool
-) -> list[str]:
-    """Names of linears left in full precision: the head, and on CPU those whose input width NF4 cannot block."""
-    from transformers import AutoModelForCausalLM
+def unquantised_modules(meta: Any, resolved: ResolvedModel, precision: str, runtime: Runtime) -> list[str]:
+    """Names of linears left in full precision: the head, and on CPU those whose input width NF4 cannot block.
 
-    with torch.device("meta"), explained(resolved.name, "model"):
-        shape = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    head = shape.get_output_embeddings()
-    heads = [name for name, module in shape.named_modules() if module is head]
+    Experts that lie in one tensor are no linear layers for bitsandbytes; that is said, because it takes memory.
+    """
+    head = meta.get_output_embeddings()
+    heads = [name for name, module in meta.named_modules() if module is head]
+    _say_what_stays(meta, resolved, precision)
     if precision == "int8" or runtime.device.type != "cpu":
         return heads
-    widths = {name: width for name, width, _ in _linears(shape) if name not in heads and width % QUANT_BLOCK}
+    widths = {name: width for name, width, _ in _linears(meta) if name not in heads and width % QUANT_BLOCK}
     if not widths:
         return heads
-    sizes = {name: size for name, _, size in _linears(shape) if name not in heads}
+    sizes = {name: size for name, _, size in _linears(meta) if name not in heads}
     odd = sum(sizes[name] for name in widths)
     shown = ", ".join(f"{name} ({width})" for name, width in list(widths.items())[:3])
     if odd > sum(sizes.values()) / 2:
@@ -81,6 +77,17 @@ def unquantised_modules(
         f"multiple of {QUANT_BLOCK}: {shown}"
     )
     return [*heads, *widths]
+
+
+def _say_what_stays(meta: Any, resolved: ResolvedModel, precision: str) -> None:
+    """Say where experts keep most of a model in full precision."""
+    total = sum(p.numel() for p in meta.parameters())
+    experts = sum(p.numel() for name, p in meta.named_parameters() if p.dim() == 3 and "expert" in name)
+    if experts > total / 2:
+        say_once(
+            f"{resolved.name}: {experts / total:.0%} of the weights are experts in tensors of their own, which "
+            f"bitsandbytes does not pack: they stay in the compute dtype, and {precision} saves little"
+        )
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, int, int]]:

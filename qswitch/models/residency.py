@@ -38,7 +38,7 @@ class SwappedModel:
         self._slabs = _host_slabs(self.num_bytes, pinned=model.device.type == "cuda")
         self._copy_all(to_host=True)
         self._device = model.device
-        for module in {model.hf, model.causal_model, model.causal_model.base_model}:
+        for module in {model.hf, model.causal_model, model.backbone}:
             module.register_forward_pre_hook(self._refuse_while_away)
 
     @property

@@ -96,10 +96,12 @@ def break_down(config: RunConfig, teacher: ModelShape, student: ModelShape, mach
             student_load + _cut_layers_bytes(section, student, b),
         )
     }
+    round_steps = _round_steps(config, vocab)
+    slots = memory.cache_slots(prompt, rollout.max_new_tokens, round_steps - 1)
     decode = {
-        "teacher_kv_cache": memory.kv_cache_bytes(teacher, rows, tokens, b),
-        "student_kv_cache": memory.kv_cache_bytes(student, rows, tokens, b),
-        "rollout_logits": memory.rollout_vocabulary_bytes(rows, _round_steps(config, vocab), vocab, acc),
+        "teacher_kv_cache": memory.kv_cache_bytes(teacher, rows, slots, b, drafts=round_steps > 1),
+        "student_kv_cache": memory.kv_cache_bytes(student, rows, slots, b, drafts=round_steps > 1),
+        "rollout_logits": memory.rollout_vocabulary_bytes(rows, round_steps, vocab, acc),
         "kept_hidden": memory.kept_hidden_bytes(teacher.hidden_size, sequences, rows, rollout.max_new_tokens, b),
         "prefill": max(
             memory.forward_bytes(teacher, rows, prompt, b), memory.forward_bytes(student, rows, prompt, b, not full)

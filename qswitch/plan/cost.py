@@ -140,7 +140,7 @@ def step_seconds(config: RunConfig, teacher: ModelShape, student: ModelShape, ma
         (student, student_precision, drafts + 1, 1),
     )
     for shape, precision, times, length in rounds:
-        kv_bytes = memory.kv_cache_bytes(shape, rows, tokens // 2 + 1, b)
+        kv_bytes = memory.kv_buffer_bytes(shape, rows, tokens // 2 + 1, b)
         decode_s += times * pass_seconds(shape, precision, rows * length, kv_bytes, machine)
     decode_s *= -(-sequences // rows) * rollout.max_new_tokens / written
     if config.teacher.residency == "swap":

@@ -74,9 +74,18 @@ def _configuration(values: Mapping[str, Any]) -> Any:
         raise _unplanned(model_type, f"transformers {__version__} does not know it", remedy)
     try:
         with _silent():
-            return CONFIG_MAPPING[model_type].from_dict(dict(values))
+            return CONFIG_MAPPING[model_type].from_dict(_plain_floats(dict(values)))
     except Exception as error:  # pydantic-like checks of each class, in kinds of their own
         raise _unplanned(model_type, f"its config.json is refused by transformers ({_first_line(error)})") from error
+
+
+def _plain_floats(values: Any) -> Any:
+    """transformers writes an infinite float as {"__float__": "Infinity"}, so that config.json stays JSON."""
+    if isinstance(values, dict):
+        if set(values) == {"__float__"}:
+            return float(values["__float__"])
+        return {key: _plain_floats(value) for key, value in values.items()}
+    return [_plain_floats(value) for value in values] if isinstance(values, list) else values
 
 
 def _unplanned(model_type: Any, reason: str, remedy: str = "Mend its config.json.") -> ConfigError:

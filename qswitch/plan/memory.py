@@ -46,6 +46,8 @@ it grew between steps over the demo's twelve (small blocks of the heap, oneDNN's
 PINNED_SLAB_BYTES = 256 * 2**20
 """Piece of a swapped teacher's host copy (models/residency.py)."""
 
+SLOT_CHUNK = 64
+"""The key-value cache is allocated in whole chunks of this many slots."""
 ROLLOUT_VOCABULARY_COPIES = 10
 """fp32-sized [R, J, V] tensors alive at once in a round of J steps: log p and log q stay; then either the divergence
 (probabilities, mixture, its logarithm, two products: 7 in all), or the noise (log-probabilities that are drawn from,
@@ -220,14 +222,30 @@ def optimizer_step_bytes(num_trainable: int, optimizer: str, parameter_bytes: in
 # -------------------------------------------------------------------------------------------------------------- rollout
 
 
-def kv_cache_bytes(shape: ModelShape, rows: int, tokens: int, compute_bytes: int) -> int:
-    """Keys and values of all layers for R rows of L tokens, and the copy one layer makes when it grows; and the states
-    of layers that keep some of a row instead.
+def cache_slots(prompt_tokens: int, new_tokens: int, num_drafts: int) -> int:
+    """Slots a row of the key-value cache needs for prompts, responses and a block of drafts, in chunks of SLOT_CHUNK.
+
+    A row has read at most prompt_tokens + new_tokens - 2 tokens before its last round, which reads num_drafts + 1 more.
+    What the chunk leaves over is room for holes: it saves packing anew.
+    """
+    return math.ceil((prompt_tokens + new_tokens + num_drafts) / SLOT_CHUNK) * SLOT_CHUNK
+
+
+def kv_buffer_bytes(shape: ModelShape, rows: int, slots: int, compute_bytes: int) -> int:
+    """Keys and values of all layers for R rows of `slots` slots (`cache_slots`), exactly as a rollout allocates them.
 
     The cache keeps every slot: sliding windows save nothing (see rollout/kv_cache.py).
     """
-    width = sum(shape.kv_widths) + max(shape.kv_widths, default=0)
-    return rows * (width * compute_bytes * tokens + shape.state_bytes_per_row)
+    return rows * slots * sum(shape.kv_widths) * compute_bytes
+
+
+def kv_cache_bytes(shape: ModelShape, rows: int, slots: int, compute_bytes: int, *, drafts: bool = False) -> int:
+    """All that the cache of one model takes: its buffers; the keys of one layer once more, when rows are packed anew;
+    and the states of layers that keep some of a row instead, with `drafts` also as they were when the block began.
+    """
+    packing = rows * slots * (max(shape.kv_widths, default=0) // 2) * compute_bytes
+    states = rows * shape.state_bytes_per_row * (2 if drafts else 1)
+    return kv_buffer_bytes(shape, rows, slots, compute_bytes) + packing + states
 
 
 def forward_bytes(shape: ModelShape, rows: int, tokens: int, compute_bytes: int, adapted: bool = False) -> int:

@@ -142,6 +142,11 @@ class RowsAhead:
 class BlockLength(Protocol):
     """Chooses the number of drafts of each round."""
 
+    @property
+    def most_drafts(self) -> int:
+        """More are never chosen."""
+        ...
+
     def choose(self, rows: RowsAhead) -> int:
         """Number of drafts, 0 for none; TEACHER_ONLY where the student need not be asked."""
         ...
@@ -156,6 +161,10 @@ class FixedBlock:
     """Always the same number of drafts; 0 is the sequential engine."""
 
     num_drafts: int
+
+    @property
+    def most_drafts(self) -> int:
+        return self.num_drafts
 
     def choose(self, rows: RowsAhead) -> int:
         if self.num_drafts == 0 and not rows.student_needed:

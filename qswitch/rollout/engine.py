@@ -23,15 +23,17 @@ from torch import Tensor
 
 from qswitch.data.template import pad_left
 from qswitch.models.language_model import LanguageModel
+from qswitch.plan.memory import cache_slots
 from qswitch.rollout import noise
 from qswitch.rollout.block_length import TEACHER_ONLY, BlockLength, RowsAhead
-from qswitch.rollout.kv_cache import MAX_HOLE_SHARE, KVState
+from qswitch.rollout.kv_cache import MAX_HOLE_SHARE, KVState, Prompts
 from qswitch.rollout.no_repeat import NoRepeat
 from qswitch.rollout.policy import STUDENT, TEACHER, Block, Policy
 from qswitch.rollout.requests import Keep, Rollout, RolloutRequest, RolloutStats, Sampling
 from qswitch.rollout.responses import Landing, Responses
 from qswitch.rollout.rows import Rows
 from qswitch.rollout.step_graph import StepGraphs
+from qswitch.rollout.transfer import to_device
 
 
 def log_probs(model: LanguageModel, hidden: Tensor) -> Tensor:
@@ -89,7 +91,6 @@ class Engine:
         self._requests = requests
         self._teacher, self._student = teacher, student
         self._policy, self._sampling, self._blocks, self.stats = policy, sampling, blocks, stats
-        self._student_graphs = student_graphs
         # Rows of similar length meet: less padding, and by the sampling contract the same tokens.
         self._pending = deque(sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i)))
         num_places = min(batch_size, len(requests))
@@ -100,19 +101,25 @@ class Engine:
         self._device, self._vocab_size = reference.device, reference.vocab_size
         self._eos = torch.tensor(sampling.eos_ids, dtype=torch.int64, device=self._device)
         longest = max((r.max_new_tokens for r in requests), default=0)
+        longest_prompt = max((len(r.prompt_ids) for r in requests), default=0)
         self._responses = Responses(num_places, longest, self._device, keep=keep, keep_student=keep_student)
         self._no_repeat: NoRepeat | None = None
         if sampling.no_repeat_ngram_size:
-            longest_prompt = max((len(r.prompt_ids) for r in requests), default=0)
             self._no_repeat = NoRepeat(num_places, longest_prompt, longest, sampling.no_repeat_ngram_size, self._device)
         self._free_places = list(range(num_places))
         self._landing: list[Landing] = []
-        self._rows: Rows
-        self._states: dict[str, KVState]
+        num_drafts = 0 if teacher is None or student is None else min(blocks.most_drafts, longest - 1)
+        num_slots = cache_slots(longest_prompt, longest, num_drafts)
+        self._states: dict[str, KVState] = {}
+        if teacher is not None:
+            self._states["teacher"] = KVState(teacher, num_places, num_slots)
+        if student is not None:
+            self._states["student"] = KVState(student, num_places, num_slots, graphs=student_graphs)
+        self._rows = self._starting([])
 
     def run(self) -> Iterator[tuple[int, Rollout]]:
         """(index of the request, its response) as the rows end."""
-        self._rows, self._states = self._admit()
+        self._tidy(np.zeros(0, dtype=bool))
         while len(self._rows):
             answer = self._round(self._choose())
             yield from self._land()  # rows of the round before: their copies arrived with this round's answer
@@ -150,6 +157,9 @@ class Engine:
         lead = self._responses.last_tokens(device.place, device.step)
         token_noise = self._noise(steps, noise.TOKEN_STREAM)
         unasked = self._unasked()
+        for name, state in self._states.items():
+            if name == "teacher" or num_drafts != TEACHER_ONLY:
+                state.begin_block(num_steps)
 
         drafts = teacher_log_probs = teacher_hidden = None
         if self._student is not None and num_drafts != TEACHER_ONLY:
@@ -234,7 +244,7 @@ class Engine:
         """bool [R, 1]: rows that the student has not read to the end; None where there are none, the usual case."""
         if not self._rows.host.student_left.any():
             return None
-        return torch.from_numpy(self._rows.host.student_left).to(self._device)[:, None]
+        return to_device(self._rows.host.student_left, self._device)[:, None]
 
     def _pass(self, name: str, tokens: Tensor, live: Tensor, live_counts: np.ndarray) -> Tensor:
         hidden = self._states[name].append(tokens, live, live_counts)
@@ -310,38 +320,33 @@ class Engine:
 
     # ---------------------------------------------------------------- rows come and go
 
-    def _admit(self) -> tuple[Rows, dict[str, KVState]]:
-        """Take the next prompts into the free places and read all but their last tokens: the new rows and states."""
-        num_rows = min(len(self._free_places), len(self._pending))
-        indices = [self._pending.popleft() for _ in range(num_rows)]
-        requests = [self._requests[i] for i in indices]
-        rows = Rows.starting(
+    def _starting(self, indices: list[int]) -> Rows:
+        """Rows of the requests with these indices, in free places."""
+        return Rows.starting(
             indices,
-            requests,
+            [self._requests[i] for i in indices],
             [self._free_places.pop() for _ in indices],
             sampling=self._sampling,
             tail_start=self._policy.tail_start,
             device=self._device,
         )
+
+    def _admit(self) -> Prompts | None:
+        """Take the next prompts into the free places: what the models are to read of them before the first round."""
+        indices = [self._pending.popleft() for _ in range(min(len(self._free_places), len(self._pending)))]
         if not indices:
-            return rows, {}
-        prompts = [r.prompt_ids for r in requests]
-        self._responses.open(rows.device.place, torch.tensor([p[-1] for p in prompts], device=self._device))
+            return None
+        rows = self._starting(indices)
+        self._rows = self._rows.join(rows)
+        prompts = [self._requests[i].prompt_ids for i in indices]
+        self._responses.open(rows.device.place, to_device([p[-1] for p in prompts], self._device))
         if self._no_repeat is not None:
             self._no_repeat.open(rows.device.place, prompts)
-
-        # The last token leads the first round, so the states are of everything before it.
-        ids, mask = (x[:, :-1].to(self._device) for x in pad_left(prompts, self._sampling.pad_id))
-        counts = np.array([len(p) - 1 for p in prompts], dtype=np.int64)
-        states = {}
-        for name, model in (("teacher", self._teacher), ("student", self._student)):
-            if model is None:
-                continue
-            states[name] = KVState(model, num_rows, graphs=self._student_graphs if name == "student" else None)
-            if counts.max() > 0:
-                states[name].append(ids, mask.bool(), counts)
-                self.stats.prefill_passes += 1
-        return rows, states
+        # The last token leads the first round, so the models read everything before it.
+        ids, mask = (x[:, :-1].to(self._device, non_blocking=True) for x in pad_left(prompts, self._sampling.pad_id))
+        if ids.shape[1]:
+            self.stats.prefill_passes += len(self._states)
+        return Prompts(ids, mask.bool(), np.array([len(p) - 1 for p in prompts], dtype=np.int64))
 
     def _send(self, answer: _Answer) -> None:
         """Send what the finished rows wrote on its way to the host."""
@@ -367,13 +372,9 @@ class Engine:
         changed = len(kept) < len(stays)
         if changed:
             self._rows = self._rows.select(kept)
-        newcomers: dict[str, KVState] = {}
+        prompts = None
         if len(kept) == 0 or len(self._free_places) >= self._refill_rows:
-            rows, newcomers = self._admit()
-            self._rows = self._rows.join(rows)
-        if len(kept) == 0:
-            self._states = newcomers
-            return
-        for name, state in self._states.items():
-            if newcomers or changed or state.hole_share > MAX_HOLE_SHARE:
-                state.repack(kept, newcomers.get(name))
+            prompts = self._admit()
+        for state in self._states.values():
+            if prompts is not None or changed or state.hole_share > MAX_HOLE_SHARE:
+                state.repack(kept, prompts)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from qswitch.models.language_model import LanguageModel
-from qswitch.rollout.kv_cache import KVState
+from qswitch.rollout.kv_cache import KVState, Prompts
 from qswitch.rollout.step_graph import EAGER_PASSES, Record, StepGraphs
 
 WORTHWHILE = 0.9
@@ -42,16 +42,19 @@ def try_graphs(model: LanguageModel, num_rows: int, *, record: Record | None = N
     """Compare and time recorded passes against usual ones on a probe; leaves nothing behind."""
     if record is None and model.device.type != "cuda":
         return GraphTrial(False, f"no CUDA graphs on {model.device.type}", num_rows)
+    graphs = StepGraphs(model, record)
+    num_slots = 8 + EAGER_PASSES + 1 + repeats
+    usual, replayed = (KVState(model, num_rows, num_slots, graphs=g) for g in (None, graphs))
+    if usual.is_recurrent:
+        return GraphTrial(False, "the states of recurrent layers are not recorded", num_rows)
     training = model.training
     model.eval()
-    graphs = StepGraphs(model, num_rows, record)
-    usual, replayed = KVState(model, num_rows), KVState(model, num_rows, graphs=graphs)
     prompt = torch.arange(num_rows * 8, device=model.device).view(num_rows, 8) % model.vocab_size
     ones, counts = torch.ones_like(prompt, dtype=torch.bool), np.full(num_rows, 1)
     worst, seconds = 0.0, {"usual": float("inf"), "replayed": float("inf")}
     try:
         for state in (usual, replayed):
-            state.append(prompt, ones, np.full(num_rows, 8))
+            state.repack(np.arange(0), Prompts(prompt, ones, np.full(num_rows, 8)))
         for step in range(EAGER_PASSES + 1 + repeats):
             token = prompt[:, step % 8, None]
             states = {}

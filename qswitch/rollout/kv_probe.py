@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qswitch.errors import ModelError
 from qswitch.models.language_model import LanguageModel
-from qswitch.rollout.kv_cache import KVState
+from qswitch.rollout.kv_cache import KVState, Prompts
 
 
 @torch.no_grad()
@@ -44,22 +44,23 @@ def _probe(model: LanguageModel, blocks: bool) -> float:
     device = model.device
     texts = [[1, 2, 3, 4, 5, 6], [7, 5, 3, 2]]
     texts = [[i % model.vocab_size for i in text] for text in texts]
-    state = KVState(model, 2)
+    state = KVState(model, 2, 16)
 
-    def read(block: list[list[int | None]]) -> Tensor:
+    def read(block: list[list[int | None]]) -> tuple[Tensor, Tensor, np.ndarray]:
         ids = torch.tensor([[i or 0 for i in row] for row in block], device=device)
         live = torch.tensor([[i is not None for i in row] for row in block], device=device)
-        return state.append(ids, live, live.sum(dim=1).cpu().numpy())
+        return ids, live, live.sum(dim=1).cpu().numpy()
 
-    read([[*texts[0][:3]], [None, *texts[1][:2]]])
+    state.repack(np.arange(0), Prompts(*read([[*texts[0][:3]], [None, *texts[1][:2]]])))
     if blocks:
         # Row 0 keeps two of three drafts, row 1 none of them but the first token.
-        read([[texts[0][3], texts[0][4], 0], [texts[1][2], 0, 0]])
+        state.begin_block(3)
+        state.append(*read([[texts[0][3], texts[0][4], 0], [texts[1][2], 0, 0]]))
         state.take_back(3, torch.tensor([2, 1], device=device), np.array([2, 1]), np.array([3, 3]))
     else:
-        read([[texts[0][3]], [texts[1][2]]])
-        read([[texts[0][4]], [None]])
-    last = read([[texts[0][5]], [texts[1][3]]])[:, -1].double()
+        state.append(*read([[texts[0][3]], [texts[1][2]]]))
+        state.append(*read([[texts[0][4]], [None]]))
+    last = state.append(*read([[texts[0][5]], [texts[1][3]]]))[:, -1].double()
     worst = 0.0
     for row, text in enumerate(texts):
         ids = torch.tensor([text], device=device)

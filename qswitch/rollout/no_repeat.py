@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qswitch.rollout.transfer import to_device
+
 
 def banned_tokens(sequences: Tensor, lengths: Tensor, ngram_size: int, vocab_size: int) -> Tensor:
     """Tokens that must not come next: int64 [R, L], int64 [R] -> bool [R, V].
@@ -54,8 +56,8 @@ class NoRepeat:
     def open(self, places: Tensor, prompts: Sequence[list[int]]) -> None:
         """Begin anew at `places` int64 [R] with these prompts."""
         padded = [prompt + [0] * (self._longest_prompt - len(prompt)) for prompt in prompts]
-        self._sequences[places, : self._longest_prompt] = torch.tensor(padded, device=places.device)
-        self._prompt_lengths[places] = torch.tensor([len(prompt) for prompt in prompts], device=places.device)
+        self._sequences[places, : self._longest_prompt] = to_device(padded, places.device)
+        self._prompt_lengths[places] = to_device([len(prompt) for prompt in prompts], places.device)
 
     def write(self, places: Tensor, steps: Tensor, tokens: Tensor) -> None:
         """Remember the tokens of these response steps: int64 [R] each."""

@@ -18,8 +18,9 @@ from qswitch.rollout import noise
 from qswitch.rollout.block_length import MAX_BLOCK_TOKENS, PassTimes
 from qswitch.rollout.decode import inference
 from qswitch.rollout.engine import log_probs
-from qswitch.rollout.kv_cache import KVState
+from qswitch.rollout.kv_cache import KVState, Prompts
 from qswitch.rollout.step_graph import EAGER_PASSES, StepGraphs
+from qswitch.rollout.transfer import to_device
 
 CONTEXT_TOKENS = 16
 """Tokens that each row has read before the timed pass; a longer past hardly changes a pass of a model that fits."""
@@ -45,11 +46,11 @@ def measure_pass_times(
     blocks = list(_BLOCKS)
     with inference(teacher, student):
         for num_rows in reversed(rows):
-            probe = _Probe(student, num_rows, make_graphs(num_rows))
+            probe = _Probe(student, num_rows, repeats, make_graphs(num_rows))
             for _ in range(EAGER_PASSES if probe.state.replays else 0):
                 probe.student_pass()
             student_seconds.append(_least(probe.student_pass, repeats, probe.device))
-            probe = _Probe(teacher, num_rows)
+            probe = _Probe(teacher, num_rows, repeats)
             seconds: list[float] = []
             for n in blocks:
                 seconds.append(_least(partial(probe.teacher_pass, n), repeats, probe.device))
@@ -73,18 +74,27 @@ def measure_pass_times(
 class _Probe:
     """One model that has read a few tokens in each of R rows."""
 
-    def __init__(self, model: LanguageModel, num_rows: int, graphs: StepGraphs | None = None) -> None:
+    def __init__(self, model: LanguageModel, num_rows: int, repeats: int, graphs: StepGraphs | None = None) -> None:
         self.model, self.device, self.num_rows = model, model.device, num_rows
-        self.state = KVState(model, num_rows, graphs=graphs)
-        self._read(CONTEXT_TOKENS)
+        self.state = KVState(model, num_rows, CONTEXT_TOKENS + _BLOCKS[-1], graphs=graphs)
+        if self.state.is_recurrent:  # what stands of a block stays, so that it has to be read again
+            self.state = KVState(model, num_rows, CONTEXT_TOKENS + (repeats + 1) * sum(_BLOCKS))
+        self.state.repack(np.arange(0), Prompts(*self._tokens(CONTEXT_TOKENS)))
+
+    def _tokens(self, n: int) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        tokens = torch.arange(self.num_rows * n, device=self.device).view(self.num_rows, n) % self.model.vocab_size
+        return tokens, torch.ones_like(tokens, dtype=torch.bool), np.full(self.num_rows, n)
 
     def _read(self, n: int) -> torch.Tensor:
-        tokens = torch.arange(self.num_rows * n, device=self.device).view(self.num_rows, n) % self.model.vocab_size
-        return self.state.append(tokens, torch.ones_like(tokens, dtype=torch.bool), np.full(self.num_rows, n))
+        self.state.begin_block(n)
+        return self.state.append(*self._tokens(n))
 
     def _take_back(self, n: int) -> None:
-        none = torch.zeros(self.num_rows, dtype=torch.int64, device=self.device)
-        self.state.take_back(n, none, none.cpu().numpy(), np.full(self.num_rows, n))
+        """As a round does: rows differ in how much of a block stands, and a recurrent model reads that again."""
+        counts = (
+            1 + np.arange(self.num_rows) % n if self.state.is_recurrent else np.zeros(self.num_rows, dtype=np.int64)
+        )
+        self.state.take_back(n, to_device(counts, self.device), counts, np.full(self.num_rows, n))
 
     def student_pass(self) -> None:
         distribution = log_probs(self.model, self._read(1))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qswitch.rollout.policy import STUDENT, TEACHER, Decision
 from qswitch.rollout.requests import Keep, Rollout, RolloutRequest
+from qswitch.rollout.transfer import to_device, to_host
 
 NOT_ASKED = -1
 """In place of a token id: the model was not asked at this step."""
@@ -110,14 +111,7 @@ class Responses:
         real = torch.stack([self._jsd[place, span], self._threshold[place, span]])
         hidden = self._teacher_hidden[place, span].clone() if self._teacher_hidden is not None else None
         states = self._student_hidden[place, span].clone() if self._student_hidden is not None else None
-        return Landing(request, ended, _to_host(torch.cat([whole, real])), hidden, states, self._keep)
-
-
-def _to_host(values: Tensor) -> Tensor:
-    """Start a copy to the host that is complete when the device next answers."""
-    if values.device.type != "cuda":
-        return values
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        return Landing(request, ended, to_host(torch.cat([whole, real])), hidden, states, self._keep)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +140,7 @@ class Landing:
         kept, hidden = [], None
         if self.hidden is not None:
             kept = [t for t, writer in enumerate(writers) if self.keep == "all" or writer == TEACHER]
-            hidden = self.hidden[torch.tensor(kept, dtype=torch.int64, device=self.hidden.device)]
+            hidden = self.hidden[to_device(kept, self.hidden.device)]
         return Rollout(
             example_id=request.example_id,
             visit=request.visit,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qswitch.rollout import noise
 from qswitch.rollout.requests import RolloutRequest, Sampling
+from qswitch.rollout.transfer import to_device
 
 
 @dataclass(slots=True)
@@ -73,11 +74,11 @@ class Rows:
         """Rows at response step 0: `requests` with their indices and the places they are given."""
         limits = [request.max_new_tokens for request in requests]
         zeros = np.zeros(len(indices), dtype=np.int64)
-        place = torch.tensor(places, dtype=torch.int64, device=device)
+        place = to_device(places, device)
         key = noise.row_keys(
             sampling.seed,
-            torch.tensor([r.example_id for r in requests], dtype=torch.int64, device=device),
-            torch.tensor([r.visit for r in requests], dtype=torch.int64, device=device),
+            to_device([r.example_id for r in requests], device),
+            to_device([r.visit for r in requests], device),
         )
         return cls(
             HostRows(
@@ -88,12 +89,12 @@ class Rows:
                 student_left=zeros.astype(bool),
                 in_tail=zeros >= tail_start,
             ),
-            DeviceRows(place, torch.zeros_like(place), torch.tensor(limits, dtype=torch.int64, device=device), key),
+            DeviceRows(place, torch.zeros_like(place), to_device(limits, device), key),
         )
 
     def select(self, kept: np.ndarray) -> Rows:
         """Only the rows `kept` (indices), in that order."""
-        index = torch.from_numpy(kept).to(self.device.place.device)
+        index = to_device(kept, self.device.place.device)
         return Rows(
             HostRows(*(getattr(self.host, f.name)[kept] for f in fields(HostRows))),
             DeviceRows(*(getattr(self.device, f.name)[index] for f in fields(DeviceRows))),

@@ -1,11 +1,11 @@
 """Passes of one token per row, recorded once as CUDA graphs and replayed: no Python and no kernel launches in between.
 
 Python may need longer to launch the kernels of a small student's one-token pass than the GPU to run them. A recorded
-pass reads and writes fixed places, so keys and values live in buffers of fixed size with a cursor on the device, and a
-batch is padded to a power of two of rows, or to all. What is recorded serves one rollout call and is freed with it. A
-model that cannot be recorded goes on as before.
+pass reads and writes fixed places: the buffers of keys and values, which stay where they are for a whole rollout call,
+with a cursor on the device. A batch is padded to a power of two of rows, or to all. What is recorded serves one rollout
+call and is freed with it. A model that cannot be recorded goes on as before.
 
-Letters: `R` rows, `C` slots of the buffers, `S` slots in use, `D` hidden width.
+Letters: `R` rows, `C` slots that a recorded pass reads, `S` slots in use, `D` hidden width.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
 
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.messages import first_line
-from qswitch.rollout.slot_layer import SlotLayer
+from qswitch.rollout.cache_layers import CacheLayer, SlotBuffers, SlotLayer
 
 logger = logging.getLogger(__name__)
 
-CAPACITY_SLOTS = 128
-"""Buffers grow by whole chunks of this many slots; a larger buffer has to be recorded anew."""
+SPAN_SLOTS = 128
+"""A recorded pass reads whole spans of this many slots; where one more is needed, it is recorded anew."""
 EAGER_PASSES = 3
 """Passes of a size that run as usual before one is recorded: recording costs about that many."""
 
@@ -60,15 +60,17 @@ class CudaRecorder:
 
 
 class FixedLayer(DynamicLayer):
-    """Keys and values of one attention layer in buffers [R, heads, C, width], written at a cursor on the device."""
+    """Keys and values of one attention layer, [R, heads, C, width] of its buffers, written at a cursor there."""
 
-    def __init__(self, keys: Tensor, values: Tensor, cursor: Tensor) -> None:
+    def __init__(self, buffers: SlotBuffers, num_rows: int, num_slots: int, cursor: Tensor) -> None:
         super().__init__()
-        self.keys, self.values, self._cursor = keys, values, cursor
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        assert buffers.keys is not None and buffers.values is not None
+        self.keys, self.values = (x[:num_rows, :, :num_slots] for x in (buffers.keys, buffers.values))
+        self._cursor = cursor
+        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write [R, heads, 1, width] at the cursor and return the whole buffers."""
+        """Write [R, heads, 1, width] at the cursor and return all C slots."""
         self.keys.index_copy_(2, self._cursor, key_states)
         self.values.index_copy_(2, self._cursor, value_states)
         return self.keys, self.values
@@ -85,33 +87,37 @@ class _Recorded:
 
 
 class StepGraphs:
-    """Recorded one-token passes of `model` for one rollout call of at most `max_rows` rows; serves one `KVState` at a
-    time."""
+    """Recorded one-token passes of `model` for one rollout call; serves one `KVState`."""
 
-    def __init__(self, model: LanguageModel, max_rows: int, record: Record | None = None) -> None:
-        self._model, self._max_rows = model, max_rows
+    def __init__(self, model: LanguageModel, record: Record | None = None) -> None:
+        self._model = model
         self._record = record or CudaRecorder()
-        self._buffers: list[tuple[Tensor, ...]] = []
         self._cursor = torch.zeros(1, dtype=torch.int64, device=model.device)
         self._recorded: dict[int, _Recorded] = {}
         self._passes: Counter[int] = Counter()
+        self._span = 0
         self.failure: str | None = None
         """Why nothing is recorded any more."""
         self.num_replays = 0
 
     def step(
-        self, layers: Sequence[SlotLayer], tokens: Tensor, positions: Tensor, masks: Mapping[str, Tensor]
+        self, layers: Sequence[CacheLayer], tokens: Tensor, positions: Tensor, masks: Mapping[str, Tensor]
     ) -> Tensor | None:
         """Read one token per row, int64 [R, 1], into `layers`: hidden states [R, 1, D].
 
         `masks` [R, 1, 1, S] say, by kind of attention layer, which slots a row sees, the new one included. None: this
         pass is to be made as usual.
         """
-        if self.failure is not None:
+        slot_layers = [layer for layer in layers if isinstance(layer, SlotLayer)]
+        max_rows, capacity = slot_layers[0].buffers.allocated
+        if self.failure is not None or capacity == 0:
             return None
         num_rows, num_slots = len(tokens), next(iter(masks.values())).shape[-1]
-        padded = min(1 << (num_rows - 1).bit_length(), max(self._max_rows, num_rows))
-        self._hold(layers, padded, num_slots)
+        if num_slots > self._span:
+            self._span = min(-(-num_slots // SPAN_SLOTS) * SPAN_SLOTS, capacity)
+            self._recorded.clear()
+            self._passes.clear()
+        padded = min(1 << (num_rows - 1).bit_length(), max_rows)
         if padded not in self._recorded:
             self._passes[padded] += 1
             if self._passes[padded] <= EAGER_PASSES:
@@ -123,7 +129,7 @@ class StepGraphs:
         _fill(recorded, tokens, positions, masks)
         if padded not in self._recorded:
             try:
-                recorded = self._recorded[padded] = self._recorded_pass(recorded)
+                recorded = self._recorded[padded] = self._recorded_pass(recorded, layers)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a model does that cannot be recorded, it still runs as usual
@@ -132,48 +138,31 @@ class StepGraphs:
                 return None
         hidden = recorded.replay()[:num_rows].clone()
         self.num_replays += 1
-        for layer in layers:
-            layer.advance(1)
+        for layer in slot_layers:
+            layer.filled += 1
         return hidden
 
-    def keep(self, index: int, layer: SlotLayer) -> None:
-        """Let a layer that was packed anew live in its fixed buffers again at once, where they hold it."""
-        if self._buffers and self.failure is None:
-            keys, values = self._buffers[index]
-            if layer.keys.shape[0] <= keys.shape[0] and layer.keys.shape[2] < keys.shape[2]:
-                layer.move_to(keys, values)
-
-    def _hold(self, layers: Sequence[SlotLayer], padded: int, num_slots: int) -> None:
-        """Let `layers` live in the fixed buffers, which grow where they are too small."""
-        capacity = -(-num_slots // CAPACITY_SLOTS) * CAPACITY_SLOTS
-        have = self._buffers[0][0].shape if self._buffers else (0, 0, 0, 0)
-        if padded > have[0] or capacity > have[2]:
-            rows, slots = max(padded, have[0]), max(capacity, have[2])
-            self._recorded.clear()
-            self._passes.clear()
-            self._buffers = self._buffers or [()] * len(layers)
-            for i, layer in enumerate(layers):  # one by one: an old buffer goes as its layer leaves it
-                # Zeros: a stray NaN in a slot that nobody wrote would survive a weight of zero.
-                self._buffers[i] = (_zeros(layer.keys, rows, slots), _zeros(layer.values, rows, slots))
-                layer.move_to(*self._buffers[i])
-        for layer, (keys, values) in zip(layers, self._buffers, strict=True):
-            layer.move_to(keys, values)
-
     def _new(self, padded: int, masks: Mapping[str, Tensor]) -> _Recorded:
-        device, capacity = self._model.device, self._buffers[0][0].shape[2]
-        ids = torch.zeros((padded, 1), dtype=torch.int64, device=device)
-        places = {kind: mask.new_zeros((padded, 1, 1, capacity)) for kind, mask in masks.items()}
+        ids = torch.zeros((padded, 1), dtype=torch.int64, device=self._model.device)
+        places = {kind: mask.new_zeros((padded, 1, 1, self._span)) for kind, mask in masks.items()}
         return _Recorded(ids, ids.clone(), places, _not_recorded)
 
-    def _recorded_pass(self, places: _Recorded) -> _Recorded:
+    def _recorded_pass(self, places: _Recorded, layers: Sequence[CacheLayer]) -> _Recorded:
         padded = len(places.tokens)
 
         def run() -> Tensor:
-            cache = Cache(layer_class_to_replicate=FixedLayer)
-            cache.layers = [FixedLayer(k[:padded], v[:padded], self._cursor) for k, v in self._buffers]
+            fixed = [
+                FixedLayer(layer.buffers, padded, self._span, self._cursor)
+                if isinstance(layer, SlotLayer)
+                else DummyLayer()
+                for layer in layers
+            ]
             masks = places.masks if len(places.masks) > 1 else next(iter(places.masks.values()))
             return self._model.hidden(
-                places.tokens, attention_mask=masks, position_ids=places.positions, past_key_values=cache
+                places.tokens,
+                attention_mask=masks,
+                position_ids=places.positions,
+                past_key_values=Cache(layers=fixed),
             )
 
         return _Recorded(places.tokens, places.positions, places.masks, self._record(run))
@@ -181,10 +170,6 @@ class StepGraphs:
 
 def _not_recorded() -> Tensor:
     raise AssertionError("a pass is replayed before it is recorded")
-
-
-def _zeros(like: Tensor, rows: int, slots: int) -> Tensor:
-    return like.new_zeros((rows, like.shape[1], slots, like.shape[3]))
 
 
 def _fill(places: _Recorded, tokens: Tensor, positions: Tensor, masks: Mapping[str, Tensor]) -> None:

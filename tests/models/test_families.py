@@ -1,4 +1,7 @@
-"""Every family goes the whole way on disk: NF4 teacher, distil, stop, resume, merge, load with plain transformers."""
+"""Every family goes the whole way on disk: NF4 teacher, distil, stop, resume, merge, load with plain transformers.
+
+A representative few run by default, all of them with `make families`, which also writes the table of docs/models.md.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,8 @@ from qswitch.run_dir import RunDir
 from tests.tiny import VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
 LLAMA_TARGETS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
 WINDOW = 6
 """Shorter than every sequence of these runs, so that sliding layers forget their beginning."""
 
@@ -49,7 +54,9 @@ class Family:
     eos: int | list[int] = 2
     """eos_token_id of the generation config."""
     left_out: set[str] = field(default_factory=set)
-    """Linear layers of the teacher that NF4 leaves alone."""
+    """Linear layers of the teacher that NF4 leaves alone, here: those narrower than a block, on a CPU."""
+    what: str = ""
+    """What is special about it, for the table."""
 
 
 FAMILIES = {
@@ -97,6 +104,58 @@ FAMILIES = {
     ),
     "phi": Family(arch="phi", targets={"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}, tied=False),
     "smollm2": Family(arch="llama", targets=LLAMA_TARGETS, tied=True, changes={"tie_word_embeddings": True}),
+    # ---- mixtures of experts: experts lie in tensors of their own, which neither NF4 nor an adapter touches
+    "mixtral": Family(arch="mixtral", targets=ATTENTION, tied=False),
+    "olmoe": Family(arch="olmoe", targets=ATTENTION, tied=False),
+    "qwen3-moe": Family(arch="qwen3_moe", targets=ATTENTION, tied=False),
+    "phi3.5-moe": Family(arch="phimoe", targets=ATTENTION, tied=False),
+    "glm4-moe": Family(arch="glm4_moe", targets=LLAMA_TARGETS, tied=False),
+    "deepseek-v2": Family(
+        arch="deepseek_v2", targets={"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", *MLP, "o_proj"},
+        tied=False,
+    ),
+    "deepseek-v3": Family(
+        arch="deepseek_v3", targets={"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", *MLP, "o_proj"},
+        tied=False,
+    ),
+    "gpt-oss": Family(arch="gpt_oss", targets=ATTENTION, tied=False, changes={"sliding_window": WINDOW}),
+    "llama4": Family(arch="llama4_text", targets=LLAMA_TARGETS, tied=False),
+    # ---- recurrent and convolution layers beside attention
+    "qwen3.5": Family(
+        arch="qwen3_5_text", tied=False,
+        targets={*LLAMA_TARGETS, "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"},
+    ),
+    "qwen3-next": Family(
+        arch="qwen3_next", tied=False,
+        targets={*LLAMA_TARGETS, "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"},
+    ),
+    "granite-hybrid": Family(
+        arch="granitemoehybrid", tied=True,
+        targets={*ATTENTION, "in_proj", "out_proj", "input_linear", "output_linear"},
+    ),
+    "lfm2": Family(
+        arch="lfm2", tied=True, targets={"q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"},
+    ),
+    "falcon-h1": Family(arch="falcon_h1", tied=False, targets={*LLAMA_TARGETS, "in_proj", "out_proj"}),
+    "bamba": Family(arch="bamba", tied=False, targets={*LLAMA_TARGETS, "in_proj", "out_proj"}),
+    "nemotron-h": Family(arch="nemotron_h", tied=False, targets={*ATTENTION, "in_proj", "out_proj"}),
+    "jamba": Family(arch="jamba", tied=False, targets={*LLAMA_TARGETS, "in_proj", "x_proj", "dt_proj", "out_proj"}),
+    "olmo-hybrid": Family(arch="olmo_hybrid", tied=False, targets=LLAMA_TARGETS),
+    # ---- dense, today's
+    "smollm3": Family(arch="smollm3", targets=LLAMA_TARGETS, tied=True),
+    "gemma3n": Family(arch="gemma3n_text", targets=LLAMA_TARGETS, tied=True, changes={"sliding_window": WINDOW}),
+    "gemma4": Family(arch="gemma4_text", targets=LLAMA_TARGETS, tied=True, changes={"sliding_window": WINDOW}),
+    "olmo2": Family(arch="olmo2", targets=LLAMA_TARGETS, tied=False),
+    "olmo3": Family(arch="olmo3", targets=LLAMA_TARGETS, tied=False, changes={"sliding_window": WINDOW}),
+    "ministral3": Family(arch="ministral3", targets=LLAMA_TARGETS, tied=False),
+    "glm4": Family(arch="glm4", targets={*ATTENTION, "gate_up_proj", "down_proj"}, tied=False),
+    "granite": Family(arch="granite", targets=LLAMA_TARGETS, tied=False),
+    "cohere2": Family(arch="cohere2", targets=LLAMA_TARGETS, tied=True, changes={"sliding_window": WINDOW}),
+    "exaone4": Family(arch="exaone4", targets=LLAMA_TARGETS, tied=False, changes={"sliding_window": WINDOW}),
+    "ernie4.5": Family(arch="ernie4_5", targets=LLAMA_TARGETS, tied=True),
+    "seed-oss": Family(arch="seed_oss", targets=LLAMA_TARGETS, tied=False),
+    "hunyuan": Family(arch="hunyuan_v1_dense", targets=LLAMA_TARGETS, tied=False),
+    "stablelm": Family(arch="stablelm", targets=LLAMA_TARGETS, tied=False),
 }  # fmt: skip
 
 
@@ -125,8 +184,8 @@ def run_config(folder: Path, family: Family) -> RunConfig:
         "data": {"train": str(data), "num_validation": 2, "max_prompt_tokens": 64},
         # A threshold that falls at once: the teacher writes, so that every step learns something.
         "rollout": {"max_new_tokens": 8, "batch_size": 4, "decay_rate": 1.0},
-        "train": {"max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
-                  "learning_rate": 1e-2, "eval_steps": 3, "save_steps": 3, "device": "cpu", "compute_dtype": "fp32"},
+        "train": {"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+                  "learning_rate": 1e-2, "eval_steps": 6, "save_steps": 6, "device": "cpu", "compute_dtype": "fp32"},
     })  # fmt: skip
 
 
@@ -144,7 +203,7 @@ def run_with_a_stop(config: RunConfig, path: Path) -> RunDir:
     run_dir = RunDir.open(path)
     assert run_dir.latest_checkpoint().name == "step-000002"
     summary = resume(run_dir.path)
-    assert summary.steps == 3 and summary.steps_without_loss < 3
+    assert summary.steps == 6 and summary.steps_without_loss < 6
     assert 0 < summary.kl_before_nats < math.inf and summary.kl_after_nats < math.inf
     return run_dir
 

@@ -223,6 +223,8 @@ class Whimsical:
         self.rng = random.Random(seed)
         self.teacher_only = 0
 
+    most_drafts = 9
+
     def choose(self, rows: RowsAhead) -> int:
         if not rows.student_needed and self.rng.random() < 0.5:
             self.teacher_only += 1

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from qswitch.errors import ModelError
+from qswitch.models.architecture import layer_kinds
 from qswitch.models.language_model import LanguageModel
-from qswitch.rollout.kv_cache import KVState, attention_windows
+from qswitch.rollout.attention_masks import MaskMaker
+from qswitch.rollout.kv_cache import KVState, Prompts
 from qswitch.rollout.kv_probe import verify_kv
-from qswitch.rollout.slot_layer import GROWTH_SLOTS
 from tests.tiny import ARCHITECTURES, tiny_model
 
 
@@ -20,11 +21,20 @@ def plain(model: LanguageModel, ids: list[int]) -> torch.Tensor:
         return model.hidden(tokens, torch.ones_like(tokens), torch.arange(len(ids))[None])[0, -1]
 
 
-def read(state: KVState, rows: list[list[int | None]]) -> torch.Tensor:
-    ids = torch.tensor([[i or 0 for i in row] for row in rows])
+def tensors(rows: list[list[int | None]]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """(ids, live, live counts) of rows whose None is padding."""
     live = torch.tensor([[i is not None for i in row] for row in rows])
+    return torch.tensor([[i or 0 for i in row] for row in rows]), live, live.sum(dim=1).numpy()
+
+
+def read(state: KVState, rows: list[list[int | None]]) -> torch.Tensor:
     with torch.no_grad():
-        return state.append(ids, live, live.sum(dim=1).numpy())[:, -1]
+        return state.append(*tensors(rows))[:, -1]
+
+
+def join(state: KVState, rows: list[list[int | None]], kept: tuple[int, ...] = ()) -> None:
+    with torch.no_grad():
+        state.repack(np.array(kept, dtype=np.int64), Prompts(*tensors(rows)))
 
 
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "gemma3", "phi", "cohere", "granite"])
@@ -36,24 +46,23 @@ def test_the_probe_passes_for_every_architecture(arch, blocks):
     assert model.training
 
 
-def test_states_survive_taking_back_packing_joining_and_growing():
+def test_states_survive_taking_back_packing_and_joining():
     model = LanguageModel(tiny_model("mistral", dtype=torch.float64))
-    state = KVState(model, 3)
+    state = KVState(model, 3, 80)
     texts = [[5, 6, 7], [8], [9, 10]]
-    read(state, [[5, 6, 7], [None, None, 8], [None, 9, 10]])
+    join(state, [[5, 6, 7], [None, None, 8], [None, 9, 10]])
+    state.begin_block(2)
     read(state, [[11, 12], [13, 14], [15, 16]])
     state.take_back(2, torch.tensor([2, 1, 0]), np.array([2, 1, 0]), np.array([2, 2, 2]))
     texts = [[5, 6, 7, 11, 12], [8, 13], [9, 10]]
     assert state.num_slots == 5
     assert state.hole_share == pytest.approx((0 + 1 + 2) / 9)
 
-    newcomer = KVState(model, 1)
-    read(newcomer, [[20, 21, 22, 23, 24, 25, 26]])
-    state.repack(np.array([2, 0]), newcomer)
+    join(state, [[20, 21, 22, 23, 24, 25, 26]], kept=(2, 0))
     texts = [texts[2], texts[0], [20, 21, 22, 23, 24, 25, 26]]
     assert (state.num_rows, state.num_slots, state.hole_share) == (3, 7, 0.0)
 
-    for step in range(GROWTH_SLOTS + 3):  # beyond one chunk of room, and far beyond the sliding window
+    for step in range(67):  # far beyond the sliding window
         tokens = [(7 * step + 3 * row) % 40 + 4 for row in range(3)]
         hidden = read(state, [[t] for t in tokens])
         texts = [[*text, token] for text, token in zip(texts, tokens, strict=True)]
@@ -61,14 +70,34 @@ def test_states_survive_taking_back_packing_joining_and_growing():
         torch.testing.assert_close(hidden[row], plain(model, texts[row]), rtol=0, atol=1e-10)
 
 
-def test_a_state_that_has_read_nothing_can_be_joined():
+def test_rows_that_have_read_nothing_can_join():
     model = LanguageModel(tiny_model("llama", dtype=torch.float64))
-    state = KVState(model, 1)
-    read(state, [[5, 6]])
-    state.repack(np.array([0]), KVState(model, 1))
+    state = KVState(model, 2, 8)
+    join(state, [[5, 6]])
+    join(state, [[]], kept=(0,))
     hidden = read(state, [[7], [8]])
     torch.testing.assert_close(hidden[0], plain(model, [5, 6, 7]), rtol=0, atol=1e-10)
     torch.testing.assert_close(hidden[1], plain(model, [8]), rtol=0, atol=1e-10)
+
+
+def test_a_block_that_finds_no_room_packs_the_rows_anew():
+    """The buffers hold the longest row and one block; holes go before they run out."""
+    model = LanguageModel(tiny_model("llama", dtype=torch.float64))
+    state = KVState(model, 2, 9)
+    join(state, [[5, 6], [7, 8]])
+    texts = [[5, 6], [7, 8]]
+    for turn in range(3):  # each row writes two tokens and then one, so that both leave holes
+        kept = np.array([2, 1] if turn % 2 else [1, 2])
+        state.begin_block(3)
+        block = [[10 + turn, 20 + turn, 30], [40 + turn, 50 + turn, 31]]
+        read(state, block)
+        state.take_back(3, torch.from_numpy(kept), kept, np.array([3, 3]))
+        texts = [text + row[:k] for text, row, k in zip(texts, block, kept, strict=True)]
+    state.begin_block(1)
+    hidden = read(state, [[60], [61]])
+    for row, text in enumerate(texts):
+        torch.testing.assert_close(hidden[row], plain(model, [*text, 60 + row]), rtol=0, atol=1e-10)
+    assert state.num_slots <= 9
 
 
 class Forgetful(LanguageModel):
@@ -88,32 +117,54 @@ def test_a_model_that_cannot_take_back_is_refused_and_the_sequential_engine_name
         verify_kv(model, blocks=False)
 
 
-def test_windows_by_kind_of_layer():
-    assert attention_windows(LanguageModel(tiny_model("llama"))) == {"full_attention": None}
-    assert attention_windows(LanguageModel(tiny_model("mistral"))) == {"sliding_attention": 8}
-    assert attention_windows(LanguageModel(tiny_model("gemma2"))) == {"full_attention": None, "sliding_attention": 8}
+def seen(arch: str) -> dict[str, list[int] | None]:
+    """Kind of layer -> the slots, out of positions 0 to 19, that a query at position 19 finds near enough."""
+    slots, query = torch.arange(20)[None, None], torch.tensor([[[19]]])
+    kinds = layer_kinds(tiny_model(arch).config, "it")
+    return {
+        kind: near if near is None else near(slots, query)[0, 0].nonzero()[:, 0].tolist()
+        for kind, near in kinds.items()
+    }
+
+
+def test_masks_by_kind_of_layer():
+    window = list(range(12, 20))
+    assert seen("llama") == {"full_attention": None}
+    assert seen("mistral") == {"sliding_attention": window}
+    assert seen("gemma2") == {"full_attention": None, "sliding_attention": window}
     model = LanguageModel(tiny_model("llama"))
-    model.config.layer_types = ["full_attention", "chunked_attention"]
-    with pytest.raises(ModelError, match="chunked_attention"):
-        attention_windows(model)
+    model.config.layer_types = ["full_attention", "compressed_attention"]
+    with pytest.raises(ModelError, match="compressed_attention"):
+        layer_kinds(model.config, "it")
     model.config.layer_types = None
+    model.config.attention_chunk_size = 8
+    (near,) = layer_kinds(model.config, "it").values()
+    assert near(torch.arange(20), torch.tensor(19)).nonzero()[:, 0].tolist() == [16, 17, 18, 19]
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ModelError, match="sdpa or eager"):
-        attention_windows(model)
+        MaskMaker(model)
 
 
-def test_packing_anew_holds_one_layer_twice_and_no_more():
-    """The plan counts one layer's copy; a whole second cache would not fit beside the first."""
+def test_packing_and_joining_hold_a_part_of_one_layer_twice_and_no_more():
+    """The plan counts one layer's keys; neither a second cache nor newcomers would fit beside it."""
     from benchmarks.live_bytes import LiveBytes
 
     hf = tiny_model("llama", num_hidden_layers=8, dtype=torch.float32).eval()
     model = LanguageModel(hf)
-    state = KVState(model, 8)
+    state = KVState(model, 8, 256)
     ids = torch.ones((8, 200), dtype=torch.int64)
+    ones = torch.ones_like(ids, dtype=torch.bool)
     with torch.no_grad(), LiveBytes() as live:
-        state.append(ids, torch.ones_like(ids, dtype=torch.bool), np.full(8, 200))
-        layer_bytes = 2 * state._cache.layers[0]._keys.numel() * state._cache.layers[0]._keys.element_size()
+        state.repack(np.arange(0), Prompts(ids, ones, np.full(8, 200)))
+        layer_bytes = state.buffer_bytes // 8
+        assert state.buffer_bytes == 8 * 2 * 8 * 256 * 2 * 16 * 4, (
+            "layers, keys and values, rows, slots, heads, width, fp32"
+        )
         before = live.peak_bytes = live.live_bytes
-        assert before > 8 * layer_bytes
+        assert before > state.buffer_bytes
         state.repack(np.arange(7))
-    assert live.peak_bytes - before < 2.5 * layer_bytes, "8 layers were packed"
+        assert live.peak_bytes - before < 1.0 * layer_bytes, "8 layers were packed"
+        live.peak_bytes = live.live_bytes
+        state.repack(np.arange(7), Prompts(ids[:1, :50], ones[:1, :50], np.full(1, 50)))
+        assert live.peak_bytes - before < 1.0 * layer_bytes, "a row joined"
+        assert state.buffer_bytes == 8 * layer_bytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from qswitch.rollout import graph_trial, step_graph
 from qswitch.rollout.block_length import FixedBlock
 from qswitch.rollout.decode import rollout
 from qswitch.rollout.graph_trial import try_graphs
-from qswitch.rollout.kv_cache import KVState
+from qswitch.rollout.kv_cache import KVState, Prompts
 from qswitch.rollout.step_graph import EAGER_PASSES, StepGraphs
 from tests.rollout.test_engines import ARCHITECTURES, EOS, PAD, POLICIES, draw_requests, make_pair, same, write
 from tests.tiny import tiny_model
@@ -43,8 +44,8 @@ class Repeater:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_replayed_passes_write_the_same_tokens(arch, monkeypatch):
-    """Rows end and are refilled, drafts are taken back, and the buffers grow."""
-    monkeypatch.setattr(step_graph, "CAPACITY_SLOTS", 16)
+    """Rows end and are refilled, drafts are taken back, and a recorded pass comes to read more slots."""
+    monkeypatch.setattr(step_graph, "SPAN_SLOTS", 16)
     pair = make_pair(arch)
     rng = random.Random(f"graphs {arch}")
     replays = 0
@@ -55,7 +56,7 @@ def test_replayed_passes_write_the_same_tokens(arch, monkeypatch):
         written, stats = rollout(
             requests, teacher=pair[0], student=pair[1], policy=POLICIES[name], seed=11, temperature=1.0, eos_ids=[EOS],
             pad_id=PAD, batch_size=5, keep="nothing", blocks=FixedBlock(2),
-            student_graphs=StepGraphs(pair[1], 5, recorder),
+            student_graphs=StepGraphs(pair[1], recorder),
         )  # fmt: skip
         assert all(same(a, b) for a, b in zip(expected, written, strict=True)), name
         assert set(recorder.rows) <= {1, 2, 4, 5}, "rows are padded to a power of two, or to all"
@@ -64,22 +65,24 @@ def test_replayed_passes_write_the_same_tokens(arch, monkeypatch):
     assert replays > 60
 
 
-def states(model: LanguageModel, num_rows: int, graphs: StepGraphs | None, steps: int) -> Tensor:
-    state = KVState(model, num_rows, graphs=graphs)
+def states(
+    model: LanguageModel, num_rows: int, graphs: StepGraphs | None, steps: int, max_rows: int | None = None
+) -> Tensor:
+    state = KVState(model, max_rows or num_rows, 5 + steps, graphs=graphs)
     prompt = torch.arange(num_rows * 5).view(num_rows, 5) % model.vocab_size
     ones = torch.ones_like(prompt, dtype=torch.bool)
     counts = ones.sum(1).numpy()
     with torch.no_grad():
-        state.append(prompt, ones, counts)
+        state.repack(np.arange(0), Prompts(prompt, ones, counts))
         return torch.cat([state.append(prompt[:, :1], ones[:, :1], counts // 5) for _ in range(steps)], dim=1)
 
 
-def test_buffers_grow_and_are_recorded_anew(monkeypatch):
-    monkeypatch.setattr(step_graph, "CAPACITY_SLOTS", 8)
+def test_a_pass_that_must_read_more_slots_is_recorded_anew(monkeypatch):
+    monkeypatch.setattr(step_graph, "SPAN_SLOTS", 8)
     model = LanguageModel(tiny_model("llama", dtype=torch.float64).eval())
     recorder = Repeater()
-    graphs = StepGraphs(model, 8, recorder)
-    torch.testing.assert_close(states(model, 3, graphs, 20), states(model, 3, None, 20), rtol=1e-12, atol=1e-12)
+    graphs = StepGraphs(model, recorder)
+    torch.testing.assert_close(states(model, 3, graphs, 20, 8), states(model, 3, None, 20), rtol=1e-12, atol=1e-12)
     assert recorder.rows == [4, 4], (
         "passes to slots 9 to 16 and 17 to 24; before and after there were too few to record"
     )
@@ -90,7 +93,7 @@ def test_eager_attention_has_masks_that_are_added(monkeypatch):
     model = tiny_model("gemma2", dtype=torch.float64).eval()
     model.set_attn_implementation("eager")
     model = LanguageModel(model)
-    graphs = StepGraphs(model, 3, Repeater())  # its softmax is in fp32
+    graphs = StepGraphs(model, Repeater())  # its softmax is in fp32
     torch.testing.assert_close(states(model, 3, graphs, 12), states(model, 3, None, 12), rtol=1e-5, atol=1e-5)
     assert graphs.num_replays == 12 - EAGER_PASSES
 
@@ -101,7 +104,7 @@ def test_a_model_that_cannot_be_recorded_goes_on_as_usual(caplog):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     model = LanguageModel(tiny_model("llama", dtype=torch.float64).eval())
-    graphs = StepGraphs(model, 2, refuse)
+    graphs = StepGraphs(model, refuse)
     torch.testing.assert_close(states(model, 2, graphs, 9), states(model, 2, None, 9), rtol=0, atol=0)
     assert graphs.num_replays == 0 and "not permitted" in str(graphs.failure)
     assert sum("not recorded as CUDA graphs" in r.message for r in caplog.records) == 1
@@ -115,7 +118,7 @@ def test_memory_that_runs_out_is_the_callers_business():
 
     model = LanguageModel(tiny_model("llama", dtype=torch.float64).eval())
     with pytest.raises(torch.OutOfMemoryError):
-        states(model, 2, StepGraphs(model, 2, refuse), 9)
+        states(model, 2, StepGraphs(model, refuse), 9)
     trial = try_graphs(model, 2, record=refuse)
     assert not trial.used and "do not fit" in trial.reason
 
