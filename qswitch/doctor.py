@@ -14,7 +14,7 @@ def examine() -> dict[str, Any]:
     """Findings by name; a finding that went wrong holds the reason as text."""
     import torch
 
-    from qswitch.models.runtime import has_native_bf16
+    from qswitch.models.runtime import has_native_bf16, unusable_gpu
     from qswitch.plan.machine import detect_budget_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -23,6 +23,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "versions": {name: _version(name) for name in PACKAGES},
+        "gpu": unusable_gpu(),
         "device": torch.cuda.get_device_name(0) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "native_bf16": has_native_bf16(device),
         "free_gib": round(budget / 2**30, 1),
@@ -39,7 +40,7 @@ def render(findings: dict[str, Any]) -> str:
     lines = {
         "python": f"{findings['python']} on {findings['system']}",
         "packages": versions,
-        "device": findings["device"],
+        "device": findings["device"] + (f"; {findings['gpu']}" if findings["gpu"] else ""),
         "native bf16": bf16,
         "free memory": f"{findings['free_gib']} GiB ({findings['free_source']})",
         "4-bit (NF4)": findings["bitsandbytes"],

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qswitch.config import RunConfig, StudentSection, TeacherSection
 from qswitch.errors import ConfigError, DataError, ModelError, QSwitchError
@@ -53,6 +53,8 @@ class Prepared:
     prompts: RunPrompts
     corpus: Tensor | None
     """data.lm_corpus as one stream of token ids."""
+    device: Literal["cuda", "cpu"]
+    """What torch computes on."""
 
 
 Sections = list[tuple[str, TeacherSection | StudentSection]]
@@ -289,7 +291,7 @@ def prepare(
             problems.extend(error.problems if isinstance(error, ConfigError) else [str(error)])
             return None
 
-    attempt(make_runtime, config.train)
+    runtime = attempt(make_runtime, config.train)
     unreadable = _unreadable_models(config, known)
     problems += unreadable
     pair = encoder = None
@@ -310,7 +312,7 @@ def prepare(
     corpus = attempt(_corpus, config, pair) if config.data.lm_corpus is not None else None
     if problems:
         raise PreflightError(problems)
-    return Prepared(pair, encoder, prompts, corpus)
+    return Prepared(pair, encoder, prompts, corpus, runtime.device.type)
 
 
 def _names_model(problem: str, role: str) -> bool:

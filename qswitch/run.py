@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qswitch.config import RunConfig
-from qswitch.errors import Interrupted, QSwitchError
+from qswitch.errors import ConfigError, Interrupted, QSwitchError
 from qswitch.plan.advice import require_fit, require_own_sizes_fit
-from qswitch.plan.machine import find_budget
+from qswitch.plan.machine import Machine, describe_machine, find_budget
 from qswitch.plan.run_plan import Plan
 from qswitch.plan.scheduler import plan_for, plan_run
 from qswitch.preflight import check_settings, prepare, settings_problems
@@ -48,8 +48,8 @@ def distill(config: RunConfig, path: Path, *, vram: str | None = None) -> Summar
     RunDir.refuse_existing(path)
     budget = find_budget(config.train, vram=vram)  # before torch and the data take their share of a CPU's memory
     prepared = _prepare(config, settings_problems(config, path))
-    longest = prepared.prompts.report.longest_prompt_tokens
-    plan = plan_run(config, budget_bytes=budget.num_bytes, longest_prompt_tokens=longest)
+    machine, longest = _machine(config, prepared, vram), prepared.prompts.report.longest_prompt_tokens
+    plan = plan_run(config, budget_bytes=budget.num_bytes, machine=machine, longest_prompt_tokens=longest)
     require_fit(plan)
     run_dir = RunDir.create(path, plan.config)
     try:
@@ -79,6 +79,7 @@ def resume(path: Path, *, vram: str | None = None) -> Summary:
     plan = plan_run(
         run_dir.config if sizes is None else sizes.write_into(run_dir.config),
         budget_bytes=budget.num_bytes,
+        machine=_machine(run_dir.config, prepared, vram),
         longest_prompt_tokens=prepared.prompts.report.longest_prompt_tokens,
         keep_sizes=True,
     )
@@ -92,6 +93,23 @@ def _prepare(config: RunConfig, problems: list[str]) -> Prepared:
     from qswitch.distill.progress import Progress, total_steps
 
     return prepare(config, notify=Progress(total_steps(config.train)).loading, known=problems)
+
+
+def _machine(config: RunConfig, prepared: Prepared, vram: str | None) -> Machine:
+    """What the run computes on, as torch says; the budget was read from the same device, or named.
+
+    Raises:
+        ConfigError: only torch sees the GPU, so that nobody knows what is free on it.
+    """
+    machine = describe_machine(config.train)
+    if machine.device == prepared.device:
+        return machine
+    if vram is None:
+        raise ConfigError(
+            "torch computes on a GPU here, but nvidia-smi does not answer, so that its free memory is not known. Put "
+            "nvidia-smi on the PATH, or name the memory, for example --vram 12GiB."
+        )
+    return describe_machine(config.train, prepared.device)
 
 
 def _carry_out(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool) -> Summary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from qswitch.cli import run as command
 from qswitch.config import RunConfig
 from qswitch.data.gather import load_prompts
 from qswitch.distill.recovery import Recovery, Sizes
+from qswitch.errors import ConfigError, PlanError
 from qswitch.models.pair import load_pair_tokenizer
+from qswitch.models.runtime import Runtime, make_runtime
 from qswitch.plan.machine import Budget
 from qswitch.plan.run_plan import Plan
 from qswitch.plan.scheduler import plan_run
@@ -111,3 +114,19 @@ def test_after_memory_ran_out_the_plan_on_disk_is_that_of_the_smaller_sizes(fold
     smaller = own_plan(halved.write_into(config))
     resume(path, vram=f"{smaller.total_bytes // 1024 + 1}KiB")
     assert stored_plan(path)["total_gib"] == pytest.approx(smaller.total_gib, abs=1e-4)
+
+
+def test_a_gpu_that_torch_alone_sees_needs_a_named_budget(folders, tmp_path, monkeypatch):  # noqa: F811
+    """As in a container without nvidia-smi: the plan would be for the CPU, and the run on the GPU."""
+    real = make_runtime
+
+    def on_a_gpu(train: Any) -> Runtime:
+        return replace(real(train), device=torch.device("cuda"))
+
+    monkeypatch.setattr("qswitch.models.runtime.make_runtime", on_a_gpu)
+    config = settings(folders, train__device="auto")
+    with pytest.raises(ConfigError, match=r"nvidia-smi does not answer.*--vram 12GiB"):
+        distill(config, tmp_path / "run")
+    with pytest.raises(PlanError, match=r"the budget is 0\.10"):  # planned for the GPU, context and all
+        distill(config, tmp_path / "run", vram="0.1GiB")
+    assert not (tmp_path / "run").exists()

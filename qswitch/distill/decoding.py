@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import platform
+import time
+from pathlib import Path
 
+import torch
+
+from qswitch.aside import file_aside
 from qswitch.config import RunConfig
 from qswitch.distill.progress import Progress
+from qswitch.models.gguf_cache import cache_folder
 from qswitch.models.host_memory import freed_memory_kept
 from qswitch.models.language_model import LanguageModel
 from qswitch.rollout.block_length import (
@@ -17,7 +26,7 @@ from qswitch.rollout.block_length import (
     drafts_within_scratch,
 )
 from qswitch.rollout.graph_trial import try_graphs
-from qswitch.rollout.pass_times import measure_pass_times
+from qswitch.rollout.pass_times import LIMIT_S, measure_pass_times
 from qswitch.rollout.step_graph import StepGraphs
 from qswitch.run_dir import RunDir
 
@@ -65,10 +74,40 @@ class Decoding:
             return FixedBlock(0)
         path = self._run_dir.pass_times_path
         if path.exists():
-            times = PassTimes.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            times = _read(path)
         else:
-            self._progress.say("measuring passes of both models: rollout.block_tokens=auto chooses by their times")
-            with freed_memory_kept(self._student.device):  # as they will be in the rollouts
-                times = measure_pass_times(self._teacher, self._student, settings.batch_size, make_graphs=self.graphs)
+            times = self._times_of_this_machine(self._teacher)
             self._run_dir.write_json(path.name, times.to_dict())
         return AutoBlock(times, self.acceptance, drafts_within_scratch(settings.batch_size, self._student.vocab_size))
+
+    def _times_of_this_machine(self, teacher: LanguageModel) -> PassTimes:
+        """Pass times of this pair, measured once on a machine and kept; not where it was too busy to measure all."""
+        num_rows = self._config.rollout.batch_size
+        kept = cache_folder() / "pass_times" / f"{self._key(teacher, num_rows)}.json"
+        if kept.exists():
+            self._progress.say(f"pass times of this pair on this machine are known ({kept})")
+            return _read(kept)
+        self._progress.say(f"measuring passes of both models for rollout.block_tokens=auto, {LIMIT_S:.0f} s at most")
+        started = time.perf_counter()
+        with freed_memory_kept(self._student.device):  # as they will be in the rollouts
+            times = measure_pass_times(teacher, self._student, num_rows, make_graphs=self.graphs)
+        seconds = time.perf_counter() - started
+        if seconds <= LIMIT_S:
+            with file_aside(kept) as partial:
+                partial.write_text(json.dumps(times.to_dict(), indent=1) + "\n", encoding="utf-8")
+        else:
+            self._progress.say(f"passes are slow, other work may be running: a part was measured in {seconds:.0f} s")
+        return times
+
+    def _key(self, teacher: LanguageModel, num_rows: int) -> str:
+        """What pass times depend on: the two models and their precision, the device, the libraries."""
+        device = self._student.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {os.cpu_count()}"
+        models = [f"{m.hf.config.to_json_string()} {m.compute_dtype}" for m in (teacher, self._student)]
+        precisions = (self._config.teacher.precision, self._config.student.precision)
+        facts = (name, torch.get_num_threads(), torch.__version__, num_rows, self.uses_graphs, precisions, models)
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> PassTimes:
+    return PassTimes.from_dict(json.loads(path.read_text(encoding="utf-8")))

@@ -186,6 +186,7 @@ def _plan_again(run_dir: RunDir, sizes: Sizes, plan: Plan) -> int:
     smaller = plan_run(
         sizes.write_into(run_dir.config),
         budget_bytes=plan.budget_bytes,
+        machine=plan.machine,
         longest_prompt_tokens=plan.prompt_tokens,
         keep_sizes=True,
     )

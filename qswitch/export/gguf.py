@@ -23,7 +23,7 @@ from qswitch.data.turns import Message
 from qswitch.errors import ModelError
 from qswitch.export.llama_cpp import Engine, GgufType, check_tools, convert, has_engine, quantise
 from qswitch.export.modelfile import find_layout, modelfile
-from qswitch.models.gguf_cache import no_gguf_bar
+from qswitch.models.gguf_cache import gguf_progress
 from qswitch.models.load import read_tokenizer
 from qswitch.models.messages import first_line, quiet
 from qswitch.models.references import ResolvedModel
@@ -207,7 +207,7 @@ def _read_by_transformers(unread: GgufParity, expected: Sequence[Tensor], ids: S
 
     note = "pip install llama-cpp-python to compare token ids and end tokens in llama.cpp itself"
     try:
-        with quiet(), no_gguf_bar():
+        with quiet(), gguf_progress():
             model = AutoModelForCausalLM.from_pretrained(
                 unread.path.parent, gguf_file=unread.path.name, dtype=torch.float32
             )

@@ -8,7 +8,8 @@ import importlib.util
 import logging
 import os
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ import torch
 from qswitch.aside import folder_aside
 from qswitch.errors import ModelError
 from qswitch.models.messages import first_line, quiet
+from qswitch.units import GIB
 
 logger = logging.getLogger(__name__)
+
+PROGRESS_EVERY_S = 10.0
+"""Between two lines about a conversion."""
 
 
 def cache_folder() -> Path:
@@ -42,10 +47,10 @@ def materialise_gguf(path: Path) -> Path:
         raise ModelError(f"Reading {path.name} needs the gguf package: pip install gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    logger.info("Converting %s to %s (once)", path, folder)
+    logger.warning("converting %s (%.2f GiB), once, into %s", path.name, stat.st_size / GIB, folder)
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        with folder_aside(folder) as partial, quiet(), no_gguf_bar():
+        with folder_aside(folder) as partial, quiet(), gguf_progress(f"converting {path.name}"):
             tokenizer = AutoTokenizer.from_pretrained(**source)
             loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
             plain_model(loaded).to(torch.bfloat16).save_pretrained(partial)
@@ -78,13 +83,24 @@ def plain_model(loaded: Any) -> Any:
 
 
 @contextlib.contextmanager
-def no_gguf_bar() -> Iterator[None]:
-    """The GGUF reader of transformers has a tqdm bar of its own that no setting switches off."""
+def gguf_progress(what: str | None = None) -> Iterator[None]:
+    """In place of the bar of transformers' GGUF reader, which no setting switches off: a line now and then, or none."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
     bar = getattr(reader, "tqdm", None)
-    reader.tqdm = lambda items, **_: items
+    reader.tqdm = lambda items, **_: items if what is None else _said(items, what)
     try:
         yield
     finally:
         reader.tqdm = bar
+
+
+def _said(items: Iterable[Any], what: str) -> Iterator[Any]:
+    """The items, and every `PROGRESS_EVERY_S` a line with the share of them that is done."""
+    items = list(items)
+    last = time.monotonic()
+    for number, item in enumerate(items):
+        if time.monotonic() - last >= PROGRESS_EVERY_S:
+            last = time.monotonic()
+            logger.warning("%s: %d %%", what, 100 * number // len(items))
+        yield item

@@ -10,6 +10,7 @@ import torch
 
 from qswitch.config import TrainSection
 from qswitch.errors import ModelError
+from qswitch.plan.machine import detected_gpu
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -26,18 +27,40 @@ def make_runtime(train: TrainSection) -> Runtime:
     """Device and arithmetic of a run, `auto` resolved for this machine.
 
     Raises:
-        ModelError: device cuda where torch sees no GPU.
+        ModelError: torch cannot use a GPU that is asked for, or that nvidia-smi shows; with the reason.
     """
     available = torch.cuda.is_available()
-    if train.device == "cuda" and not available:
-        raise ModelError(
-            f"train.device=cuda, but torch {torch.__version__} sees no GPU. Install a CUDA build of torch and check "
-            "nvidia-smi, or set train.device=cpu."
-        )
+    if train.device != "cpu" and not available:
+        reason = unusable_gpu()
+        if reason is not None:
+            raise ModelError(f"{reason} To compute on the CPU instead: train.device=cpu, or CUDA_VISIBLE_DEVICES= .")
+        if train.device == "cuda":
+            raise ModelError(
+                f"train.device=cuda, but torch {torch.__version__} sees no GPU. Install a CUDA build of torch and "
+                "check nvidia-smi, or set train.device=cpu."
+            )
     device = torch.device("cuda" if available and train.device != "cpu" else "cpu")
     if train.compute_dtype != "auto":
         return Runtime(device=device, compute_dtype=DTYPES[train.compute_dtype])
     return Runtime(device=device, compute_dtype=torch.bfloat16 if has_native_bf16(device) else torch.float32)
+
+
+def unusable_gpu() -> str | None:
+    """Why torch cannot use the GPU that nvidia-smi shows, and the remedy; None where it can, or none is shown."""
+    shown = detected_gpu()
+    if shown is None or torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"nvidia-smi shows {shown}, but torch {torch.__version__} is built without CUDA. Install a CUDA build."
+    try:
+        torch.cuda.init()
+        reason = "it finds no device"
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(". ")
+    return (
+        f"nvidia-smi shows {shown}, but torch {torch.__version__} for CUDA {torch.version.cuda} cannot use it: "
+        f"{reason}. Update the driver, or install a torch built for an older CUDA."
+    )
 
 
 def has_native_bf16(device: torch.device) -> bool:

@@ -114,7 +114,7 @@ def run_seconds(config: RunConfig, teacher: ModelShape, student: ModelShape, mac
     seconds = num_steps * step_seconds(config, teacher, student, machine)
     seconds += validations * batches * pass_seconds(student, student_precision, rows * tokens, 0, machine)
     if config.needs_teacher:
-        kv_bytes = memory.kv_cache_bytes(teacher, rows, tokens // 2 + 1, b)
+        kv_bytes = memory.kv_buffer_bytes(teacher, rows, tokens // 2 + 1, b)
         one = pass_seconds(teacher, config.teacher.precision, rows, kv_bytes, machine)
         seconds += batches * rollout.max_new_tokens * one
     return seconds if train.max_seconds is None else min(seconds, train.max_seconds)

@@ -181,6 +181,19 @@ def _detect_gpu() -> _DetectedGpu | None:
     return None
 
 
+def detected_gpu() -> str | None:
+    """The GPU that nvidia-smi shows and CUDA_VISIBLE_DEVICES leaves, with its driver's version; None without one."""
+    gpu, program = _detect_gpu(), shutil.which("nvidia-smi")
+    if gpu is None or program is None:
+        return None
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return gpu.label
+    return f"{gpu.label}, driver {answer.splitlines()[0].strip()}" if answer.strip() else gpu.label
+
+
 def _host_available_bytes() -> tuple[int | None, str]:
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")

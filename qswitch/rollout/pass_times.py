@@ -25,6 +25,8 @@ from qswitch.rollout.transfer import to_device
 CONTEXT_TOKENS = 16
 """Tokens that each row has read before the timed pass; a longer past hardly changes a pass of a model that fits."""
 _BLOCKS = (1, 2, 3, 5, 9, MAX_BLOCK_TOKENS + 1)
+LIMIT_S = 60.0
+"""Seconds after which nothing more is measured than a table needs: a machine that is that slow is busy."""
 
 
 def measure_pass_times(
@@ -33,28 +35,35 @@ def measure_pass_times(
     batch_size: int,
     *,
     repeats: int = 3,
+    limit_s: float = LIMIT_S,
     make_graphs: Callable[[int], StepGraphs | None] = lambda num_rows: None,
 ) -> PassTimes:
     """Time passes of 1 and of `batch_size` rows: the least of `repeats`, since other work only ever adds time.
 
     Blocks are measured up to the first at which a pass costs as much as its tokens one by one; from there on longer
-    ones cannot pay, and the table's last slope stands for them. Where `make_graphs` gives any for a number of rows, the
-    student's passes are replayed, as they will be in the rollouts.
+    ones cannot pay, and the table's last slope stands for them. After `limit_s` seconds only what a table needs is
+    measured: the largest number of rows, two blocks, one pass each. Where `make_graphs` gives any for a number of rows,
+    the student's passes are replayed, as they will be in the rollouts.
     """
     rows = tuple(sorted({1, max(batch_size // 4, 1), batch_size}))
+    measured: list[int] = []
     by_rows, student_seconds = [], []
+    deadline = time.perf_counter() + limit_s
     blocks = list(_BLOCKS)
     with inference(teacher, student):
         for num_rows in reversed(rows):
+            if measured and time.perf_counter() > deadline:
+                break
+            measured.append(num_rows)
             probe = _Probe(student, num_rows, repeats, make_graphs(num_rows))
             for _ in range(EAGER_PASSES if probe.state.replays else 0):
                 probe.student_pass()
-            student_seconds.append(_least(probe.student_pass, repeats, probe.device))
+            student_seconds.append(_least(probe.student_pass, repeats, probe.device, deadline))
             probe = _Probe(teacher, num_rows, repeats)
             seconds: list[float] = []
             for n in blocks:
-                seconds.append(_least(partial(probe.teacher_pass, n), repeats, probe.device))
-                if n > 1 and seconds[-1] >= n * seconds[0]:
+                seconds.append(_least(partial(probe.teacher_pass, n), repeats, probe.device, deadline))
+                if n > 1 and (seconds[-1] >= n * seconds[0] or time.perf_counter() > deadline):
                     break
             if num_rows == rows[-1]:
                 blocks = blocks[: max(len(seconds), 2)]
@@ -63,7 +72,7 @@ def measure_pass_times(
                 seconds.append(seconds[-1] * blocks[len(seconds)] / blocks[len(seconds) - 1])
             by_rows.append(tuple(seconds))
     return PassTimes(
-        rows=rows,
+        rows=tuple(reversed(measured)),
         tokens=tuple(blocks),
         teacher=tuple(reversed(by_rows)),
         student=tuple(reversed(student_seconds)),
@@ -112,7 +121,7 @@ class _Probe:
         return noise.gumbel(keys, self.model.vocab_size).view(self.num_rows, n, -1)
 
 
-def _least(run: Callable[[], None], repeats: int, device: torch.device) -> float:
+def _least(run: Callable[[], None], repeats: int, device: torch.device, deadline: float) -> float:
     run()  # the first pass of a shape sets things up
     best = float("inf")
     for _ in range(repeats):
@@ -120,5 +129,8 @@ def _least(run: Callable[[], None], repeats: int, device: torch.device) -> float
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
+        finished = time.perf_counter()
+        best = min(best, finished - started)
+        if finished > deadline:
+            break
     return best

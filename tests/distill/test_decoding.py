@@ -10,9 +10,11 @@ import pytest
 from qswitch.distill import decoding
 from qswitch.distill.decoding import Decoding
 from qswitch.layers import build_config
+from qswitch.models.language_model import LanguageModel
 from qswitch.rollout.block_length import FixedBlock
 from qswitch.rollout.graph_trial import GraphTrial
 from qswitch.run_dir import RunDir
+from tests.tiny import tiny_model
 
 
 def config_with(**rollout):
@@ -63,3 +65,24 @@ def test_each_call_gets_graphs_of_its_own(tmp_path, monkeypatch):
     found.graphs(6)
     found.graphs(3)
     assert [rows for _, rows in made] == [6, 3]
+
+
+def test_pass_times_are_measured_once_on_a_machine_and_by_a_run_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("QSWITCH_CACHE", str(tmp_path / "cache"))
+    (teacher, student), said = (LanguageModel(tiny_model("llama", seed=i)) for i in (1, 2)), []
+    progress = SimpleNamespace(say=said.append)
+    config = config_with(batch_size=2)
+
+    def decode(name: str, config=config) -> dict:
+        run_dir = RunDir.create(tmp_path / name, config)
+        Decoding(config, run_dir, teacher=teacher, student=student, num_rows=2, progress=progress)
+        return json.loads(run_dir.pass_times_path.read_text())
+
+    first, second = decode("first"), decode("second")
+    assert first == second
+    assert [text.split(" ")[0] for text in said] == ["measuring", "pass"]
+    assert decode("other", config_with(batch_size=3))["rows"][-1] == 3 and said[-1].startswith("measuring")
+    # Of a machine that was too busy nothing is kept.
+    monkeypatch.setattr(decoding, "LIMIT_S", -1.0)
+    decode("busy", config_with(batch_size=4))
+    assert "passes are slow" in said[-1] and len(list((tmp_path / "cache/pass_times").iterdir())) == 2

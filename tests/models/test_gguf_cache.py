@@ -27,3 +27,17 @@ def test_a_broken_gguf_file_is_explained_and_leaves_nothing(tmp_path, monkeypatc
     with pytest.raises(ModelError, match="cannot be converted"):
         resolve_reference(str(path))
     assert not list((tmp_path / "cache" / "models").iterdir())
+
+
+def test_a_long_conversion_says_how_far_it_is(monkeypatch, caplog):
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = reader.tqdm
+    monkeypatch.setattr(gguf_cache, "PROGRESS_EVERY_S", 0.0)
+    with gguf_cache.gguf_progress("converting m.gguf"):
+        assert list(reader.tqdm(range(4), desc="theirs")) == [0, 1, 2, 3]
+    assert [r.getMessage() for r in caplog.records] == [f"converting m.gguf: {n} %" for n in (0, 25, 50, 75)]
+    caplog.clear()
+    with gguf_cache.gguf_progress():
+        assert list(reader.tqdm(range(4))) == [0, 1, 2, 3]
+    assert not caplog.records and reader.tqdm is bar

@@ -135,6 +135,9 @@ def test_fixed_blocks_stop_at_the_limit():
 
 def test_measured_times_are_positive_and_cover_the_batch():
     teacher, student = (LanguageModel(tiny_model("llama", seed=s)) for s in (1, 2))
+    short = measure_pass_times(teacher, student, 4, limit_s=0.0)
+    assert short.rows == (4,) and len(short.tokens) == 2 and len(short.student) == 1, "bounded, and still a table"
+    assert short.teacher_seconds(2, np.array([1, 5])).shape == (2,)
     table = measure_pass_times(teacher, student, 4, repeats=1)
     assert table.rows == (1, 4)
     assert len(table.teacher) == 2 and all(len(row) == len(table.tokens) for row in table.teacher)

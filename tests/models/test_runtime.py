@@ -1,0 +1,54 @@
+"""The device that nvidia-smi shows is used or refused, never silently replaced by the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qswitch import doctor
+from qswitch.config import TrainSection
+from qswitch.errors import ModelError
+from qswitch.models.runtime import make_runtime, unusable_gpu
+
+NVIDIA_SMI = """#!/bin/sh
+case "$*" in
+  *driver_version*) echo 470.223.02;;
+  *compute_cap*) echo "11264, NVIDIA GeForce RTX 3060, 8.6";;
+esac
+"""
+
+
+@pytest.fixture
+def shown_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver with a card that this build of torch cannot use."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(NVIDIA_SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_card_that_torch_cannot_use_is_refused_with_driver_and_build(shown_gpu, device, monkeypatch):
+    with pytest.raises(ModelError, match=r"RTX 3060, driver 470\.223\.02, but torch .* train\.device=cpu"):
+        make_runtime(TrainSection(device=device))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is built without CUDA. Install a CUDA build" in str(unusable_gpu())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError("the driver is too old\nmore")))
+    assert "for CUDA 13.0 cannot use it: the driver is too old more. Update the driver" in str(unusable_gpu())
+
+
+def test_the_cpu_is_used_where_it_is_asked_for(shown_gpu, monkeypatch):
+    assert make_runtime(TrainSection(device="cpu")).device.type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert make_runtime(TrainSection()).device.type == "cpu" and unusable_gpu() is None
+
+
+def test_the_doctor_says_it(shown_gpu, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line = next(line for line in doctor.render(doctor.examine()).splitlines() if line.startswith("device"))
+    assert "cpu" in line and "nvidia-smi shows the first GPU, NVIDIA GeForce RTX 3060" in line
