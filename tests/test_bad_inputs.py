@@ -23,6 +23,8 @@ import yaml
 from qswitch.cli import run
 from tests.tiny import CHARACTERS, save_tiny, save_tiny_pair, tiny_config, tiny_tokenizer
 
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+CALLS = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
 GOOD = "".join(json.dumps({"prompt": f"say {i}", "response": f"it is {i}"}) + "\n" for i in range(10))
 
 
@@ -121,7 +123,7 @@ DATA: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "two response turns": (
         "d.jsonl",
         lines({"prompt": "a", "completion": [{"role": "assistant", "content": "x"}] * 2}),
-        ("line 2", "one assistant turn", "Mend this record"),
+        ("line 2", "one assistant turn", "data.columns.messages"),
     ),
     "object as messages": ("d.jsonl", lines({"messages": {}}), ("line 2", "a list of turns, found an object", "Mend")),
     "text as messages": ("d.jsonl", lines({"messages": "Hi"}), ("line 2", "found text", "column name prompt")),
@@ -135,7 +137,7 @@ DATA: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "unknown role": (
         "d.jsonl",
         lines({"messages": [{"role": "boss", "content": "x"}]}),
-        ("line 2", "the role 'boss'", "Use system, user or assistant"),
+        ("line 2", "the role 'boss'", "Use system, user, assistant or tool"),
     ),
     "image": (
         "d.jsonl",
@@ -190,6 +192,92 @@ DATA: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
         gzip.compress(lines("{")),
         ("d.jsonl.gz line 2", "not valid JSON", "mend or delete"),
     ),
+    # Conversations, tools and preferences
+    "preference pair": (
+        "d.jsonl",
+        lines({"prompt": "a", "chosen": "b", "rejected": "c"}),
+        ("line 2", "learns from no preferences", "data.columns.response=chosen"),
+    ),
+    "preference between conversations": (
+        "d.jsonl",
+        lines({"chosen": TURNS, "rejected": TURNS}),
+        ("line 2", "learns from no preferences", "data.columns.messages=chosen"),
+    ),
+    "answer with a verdict": (
+        "d.jsonl",
+        lines({"prompt": "a", "completion": "b", "label": False}),
+        ("line 2", "a label that is true or false", "data.columns.response=completion"),
+    ),
+    "call that the template leaves out": (
+        "d.jsonl",
+        lines({"messages": [TURNS[0], CALLS]}) + GOOD.encode(),
+        ("line 2", "no place for tool_calls", "data.template"),
+    ),
+    "call without a name": (
+        "d.jsonl",
+        lines({"messages": [TURNS[0], {"role": "assistant", "tool_calls": [{"arguments": {}}]}]}),
+        ("line 2", "turn 2 holds a tool call without the name", "Mend"),
+    ),
+    "call with a list of arguments": (
+        "d.jsonl",
+        lines({"messages": [TURNS[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}]}),
+        ("line 2", "calls f with a list", "must be an object"),
+    ),
+    "call with broken arguments": (
+        "d.jsonl",
+        lines({"messages": [TURNS[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]}),
+        ("line 2", "arguments of f is text that is no JSON", "Mend"),
+    ),
+    "calls as a number": (
+        "d.jsonl",
+        lines({"messages": [TURNS[0], {"role": "assistant", "tool_calls": 3}]}),
+        ("line 2", "tool_calls must be a list of calls, found a number", "Mend"),
+    ),
+    "user who calls": (
+        "d.jsonl",
+        lines({"messages": [{**CALLS, "role": "user"}, TURNS[1]]}),
+        ("line 2", "tool_calls in a turn of the user", "Only the assistant"),
+    ),
+    "tool before any question": (
+        "d.jsonl",
+        lines({"messages": [{"role": "tool", "content": "21"}, TURNS[1]]}),
+        ("line 2", "holds no user turn", "Add the question"),
+    ),
+    "tools as an object": (
+        "d.jsonl",
+        lines({"prompt": "a", "tools": {"name": "f"}}),
+        ("line 2", "tools must be a list of tools", "found an object"),
+    ),
+    "tool without a name": (
+        "d.jsonl",
+        lines({"prompt": "a", "tools": [{"type": "function"}]}),
+        ("line 2", "tools entry 1 is no tool", "needs a name"),
+    ),
+    "tools as other text": (
+        "d.jsonl",
+        lines({"prompt": "a", "tools": "the usual ones"}),
+        ("line 2", "tools is text that is no JSON", "Mend"),
+    ),
+    "template arguments as a list": (
+        "d.jsonl",
+        lines({"prompt": "a", "chat_template_kwargs": [1]}),
+        ("line 2", "chat_template_kwargs must be an object", "found a list"),
+    ),
+    "template argument that is ours": (
+        "d.jsonl",
+        lines({"prompt": "a", "chat_template_kwargs": {"tokenize": True}}),
+        ("line 2", "chat_template_kwargs holds tokenize", "Remove it"),
+    ),
+    "half a character in the thinking": (
+        "d.jsonl",
+        lines({"messages": [TURNS[0], {**TURNS[1], "reasoning_content": "\ud800"}]}),
+        ("line 2", "turn 2 reasoning_content holds half a character", "Mend"),
+    ),
+    "conversation as a response": (
+        "d.jsonl",
+        lines({"prompt": "a", "response": TURNS}),
+        ("line 2", "one assistant turn, found 2 turns", "data.columns.messages=response"),
+    ),
     "one prompt": ("d.jsonl", lines(), ("data.num_validation=1", "1 distinct prompts", "data.validation")),
     "only long prompts": (
         "d.jsonl",
@@ -204,6 +292,13 @@ def test_data_file(case, sound, here, capsys):
     name, content, expected = DATA[case]
     (here / name).write_bytes(content)
     refused(distill(sound, f"data.train={name}"), expected, capsys)
+
+
+@pytest.mark.parametrize("case", ["no prompt column", "Latin-1", "preference pair", "tools as an object"])
+def test_a_dry_run_reads_the_first_rows(case, sound, here, capsys):
+    name, content, expected = DATA[case]
+    (here / name).write_bytes(content)
+    refused([*distill(sound, f"data.train={name}"), "--dry-run"], expected, capsys)
 
 
 # ------------------------------------------------------------------------------------------------- settings of the data
@@ -297,6 +392,24 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "template that says nothing": (("data.template=silent.jinja",), ("silent.jinja", "leaves out", "must print")),
     "template that refuses": (("data.template=raising.jinja",), ("raising.jinja", "not a usable", "Mend the template")),
+    "template argument that nothing reads": (
+        ("data.template_kwargs={enable_thinking: false}",),
+        ("data.template_kwargs.enable_thinking", "does not read it", "Remove it"),
+    ),
+    "template argument that is not the user's": (
+        ("data.template_kwargs={messages: []}",),
+        ("data.template_kwargs", "messages is not for the template", "Remove it"),
+    ),
+    "template argument without a name": (
+        ("data.template_kwargs={'enable thinking': false}",),
+        ("data.template_kwargs", "'enable thinking' is no name", "letters, digits and _"),
+    ),
+    "end token that is not there": (
+        ("data.end_tokens=['</S>']",),
+        ("data.end_tokens names </S>", "does not have", "Did you mean </s>?"),
+    ),
+    "end token without letters": (("data.end_tokens=['']",), ("data.end_tokens", "must be a token", "<end_of_turn>")),
+    "setting of before": (("data.streaming=true",), ("data.streaming is not a setting", "any size", "Remove it")),
     "file without a name": (("data.train=''",), ("data.train", "name of a file is empty", "Name a file")),
     "more held out than anybody has": (
         ("data.num_validation=1000000000",),
