@@ -86,6 +86,7 @@ def evaluate(
     """
     if len({s.name for s in settings.subjects}) < len(settings.subjects):
         raise ConfigError("Two of the models have the same name. Name them apart: NAME=reference.")
+    longest = _longest_prompt(settings)
     sets = _load_sets(settings)
     overlaps = _overlaps(settings, sets, say)
     first = settings.subjects[0]
@@ -94,7 +95,7 @@ def evaluate(
     content = template_source(encoder)
     folder = EvaluationDir.open(output_dir, settings.to_dict(sets, template, content))
     with locked(output_dir):
-        return _evaluate(settings, folder, sets, overlaps, template, say)
+        return _evaluate(settings, folder, sets, overlaps, template, longest, say)
 
 
 def _evaluate(
@@ -103,10 +104,10 @@ def _evaluate(
     sets: Sequence[TestSet],
     overlaps: Mapping[str, Mapping[str, int | None]],
     template: str,
+    longest: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     first = settings.subjects[0]
-    longest = _longest_prompt(settings)
     prompts = {s.name: _encode(settings, first, s, template, longest, say) for s in sets}
     for name, one in prompts.items():
         folder.write_set(name, {"ids": list(one.prompts), "reference_tokens": one.reference_tokens})
