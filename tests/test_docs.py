@@ -1,0 +1,175 @@
+"""The documentation says what the code does: its reference is generated, its commands run, its links lead somewhere."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import io
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qswitch.cli import run
+from qswitch.presets import load_run_config
+from tests.tiny import save_tiny_pair
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+README = ROOT / "README.md"
+HOME = "https://github.com/qswitch/qswitch"
+
+
+def prose(path: Path) -> Iterator[str]:
+    """Lines that are neither code, table, heading nor the target of a link."""
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if not line.startswith(("    ", "|", "#", "[", "<")):
+            yield line
+
+
+@pytest.mark.parametrize("path", [README, *PAGES], ids=lambda p: p.name)
+def test_no_line_of_prose_is_longer_than_120_characters(path):
+    assert [line for line in prose(path) if len(re.sub(r"\]\([^)]*\)", "]()", line)) > 120] == []
+
+
+def test_the_reference_is_what_the_code_says():
+    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs" / "make_reference.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, text in module.pages().items():
+        current = (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8")
+        assert current == text, f"docs/reference/{name} is not current: python docs/make_reference.py"
+
+
+@pytest.mark.parametrize("path", [README, *PAGES], ids=lambda p: p.name)
+def test_links_lead_to_a_file_of_ours(path):
+    text = path.read_text(encoding="utf-8")
+    for target in [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r"^\[[^\]]+\]: (\S+)", text, re.M)]:
+        target = target.partition("#")[0]
+        if target.startswith(HOME + "/blob/main/"):
+            assert (ROOT / target.removeprefix(HOME + "/blob/main/")).exists(), target
+        elif target and not target.startswith("http"):
+            assert path != README, f"README is read on PyPI too, where {target} leads nowhere"
+            assert (path.parent / target).exists(), target
+
+
+def test_the_readme_is_short_and_every_reference_of_it_is_defined():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.split("\n")) <= 150
+    assert set(re.findall(r"\]\[([^\]]+)\]", text)) == set(re.findall(r"^\[([^\]]+)\]: ", text, re.M))
+
+
+def test_every_page_is_in_the_navigation():
+    listed = re.findall(r": (\S+\.md)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert sorted(listed) == [str(page.relative_to(ROOT / "docs")) for page in PAGES]
+
+
+def test_a_term_is_explained_once():
+    terms = re.findall(r"^\*\*(.+?)\.\*\*", (ROOT / "docs/glossary.md").read_text(encoding="utf-8"), re.M)
+    assert len(terms) > 10 and len(set(terms)) == len(terms) and terms == sorted(terms, key=str.lower)
+
+
+def messages() -> str:
+    """All text in the package, values left out."""
+    found = []
+    for path in sorted((ROOT / "qswitch").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(p.value) if isinstance(p, ast.Constant) else "{}" for p in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_troubleshooting_quotes_messages_that_exist():
+    text = messages()
+    quoted = re.findall(r"^### (.+)$", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.M)
+    assert len(quoted) > 20 and [words for words in quoted if words not in text] == []
+
+
+# ---------------------------------------------------------------------------------------------------------- commands
+
+
+def commands() -> list[str]:
+    """Every command of the README and of the pages, continued lines joined; the reference has the code's own."""
+    found = []
+    for path in [README, *(p for p in PAGES if p.parent.name != "reference")]:
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        found += re.findall(r"^    (qswitch .+)$", text, re.M)
+    return sorted({" ".join(shlex.split(command, comments=True)[1:]): command for command in found}.values())
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with what the commands name: data, a configuration of two tiny models, and a finished run of it."""
+    folder = tmp_path_factory.mktemp("docs")
+    teacher, student = save_tiny_pair(folder / "pair")
+    records = [
+        {"prompt": f"tell me about {'abcdefghij'[i % 10] * (1 + i % 7)}", "response": f"it is {i}"} for i in range(30)
+    ]
+    for name in ("my_prompts.jsonl", "questions.jsonl", "dolly_eval.jsonl", "vicuna_eval.jsonl", "task.jsonl"):
+        (folder / name).write_text(
+            "".join(json.dumps(r) + "\n" for r in (records if "eval" not in name else records[:3]))
+        )
+    (folder / "questions.txt").write_text("why is it so\nwhat is that\n")
+    config = {
+        "teacher": {"model": str(teacher), "precision": "nf4"},
+        "student": {"model": str(student), "lora": {"r": 4}},
+        "data": {"train": str(folder / "my_prompts.jsonl"), "num_validation": 3},
+        "rollout": {"max_new_tokens": 4, "batch_size": 4},
+        "train": {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "device": "cpu"},
+    }
+    (folder / "my.yaml").write_text(yaml.safe_dump(config))
+    study = {
+        "run": "my.yaml", "budget": {"unit": "steps", "amount": 1}, "seeds": [1],
+        "cells": {"switch": {}, "gkd": {"settings": {"method": "gkd"}}},
+        "evaluate": {"data": [str(folder / "questions.jsonl")], "max_new_tokens": 4},
+    }  # fmt: skip
+    (folder / "study.yaml").write_text(yaml.safe_dump(study))
+    (folder / "merged-a").symlink_to(student)
+    (folder / "merged-b").symlink_to(student)
+    assert run(["distill", "--config", str(folder / "my.yaml"), "--output-dir", str(folder / "RUN")]) == 0
+    return folder
+
+
+def small(command: str) -> list[str]:
+    """The command on the tiny pair: it loads nothing from a hub, needs no GPU and no other program."""
+    verb, *rest = shlex.split(command, comments=True)[1:]
+    for i, word in enumerate(rest):
+        if word == "--preset":
+            load_run_config(rest[i + 1])  # named in the documentation, so it must exist
+        if re.fullmatch(r"runs/(my-run|first|second)(:\w+)?", word):
+            rest[i] = re.sub(r"^runs/[\w-]+", "RUN", word)
+    line = " ".join([verb, *map(shlex.quote, rest)])
+    if verb in ("distill", "sft"):
+        line = re.sub(r"--preset \S+", "--config my.yaml", line)
+    replaced = {
+        r"Qwen/Qwen2.5-7B-Instruct": "pair/teacher",
+        r"^shrink \S+ --layers \d+": "shrink pair/teacher --layers 1",
+        r"benchmarks/study/\w+.yaml": "study.yaml",  # its data is not in the repository
+        r"^(eval .*)": r"\1 --max-new-tokens 4 --limit 2",
+        r"^(plan (?!.*(--vram|--gpu|--all)).*)": r"\1 --vram 24GiB",
+        r"^presets copy (\S+) my.yaml": r"presets copy \1 copied.yaml",
+        r" --gguf \S+": "",  # needs llama.cpp; tests/export has it
+        r"^(push (?!.*--dry-run).*)": r"\1 --dry-run",
+        r"^(compare .*)": r"\1 --dry-run",
+    }
+    for pattern, new in replaced.items():
+        line = re.sub(pattern, new, line)
+    return shlex.split(line)
+
+
+@pytest.mark.parametrize("command", sorted({shlex.join(small(command)) for command in commands()}))
+def test_every_command_runs(command, workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    shutil.rmtree(workplace / "RUN" / "eval", ignore_errors=True)  # of another command, which scored other sets
+    code = run(shlex.split(command))
+    assert code == 0, f"{command}: {capsys.readouterr().err}"
