@@ -118,6 +118,7 @@ def workplace(tmp_path_factory) -> Path:
         (folder / name).write_text(
             "".join(json.dumps(r) + "\n" for r in (records if "eval" not in name else records[:3]))
         )
+    (folder / "faq.csv").write_text("frage,antwort\n" + "".join(f"why {i},because {i}\n" for i in range(30)))
     (folder / "questions.txt").write_text("why is it so\nwhat is that\n")
     config = {
         "teacher": {"model": str(teacher), "precision": "nf4"},
@@ -152,6 +153,8 @@ def small(command: str) -> list[str]:
         line = re.sub(r"--preset \S+", "--config my.yaml", line)
     replaced = {
         r"Qwen/Qwen2.5-7B-Instruct": "pair/teacher",
+        r"Qwen/Qwen2.5-0.5B-Instruct": "pair/student",
+        r"(--data my_prompts.jsonl)$": r"\1 --set train.device=cpu --dry-run" if verb == "distill" else r"\1",
         r"^shrink \S+ --layers \d+": "shrink pair/teacher --layers 1",
         r"benchmarks/study/\w+.yaml": "study.yaml",  # its data is not in the repository
         r"^(eval .*)": r"\1 --max-new-tokens 4 --limit 2",
