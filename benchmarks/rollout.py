@@ -392,7 +392,7 @@ def graphs(bench: Bench) -> dict[str, Any]:
         trial = try_graphs(bench.student, batch, repeats=8 * bench.args.repeats)
         seconds: dict[str, list[float]] = {"usual": [], "replayed": []}
         for _ in range(bench.args.repeats if trial.used else 0):
-            for side, made in (("usual", None), ("replayed", StepGraphs(bench.student, batch))):
+            for side, made in (("usual", None), ("replayed", StepGraphs(bench.student))):
                 _, stats = rollout(
                     bench.requests(batch * bench.args.prompts_per_row), teacher=None, student=bench.student,
                     policy=StudentPolicy(), seed=0, temperature=1.0, eos_ids=(), pad_id=bench.pair.pad_id,

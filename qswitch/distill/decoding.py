@@ -51,7 +51,7 @@ class Decoding:
         self.uses_graphs = self._try_graphs(num_rows)
         self.blocks = self._make_blocks()
 
-    def graphs(self, num_rows: int) -> StepGraphs | None:
+    def graphs(self) -> StepGraphs | None:
         """What replays the student's passes in one call; None where that is off, not possible or of no use."""
         return StepGraphs(self._student) if self.uses_graphs else None
 

@@ -235,7 +235,7 @@ class Supply:
                 keep=self.config.loss.scope if self.policy.uses_teacher and self._imitates else "nothing",
                 blocks=self.decoding.blocks,
                 keep_student=settings.reuse > 1 or self.share is not None,
-                student_graphs=self.decoding.graphs(num_rows),
+                student_graphs=self.decoding.graphs(),
             )
 
     def cache_teacher(self, rollouts: Sequence[Rollout]) -> list[TrainingSequence]:

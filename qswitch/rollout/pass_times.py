@@ -36,14 +36,14 @@ def measure_pass_times(
     *,
     repeats: int = 3,
     limit_s: float = LIMIT_S,
-    make_graphs: Callable[[int], StepGraphs | None] = lambda num_rows: None,
+    make_graphs: Callable[[], StepGraphs | None] = lambda: None,
 ) -> PassTimes:
     """Time passes of 1 and of `batch_size` rows: the least of `repeats`, since other work only ever adds time.
 
     Blocks are measured up to the first at which a pass costs as much as its tokens one by one; from there on longer
     ones cannot pay, and the table's last slope stands for them. After `limit_s` seconds only what a table needs is
-    measured: the largest number of rows, two blocks, one pass each. Where `make_graphs` gives any for a number of rows,
-    the student's passes are replayed, as they will be in the rollouts.
+    measured: the largest number of rows, two blocks, one pass each. Where `make_graphs` gives any, the student's
+    passes are replayed, as they will be in the rollouts.
     """
     rows = tuple(sorted({1, max(batch_size // 4, 1), batch_size}))
     measured: list[int] = []
@@ -55,7 +55,7 @@ def measure_pass_times(
             if measured and time.perf_counter() > deadline:
                 break
             measured.append(num_rows)
-            probe = _Probe(student, num_rows, repeats, make_graphs(num_rows))
+            probe = _Probe(student, num_rows, repeats, make_graphs())
             for _ in range(EAGER_PASSES if probe.state.replays else 0):
                 probe.student_pass()
             student_seconds.append(_least(probe.student_pass, repeats, probe.device, deadline))

@@ -51,20 +51,17 @@ def test_graphs_are_not_tried_without_a_gpu_or_where_they_are_off(tmp_path, monk
     for i, (config, device) in enumerate([(config_with(), "cpu"), (config_with(student_graphs="off"), "cuda")]):
         run_dir = RunDir.create(tmp_path / f"run{i}", config)
         found = make(config, run_dir, [], device)
-        assert not found.uses_graphs and found.graphs(4) is None
+        assert not found.uses_graphs and found.graphs() is None
         assert not run_dir.student_graphs_path.exists()
         assert isinstance(found.blocks, FixedBlock), "nobody drafts for a teacher that is not asked"
 
 
 def test_each_call_gets_graphs_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding, "try_graphs", lambda student, rows: GraphTrial(True, "because", rows))
-    made: list[tuple[object, int]] = []
-    monkeypatch.setattr(decoding, "StepGraphs", lambda student, rows: made.append((student, rows)))
+    monkeypatch.setattr(decoding, "StepGraphs", lambda student: [student])
     config = config_with()
     found = make(config, RunDir.create(tmp_path / "run", config), [])
-    found.graphs(6)
-    found.graphs(3)
-    assert [rows for _, rows in made] == [6, 3]
+    assert found.graphs() == found.graphs() and found.graphs() is not found.graphs()
 
 
 def test_pass_times_are_measured_once_on_a_machine_and_by_a_run_kept(tmp_path, monkeypatch):
