@@ -176,17 +176,20 @@ def distill(
 ) -> None:
     """Train a student of a teacher on your data, from a preset, a file, or the names of two models."""
     from qswitch import run as runs
+    from qswitch.layers import set_layer
     from qswitch.run_dir import RunDir
 
     named = Named(preset, config, overrides, teacher, student, data, method)
-    if resume is not None and (named or output_dir):
-        raise ConfigError("--resume goes on with the run's own config.yaml; leave --preset, --config, --set and "
-                          "--output-dir out, and so --teacher, --student, --data and --method.")  # fmt: skip
+    if resume is not None and (preset or config or teacher or student or data or method or output_dir):
+        raise ConfigError("--resume goes on with the run's own config.yaml; leave --preset, --config, --teacher, "
+                          "--student, --data, --method and --output-dir out. --set changes rates, lengths, and when it "
+                          "looks and saves.")  # fmt: skip
+    changes = set_layer(overrides or [])
     if dry_run:
-        settings = load_settings(named, vram=vram) if resume is None else RunDir.open(resume).config
+        settings = load_settings(named, vram=vram) if resume is None else RunDir.open(resume, changes).config
         _print_plan(*runs.rehearse(settings, vram=vram, resumes=resume is not None), as_json)
     elif resume is not None:
-        _print_run(resume, runs.resume(resume, vram=vram), as_json)
+        _print_run(resume, runs.resume(resume, vram=vram, changes=changes), as_json)
     else:
         settings, path = load_settings(named, vram=vram), output_dir or _new_run(named.label)
         _print_run(path, runs.distill(settings, path, vram=vram), as_json)

@@ -6,6 +6,8 @@ exception into an exit code; nothing else catches these.
 
 from __future__ import annotations
 
+from typing import Literal
+
 
 class QSwitchError(Exception):
     """A failure with a message for the user; exit code 2 unless a subclass says otherwise."""
@@ -45,6 +47,14 @@ class RunDirError(QSwitchError):
 
 class TrainingError(QSwitchError):
     """Training cannot go on (for instance a non-finite loss); the last checkpoint is intact."""
+
+
+class NonFiniteError(TrainingError):
+    """A model computed NaN or infinity; `role` is the one to blame, teacher or student."""
+
+    def __init__(self, role: Literal["teacher", "student"], what: str) -> None:
+        self.role = role
+        super().__init__(f"The {role}'s {what} NaN or infinite.")
 
 
 class Interrupted(KeyboardInterrupt):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from qswitch.config import RunConfig
 from qswitch.errors import ConfigError, Interrupted, QSwitchError
+from qswitch.layers import Layer
 from qswitch.plan.advice import require_fit, require_own_sizes_fit
 from qswitch.plan.machine import Machine, describe_machine, find_budget
 from qswitch.plan.run_plan import Plan
@@ -59,17 +60,18 @@ def distill(config: RunConfig, path: Path, *, vram: str | None = None) -> Summar
         raise
 
 
-def resume(path: Path, *, vram: str | None = None) -> Summary:
-    """Go on with a run from its newest checkpoint, with its own configuration and sizes.
+def resume(path: Path, *, vram: str | None = None, changes: Layer | None = None) -> Summary:
+    """Go on with a run from its newest checkpoint, with its own sizes and configuration, `changes` to it apart.
 
     A budget that was named and does not hold them refuses the run; where memory is only short now, that is said, and
     sizes are lowered when it runs out.
 
     Raises:
         RunDirError: there is no such run, or another command writes to it.
+        ConfigError: a setting of `changes` may not change in a run that has begun.
         and what `distill` raises.
     """
-    run_dir = RunDir.open(path)
+    run_dir = RunDir.open(path, changes)
     budget = find_budget(run_dir.config.train, vram=vram)
     prepared = _prepare(run_dir.config, [])
 
@@ -118,6 +120,7 @@ def _carry_out(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool
 
     try:
         with locked(run_dir.path):
+            run_dir.record_changes()
             run_dir.write_json("data.json", prepared.prompts.report.to_dict())
             run_dir.write_json("plan.json", plan.to_dict())
             summary = train(run_dir, prepared, plan, resumes=resumes)

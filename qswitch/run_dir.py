@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,17 +16,28 @@ from typing import Any
 
 from qswitch.aside import file_aside
 from qswitch.config import RunConfig
-from qswitch.errors import RunDirError
-from qswitch.layers import build_config, dump_config
+from qswitch.errors import ConfigError, RunDirError
+from qswitch.layers import Layer, build_config, by_section, dump_config, flatten
 from qswitch.yaml_file import read_yaml
+
+logger = logging.getLogger(__name__)
+
+CHANGEABLE = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "max_steps", "max_tokens", "max_seconds",
+    "eval_steps", "save_steps", "save_total_limit", "report_to",
+)  # fmt: skip
+"""Settings of the train section that a run may go on with otherwise than it began: rates, lengths, and when it looks,
+saves and reports."""
 
 
 class RunDir:
     """RUN/: config.yaml, plan.json, pass_times.json, student_graphs.json, metrics.jsonl, rollouts.jsonl, held_out.json,
     summary.json, checkpoints/, adapter/, student/."""
 
-    def __init__(self, path: Path, config: RunConfig) -> None:
+    def __init__(self, path: Path, config: RunConfig, changes: Mapping[str, list[Any]] | None = None) -> None:
         self.path, self.config = path, config
+        self.changes = dict(changes or {})
+        """Settings that differ from RUN/config.yaml: [there, here]."""
 
     @classmethod
     def create(cls, path: Path, config: RunConfig) -> RunDir:
@@ -64,18 +76,39 @@ class RunDir:
             shutil.rmtree(self.path)
 
     @classmethod
-    def open(cls, path: Path) -> RunDir:
-        """Open an existing run.
+    def open(cls, path: Path, changes: Layer | None = None) -> RunDir:
+        """Open an existing run, to go on with its settings changed by `changes`.
 
         Raises:
             RunDirError: the folder or its config.yaml is missing.
-            ConfigError: its config.yaml is not valid.
+            ConfigError: its config.yaml is not valid, or a setting may not change in a run that has begun.
         """
         config_path = path / "config.yaml"
         if not config_path.is_file():
             reason = "holds no config.yaml, so it is no run directory" if path.is_dir() else "does not exist"
             raise RunDirError(f"{path} {reason}. Name the folder that `qswitch distill` printed.")
-        return cls(path, build_config(read_yaml(config_path), source=str(config_path)))
+        written = read_yaml(config_path)
+        config = build_config(written, source=str(config_path))
+        if not changes:
+            return cls(path, config)
+        allowed = [f"train.{name}" for name in CHANGEABLE]
+        refused = sorted(flatten(by_section(changes)).keys() - set(allowed))
+        if refused:
+            raise ConfigError(
+                f"{', '.join(refused)} cannot change in a run that has begun, because what it has learnt depends on "
+                f"it. Start a new run. What may change: {', '.join(allowed)}."
+            )
+        changed = build_config(written, changes, source="--set")
+        pairs = {f"train.{n}": [getattr(config.train, n), getattr(changed.train, n)] for n in CHANGEABLE}
+        return cls(path, changed, {name: pair for name, pair in pairs.items() if pair[0] != pair[1]})
+
+    def record_changes(self) -> None:
+        """Make the changes those of the run: its config.yaml, and a line of changes.jsonl that says from where on."""
+        if self.changes:
+            newest = self.latest_checkpoint()
+            at = None if newest is None else newest.name
+            _append_lines(self.path / "changes.jsonl", [{"resumed_from": at, "changes": self.changes}])
+            write_atomically(self.config_path, dump_config(self.config))
 
     @property
     def config_path(self) -> Path:
@@ -139,11 +172,11 @@ class RunDir:
         write_atomically(self.path / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; an unfinished last line of a crash is left out."""
+        """The lines of metrics.jsonl; a damaged one is left out and named, the unfinished last one of a crash not."""
         return _read_lines(self.metrics_path)
 
     def read_rollouts(self) -> list[dict[str, Any]]:
-        """The lines of rollouts.jsonl; an unfinished last line of a crash is left out."""
+        """The lines of rollouts.jsonl, as `read_metrics`."""
         return _read_lines(self.rollouts_path)
 
     def truncate_logs(self, step: int) -> None:
@@ -203,5 +236,18 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     # Not splitlines: it also splits at U+2028 and the like, which models write and JSON does not escape.
-    *whole, _unfinished = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in whole]
+    *whole, _unfinished = path.read_bytes().split(b"\n")
+    lines, damaged = [], []
+    for number, text in enumerate(whole, start=1):
+        try:
+            line = json.loads(text)
+        except ValueError:  # no JSON, or not even UTF-8
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+        else:
+            damaged.append(number)
+    if damaged:
+        listed = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+        logger.warning("%s: %d damaged lines are left out (%s)", path, len(damaged), listed)
+    return lines

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qswitch.errors import RunDirError
+from qswitch.errors import ConfigError, RunDirError
 from qswitch.layers import build_config
 from qswitch.run_dir import RunDir, write_atomically
 
@@ -62,6 +62,39 @@ def test_logs_grow_by_lines_and_skip_the_unfinished_one_of_a_crash(tmp_path: Pat
     with run.metrics_path.open("a") as handle:
         handle.write('{"step": 3, "lo')
     assert [m["step"] for m in run.read_metrics()] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"{", b"\xff\xfe", b"[1]", b'{"loss": 1.0}', b'{"step": "4"}', b"", b"null", b'{"step": 2, "lo']
+)
+def test_a_damaged_line_is_named_and_left_out(tmp_path: Path, config, caplog, damage: bytes):
+    run = RunDir.create(tmp_path / "run", config)
+    run.metrics_path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    assert run.read_metrics() == [{"step": 1}, {"step": 3}]
+    assert f"{run.metrics_path}: 1 damaged lines are left out (2)" in caplog.text
+    run.truncate_logs(3)
+    caplog.clear()
+    assert run.read_metrics() == [{"step": 1}, {"step": 3}] and not caplog.text
+
+
+def test_what_may_change_in_a_run_is_recorded_and_the_rest_refused_by_name(tmp_path: Path, config):
+    path = RunDir.create(tmp_path / "run", config).path
+    changes = {"train": {"learning_rate": 1e-6, "max_steps": 300, "eval_steps": config.train.eval_steps}}
+    run = RunDir.open(path, changes)
+    assert run.config.train.learning_rate == 1e-6 and run.config.train.max_steps == 300
+    assert RunDir.open(path).config == config, "nothing is written before the run goes on"
+    run.record_changes()
+    assert RunDir.open(path).config == run.config
+    (line,) = [json.loads(text) for text in (path / "changes.jsonl").read_text().splitlines()]
+    assert line == {
+        "resumed_from": None,
+        "changes": {"train.learning_rate": [1e-4, 1e-6], "train.max_steps": [200, 300]},
+    }
+    RunDir.open(path, {"train.max_steps": 300}).record_changes()  # no change
+    assert len((path / "changes.jsonl").read_text().splitlines()) == 1
+    refused = {"seed": 3, "rollout.decay_rate": 0.2, "lora_r": 4, "train.learning_rate": 1e-5}
+    with pytest.raises(ConfigError, match=r"^rollout\.decay_rate, seed, student\.lora\.r cannot change in a run"):
+        RunDir.open(path, refused)
 
 
 def test_logs_survive_the_line_separators_that_models_write(tmp_path: Path, config):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,14 +15,13 @@ from torch import Tensor
 
 from qswitch.config import RunConfig
 from qswitch.data.loader import BlockLoader
-from qswitch.distill.logit_cache import LogitCache
+from qswitch.distill.logit_cache import LogitCache, Targets
 from qswitch.distill.objective import StudentObjective, collate, collate_with_labels
-from qswitch.distill.optimizer import make_lr_scheduler, make_optimizer
+from qswitch.distill.optimizer import Schedule, make_optimizer
 from qswitch.distill.recovery import Recovery
 from qswitch.distill.sequence import TrainingSequence
-from qswitch.errors import TrainingError
+from qswitch.errors import NonFiniteError
 from qswitch.models.language_model import LanguageModel
-from qswitch.run_dir import RunDir
 
 
 class Learner:
@@ -37,7 +35,6 @@ class Learner:
     def __init__(
         self,
         config: RunConfig,
-        run_dir: RunDir,
         *,
         student: LanguageModel,
         cache: LogitCache,
@@ -47,7 +44,7 @@ class Learner:
         recovery: Recovery,
         spent: Callable[[], float],
     ) -> None:
-        self.config, self._run_dir, self._pad_id = config, run_dir, pad_id
+        self.config, self._pad_id = config, pad_id
         self.corpus, self._cache, self._accelerator, self._recovery = corpus, cache, accelerator, recovery
         self._device = student.device
         self._imitates = config.loss.objective == "divergence"
@@ -55,8 +52,7 @@ class Learner:
         self.trainable = [p for p in student.parameters() if p.requires_grad]
         optimizer = make_optimizer(config.train, self.trainable)
         self._wrapped, self.optimizer = accelerator.prepare(self.objective, optimizer)
-        self.lr_scheduler = make_lr_scheduler(config.train, optimizer, spent)
-        self._step = 0
+        self.schedule = Schedule(config.train, optimizer, spent)
 
     def learn_step(self, sequences: Sequence[TrainingSequence], step: int) -> tuple[float | None, float | None]:
         """The loss in nats and the clipped gradient's norm of a step; None for one that has no loss token.
@@ -64,7 +60,7 @@ class Learner:
         The gradients are left for `update`. Where memory runs out the step is undone and repeated, smaller.
 
         Raises:
-            TrainingError: the loss or the gradient is not finite; no weight has moved.
+            NonFiniteError: the loss or the gradient is not finite; no weight has moved.
             MemoryFloorError: nothing is left to shrink.
         """
         cursor = self.corpus.state_dict() if self.corpus is not None else None
@@ -74,18 +70,14 @@ class Learner:
             if self.corpus is not None and cursor is not None:
                 self.corpus.load_state_dict(cursor)
 
-        self._step = step
-        return self._recovery.attempt("loss", lambda: self._gradients(sequences), undo=undo)
+        return self._recovery.attempt("loss", lambda: self._gradients(sequences, step), undo=undo)
 
     def update(self, loss: float | None) -> None:
         """Step the optimizer with the gradients of a step that had a loss, and the schedule always."""
         if loss is not None:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        with warnings.catch_warnings():
-            # A skipped step moves the schedule without the optimizer, which torch takes for a mistake.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
-            self.lr_scheduler.step()
+        self.schedule.step()
 
     def accumulate(self, sequences: Sequence[TrainingSequence]) -> float | None:
         """Accumulate gradients over all micro-batches; the token mean of the loss in nats, None without any token.
@@ -105,13 +97,13 @@ class Learner:
                 batch, targets = collate(group, self._pad_id, self._device), self._cache.get(group)
             else:
                 batch, targets = collate_with_labels(group, self._pad_id, self._device), None
-            total += self._backward(self._wrapped(batch, targets, num_tokens))
+            total += self._backward(self._wrapped(batch, targets, num_tokens), targets)
         if self.corpus is not None:
             self._accumulate_corpus(self.corpus, size)
         return total if sequences or self.corpus is not None else None
 
-    def _gradients(self, sequences: Sequence[TrainingSequence]) -> tuple[float | None, float | None]:
-        seed_step(self.config.seed, self._step)
+    def _gradients(self, sequences: Sequence[TrainingSequence], step: int) -> tuple[float | None, float | None]:
+        seed_step(self.config.seed, step)
         chunk_tokens = self._recovery.sizes.chunk_tokens
         self.objective.settings = self.config.loss.model_copy(update={"chunk_tokens": chunk_tokens})
         loss = self.accumulate(sequences)
@@ -119,7 +111,7 @@ class Learner:
             return None, None
         norm = float(self._accelerator.clip_grad_norm_(self.trainable, self.config.train.max_grad_norm))
         if not math.isfinite(norm):
-            raise self._not_finite("gradient norm", norm)
+            raise NonFiniteError("student", "gradient norm is")
         return loss, norm
 
     def _accumulate_corpus(self, corpus: BlockLoader, size: int) -> None:
@@ -133,22 +125,18 @@ class Learner:
         num_tokens = float(sum(len(s.loss_steps) for s in sequences))
         for start in range(0, len(sequences), size):
             batch = collate_with_labels(sequences[start : start + size], self._pad_id, self._device)
-            self._backward(self.config.loss.lm_coefficient * self._wrapped(batch, None, num_tokens))
+            self._backward(self.config.loss.lm_coefficient * self._wrapped(batch, None, num_tokens), None)
 
-    def _backward(self, loss: Tensor) -> float:
+    def _backward(self, loss: Tensor, targets: Targets | None) -> float:
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise self._not_finite("loss", value)
+            chunk_tokens = self.objective.settings.chunk_tokens
+            if targets is not None and not targets.are_finite(chunk_tokens, self._device):
+                raise NonFiniteError("teacher", "outputs for the loss are")
+            raise NonFiniteError("student", "loss is")
         self._accelerator.backward(loss)
         self._recovery.check_host_memory()
         return value
-
-    def _not_finite(self, what: str, value: float) -> TrainingError:
-        return TrainingError(
-            f"The {what} is {value} at step {self._step}; the optimizer step was not taken. Lower train.learning_rate "
-            f"(now {self.config.train.learning_rate}) and resume from the last checkpoint in "
-            f"{self._run_dir.checkpoints_path}."
-        )
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -90,6 +90,15 @@ class Targets:
         assert self._head is not None, "hidden states are put with a head"
         return LogitTargets(self._head(fields["hidden"].to(self._score_dtype)))
 
+    def are_finite(self, chunk_tokens: int, device: torch.device) -> bool:
+        """Whether the teacher's outputs are numbers; a logit of -inf, a token that it never writes, is one."""
+        for start in range(0, self.num_positions, chunk_tokens):
+            chunk = self.chunk(start, min(start + chunk_tokens, self.num_positions), device)
+            values = chunk.logits if isinstance(chunk, LogitTargets) else chunk.log_probs
+            if not torch.isfinite(values.amax(dim=-1)).all():  # amax passes NaN on
+                return False
+        return True
+
 
 class LogitCache:
     """Teacher outputs by sequence within byte budgets.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from qswitch.distill.budget import learning_rate_factor
 from qswitch.errors import TrainingError
 from qswitch.models.language_model import LanguageModel
 from qswitch.run_dir import RunDir
+
+SCHEDULE_SETTINGS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "max_tokens", "max_seconds")
+"""Settings of the train section that the learning rate follows."""
 
 
 def make_accelerator(config: RunConfig, run_dir: RunDir, student: LanguageModel) -> Accelerator:
@@ -74,18 +78,53 @@ def make_optimizer(train: TrainSection, parameters: list[torch.nn.Parameter]) ->
     return optimizer
 
 
-def make_lr_scheduler(train: TrainSection, optimizer: torch.optim.Optimizer, spent: Callable[[], float]) -> Any:
-    """The learning rate by steps, or, for a budget of tokens or seconds, by the share of it that `spent` says."""
-    if train.max_tokens is None and train.max_seconds is None:
-        name = train.lr_scheduler_type
-        return get_scheduler(
-            # Plain "constant" of transformers knows no warm-up.
-            "constant_with_warmup" if name == "constant" and train.warmup_steps else name,
-            optimizer,
-            num_warmup_steps=train.warmup_steps,
-            num_training_steps=train.max_steps,
-        )
-    # Called before this step's tokens are counted: the rate lags the budget by one step.
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(train, step=step, share=spent())
-    )
+class Schedule:
+    """The learning rate by steps, or, for a budget of tokens or seconds, by the share of it that `spent` says.
+
+    A resumed run may have another rate or length than the checkpoint's; the rate is then set anew, as if the schedule
+    had been the new one from the start.
+    """
+
+    def __init__(self, train: TrainSection, optimizer: torch.optim.Optimizer, spent: Callable[[], float]) -> None:
+        self._settings = {name: getattr(train, name) for name in SCHEDULE_SETTINGS}
+        if train.max_tokens is None and train.max_seconds is None:
+            name = train.lr_scheduler_type
+            self._scheduler = get_scheduler(
+                # Plain "constant" of transformers knows no warm-up.
+                "constant_with_warmup" if name == "constant" and train.warmup_steps else name,
+                optimizer,
+                num_warmup_steps=train.warmup_steps,
+                num_training_steps=train.max_steps,
+            )
+        else:
+            # Called before this step's tokens are counted: the rate lags the budget by one step.
+            self._scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: learning_rate_factor(train, step=step, share=spent())
+            )
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next step."""
+        return self._scheduler.get_last_lr()[0]
+
+    def step(self) -> None:
+        """The step is over, whether or not the optimizer moved."""
+        with warnings.catch_warnings():
+            # A skipped step moves the schedule without the optimizer, which torch takes for a mistake.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
+            self._scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"settings": self._settings, "scheduler": self._scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`; the optimizer's is loaded already, and so is what `spent` reads."""
+        self._scheduler.load_state_dict(state["scheduler"])
+        if state["settings"] == self._settings:
+            return
+        scheduler, peak = self._scheduler, self._settings["learning_rate"]
+        scheduler.base_lrs = [peak] * len(scheduler.base_lrs)
+        for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = peak, peak * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]

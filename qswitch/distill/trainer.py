@@ -6,11 +6,13 @@ through a `Progress`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qswitch.config import RunConfig
@@ -36,6 +38,7 @@ from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes
 from qswitch.distill.supply import Supply
 from qswitch.distill.validation import ResponseLoss, Validation
+from qswitch.errors import NonFiniteError, TrainingError
 from qswitch.manifest import find_damage
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.pair import TokenizerPair
@@ -77,7 +80,6 @@ class Trainer:
         self.cache = make_cache(config, run_dir, teacher=teacher, student=student, vocab_size=pair.vocab_size)
         self.learner = Learner(
             config,
-            run_dir,
             student=student,
             cache=self.cache,
             pad_id=pair.pad_id,
@@ -97,14 +99,17 @@ class Trainer:
             self.validation = response_loss
         else:
             self.progress.say(f"the teacher answers the {len(validation_prompts)} held-out prompts")
-            self.validation = Validation(
-                validation_prompts,
-                teacher,
-                max_new_tokens=config.rollout.max_new_tokens,
-                eos_ids=pair.eos_ids,
-                pad_id=pair.pad_id,
-                batch_size=batch_size,
-            )
+            try:
+                self.validation = Validation(
+                    validation_prompts,
+                    teacher,
+                    max_new_tokens=config.rollout.max_new_tokens,
+                    eos_ids=pair.eos_ids,
+                    pad_id=pair.pad_id,
+                    batch_size=batch_size,
+                )
+            except NonFiniteError as error:
+                raise teacher_at_fault(f"{error} No step was taken.", config) from error
         policy = make_policy(config.rollout)
         decoding = Decoding(
             config, run_dir, teacher=teacher if policy.uses_teacher else None, student=student,
@@ -125,7 +130,7 @@ class Trainer:
             "counters": self.counters,
             "sizes": self.recovery,
             "optimizer": self.learner.optimizer,
-            "lr_scheduler": self.learner.lr_scheduler,
+            "schedule": self.learner.schedule,
             "corpus": self.learner.corpus,
             "loader": self.supply.loader,
             "acceptance": decoding.acceptance,
@@ -160,6 +165,7 @@ class Trainer:
 
         Raises:
             MemoryFloorError: no size is left to shrink; a checkpoint of the last finished step is on disk.
+            TrainingError: a model computed NaN or infinity; names the model, the step and what to do.
         """
         train, counters = self.config.train, self.counters
         if counters.before_nats is None:
@@ -176,6 +182,8 @@ class Trainer:
                 except MemoryFloorError as error:
                     self.save()
                     raise self._at_the_floor(error) from error
+                except NonFiniteError as error:
+                    raise self._not_finite(f"{error} Step {self.step + 1} was not taken.", error.role) from error
                 counters.count(report, time.perf_counter() - started)
                 self.log(report)
                 improved = False
@@ -223,10 +231,33 @@ class Trainer:
             "one start anew with a smaller rollout.max_new_tokens or data.max_prompt_tokens, or teacher.residency=swap."
         )
 
+    def _not_finite(self, text: str, role: str = "student") -> TrainingError:
+        """`text` with what to do about it; the folders that it names exist."""
+        if role == "teacher":
+            return teacher_at_fault(text, self.config)
+        failed = self.run_dir.checkpoints_path / checkpoint_name(self.step)
+        if failed.is_dir():  # with these weights the step would fail again, whatever the rate
+            text += f" The checkpoint of step {self.step} holds the same weights; it is now {set_aside(failed).name}."
+        lower = f"--set train.learning_rate={self.config.train.learning_rate / 10:.6g}"
+        newest = self.run_dir.latest_checkpoint()
+        if newest is not None:
+            command = f"qswitch distill --resume {self.run_dir.path} {lower}"
+            return TrainingError(f"{text} Go on from {newest.name} with a lower rate: {command}")
+        if self.step == 0:
+            return TrainingError(
+                f"{text} The student had learnt nothing yet, so its own files or student.precision="
+                f"{self.config.student.precision} are at fault. Set student.precision=fp32, or use another student."
+            )
+        return TrainingError(f"{text} There is no earlier checkpoint. Start a new run with {lower}.")
+
     # ---------------------------------------------------------------- looking
 
     def validate(self) -> float:
-        """KL(teacher || student) on the held-out prompts, or the loss on their responses; nats per token."""
+        """KL(teacher || student) on the held-out prompts, or the loss on their responses; nats per token.
+
+        Raises:
+            TrainingError: it is not finite.
+        """
         return self._held_out_nats(self.validation)
 
     def _held_out_nats(self, held_out: Validation | ResponseLoss) -> float:
@@ -234,7 +265,10 @@ class Trainer:
             sizes = self.recovery.sizes
             return held_out.nats(self.learner.objective, self.device, sizes.chunk_tokens, sizes.validation_rows)
 
-        return self.recovery.attempt("validation", score)
+        nats = self.recovery.attempt("validation", score)
+        if not math.isfinite(nats):  # the teacher's side was written, and found finite, before the first step
+            raise self._not_finite(f"The student's {held_out.what} is {nats} after step {self.step}.")
+        return nats
 
     def _adapt_share(self) -> dict[str, float]:
         """Let the share of student-written batches hear of the loss on held-out responses; both, for the metrics."""
@@ -253,7 +287,7 @@ class Trainer:
         metrics: dict[str, Any] = {
             "step": self.step,
             **report.metrics(),
-            "learning_rate": self.learner.lr_scheduler.get_last_lr()[0],
+            "learning_rate": self.learner.schedule.learning_rate,
             "spent": round(self.spent, 6),
             "peak_gib": peak_bytes(self.device) / GIB,
             "planned_gib": None if planned is None else planned / GIB,
@@ -270,7 +304,13 @@ class Trainer:
     # ---------------------------------------------------------------- saving
 
     def save(self) -> None:
-        """Write a checkpoint of the current step and drop the oldest beyond the limit, never the best."""
+        """Write a checkpoint of the current step and drop the oldest beyond the limit, never the best.
+
+        Raises:
+            TrainingError: the student's weights are not finite; nothing was written.
+        """
+        if not all(bool(torch.isfinite(p).all()) for p in self.learner.trainable):
+            raise self._not_finite(f"The student's weights are NaN or infinite after step {self.step}.")
         save_checkpoint(self.run_dir.checkpoints_path, step=self.step, student=self.student, parts=self.parts)
         rotate_checkpoints(
             self.run_dir.checkpoints(),
@@ -306,6 +346,15 @@ class Trainer:
             self.counters.best_nats, self.counters.best_step = self.validate(), self.step
             self.counters.best_nats_by_prompt = self.validation.nats_by_prompt
         return True
+
+
+def teacher_at_fault(text: str, config: RunConfig) -> TrainingError:
+    """`text`, which says what the teacher computed, with what to do about it."""
+    return TrainingError(
+        f"{text} The teacher does not learn, so no learning rate is at fault: its files or teacher.precision="
+        f"{config.teacher.precision} are. Set teacher.precision=fp32 or bf16, download its files again, or use another "
+        "teacher, and start a new run."
+    )
 
 
 def make_cache(

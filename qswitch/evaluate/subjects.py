@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 from qswitch.config import TrainSection
 from qswitch.errors import ModelError, RunDirError
+from qswitch.models.finite import require_finite
 from qswitch.models.language_model import LanguageModel, verify_head
 from qswitch.models.load import (
     context_tokens,
@@ -169,13 +170,16 @@ class Subject:
         import peft
 
         try:
-            return peft.PeftModel.from_pretrained(hf, self.reference, torch_device=str(runtime.device))
+            adapted = peft.PeftModel.from_pretrained(hf, self.reference, torch_device=str(runtime.device))
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             first = str(error).strip().splitlines()
             raise ModelError(
                 f"The adapter {self.reference} does not fit its base {self._base().name}: "
                 f"{first[0] if first else type(error).__name__}"
             ) from error
+        remedy = "Use another checkpoint, or train it anew."
+        require_finite(adapted.named_parameters(), f"the adapter {self.reference}", remedy)
+        return adapted
 
 
 def find_subject(

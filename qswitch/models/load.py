@@ -13,6 +13,7 @@ import torch
 from qswitch.config import StudentSection, TeacherSection
 from qswitch.errors import ModelError
 from qswitch.models.architecture import on_meta
+from qswitch.models.finite import require_finite
 from qswitch.models.language_model import LanguageModel, verify_head
 from qswitch.models.messages import explained, first_line, quiet, say_once
 from qswitch.models.quantise import QUANTISED, quantization_config, stored_quantization
@@ -86,6 +87,8 @@ def with_adapter(hf: Any, folder: Path, *, merge: bool, dtype: torch.dtype) -> A
             f"teacher.adapter={folder} does not fit {type(hf).__name__}: {first_line(error)} Use the adapter that was "
             "trained on this model."
         ) from None
+    remedy = "Train it again, or use another adapter."
+    require_finite(wrapped.named_parameters(), f"teacher.adapter={folder}", remedy)
     if merge:
         return wrapped.merge_and_unload(safe_merge=True)
     for name, parameter in wrapped.named_parameters():
@@ -190,6 +193,7 @@ def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_
         model.set_experts_implementation("eager")  # the grouped product of experts has no fp64
     if precision not in QUANTISED:
         model = model.to(runtime.device)
+    require_finite(model.named_parameters(), resolved.name, "Download or convert the model again.")
     return model
 
 

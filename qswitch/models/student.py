@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qswitch.config import LoraSection, RunConfig
 from qswitch.errors import ModelError
+from qswitch.models.finite import require_finite
 from qswitch.models.language_model import LanguageModel, verify_head
 from qswitch.models.load import load_base, resolve_precision
 from qswitch.models.messages import quiet
@@ -259,9 +260,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} cannot be read ({error}). Copy it again, or train it anew.") from error
+    require_finite(weights.items(), str(path), "Use another checkpoint, or train it anew.")
+    return weights
 
 
 def is_adapter(model: LanguageModel) -> bool:

@@ -16,12 +16,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qswitch.data.template import pad_left
+from qswitch.errors import NonFiniteError
 from qswitch.models.language_model import LanguageModel
 from qswitch.plan.memory import cache_slots
 from qswitch.rollout import noise
@@ -66,6 +68,8 @@ class _Answer:
     """bool [R]: of those finished, by an end token."""
     teacher_wrote_last: np.ndarray
     """bool [R]."""
+    not_finite: dict[str, np.ndarray]
+    """Of each model bool [R]: whether a distribution that it gave for a written token holds NaN."""
     agreed: np.ndarray
     """bool [R, J]: whether the token is the student's draft."""
 
@@ -122,6 +126,7 @@ class Engine:
         self._tidy(np.zeros(0, dtype=bool))
         while len(self._rows):
             answer = self._round(self._choose())
+            self._refuse_not_finite(answer)
             yield from self._land()  # rows of the round before: their copies arrived with this round's answer
             self._send(answer)
             self._tidy(~answer.finished)
@@ -198,7 +203,8 @@ class Engine:
             self._no_repeat.write(device.place, device.step, tokens[:, 0])
         device.step = device.step + num_written
 
-        answer = self._ask(num_written, finished, ended, teacher_wrote_last, agrees)
+        not_finite = self._not_finite(num_written, teacher_log_probs, drafts, unasked)
+        answer = self._ask(num_written, finished, ended, teacher_wrote_last, not_finite, agrees)
         if "teacher" in self._states:
             self._states["teacher"].take_back(num_steps, num_written, answer.counts, live_counts)
         if drafts is not None:
@@ -215,12 +221,45 @@ class Engine:
         return answer
 
     def _ask(
-        self, num_written: Tensor, finished: Tensor, ended: Tensor, teacher_wrote_last: Tensor, agrees: Tensor
+        self,
+        num_written: Tensor,
+        finished: Tensor,
+        ended: Tensor,
+        teacher_wrote_last: Tensor,
+        not_finite: dict[str, Tensor],
+        agrees: Tensor,
     ) -> _Answer:
         """The one question of the round that the host puts to the device."""
-        columns = torch.cat([torch.stack([num_written, finished, ended, teacher_wrote_last], dim=1), agrees], dim=1)
-        answer = columns.cpu().numpy()
-        return _Answer(answer[:, 0], answer[:, 1] > 0, answer[:, 2] > 0, answer[:, 3] > 0, answer[:, 4:] > 0)
+        ours = torch.stack([num_written, finished, ended, teacher_wrote_last, *not_finite.values()], dim=1)
+        answer = torch.cat([ours, agrees], dim=1).cpu().numpy()
+        rest = 4 + len(not_finite)
+        models = dict(zip(not_finite, answer.T[4:rest] > 0, strict=True))
+        return _Answer(answer[:, 0], answer[:, 1] > 0, answer[:, 2] > 0, answer[:, 3] > 0, models, answer[:, rest:] > 0)
+
+    def _not_finite(
+        self, num_written: Tensor, teacher: Tensor | None, drafts: _Drafts | None, unasked: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Of each model that was asked, bool [R]: whether its distribution at a written token holds NaN.
+
+        One token id tells: NaN or +infinity in a row of logits makes all of its log-softmax NaN.
+        """
+        found = {}
+        for name, distribution in (("teacher", teacher), ("student", None if drafts is None else drafts.log_probs)):
+            if distribution is None:
+                continue
+            written = torch.arange(distribution.shape[1], device=self._device) < num_written[:, None]
+            if name == "student" and unasked is not None:
+                written = written & ~unasked
+            found[name] = (distribution[..., 0].isnan() & written).any(dim=1)
+        return found
+
+    def _refuse_not_finite(self, answer: _Answer) -> None:
+        """Nothing, or an error; a comparison with NaN is false, so a policy would let the student write on."""
+        for name, rows in answer.not_finite.items():
+            if rows.any():
+                example = self._requests[self._rows.host.request[int(rows.argmax())]].example_id
+                role: Literal["teacher", "student"] = "teacher" if name == "teacher" else "student"
+                raise NonFiniteError(role, f"logits in a rollout of example {example} are")
 
     def _draft(
         self, lead: Tensor, live: Tensor, live_counts: np.ndarray, token_noise: Tensor | None, unasked: Tensor | None

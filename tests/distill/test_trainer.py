@@ -17,7 +17,7 @@ from qswitch.distill.replay import staleness_nats
 from qswitch.distill.sequence import TrainingSequence
 from qswitch.distill.trainer import Trainer
 from qswitch.divergence import divergence
-from qswitch.errors import DataError, Interrupted, TrainingError
+from qswitch.errors import DataError, Interrupted, NonFiniteError
 from qswitch.layers import build_config
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer
@@ -281,7 +281,7 @@ def test_non_finite_loss_stops_before_the_optimizer(folders, tmp_path):
     # The poisoned student cannot write; ground truth of the teacher's reaches the loss.
     prompt, visit = trainer.supply.loader.next(1)[0]
     sequences = trainer.supply.read_ground_truth([(prompt, visit)])
-    with pytest.raises(TrainingError, match=r"loss is nan at step 0.*Lower train.learning_rate"):
+    with pytest.raises(NonFiniteError, match="The student's loss is NaN"):
         trainer.learner.accumulate(sequences)
     assert all(
         torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0))
