@@ -3,6 +3,7 @@
 #   make test     the tests that need neither a GPU nor a network, one process per core
 #   make lint     ruff and mypy
 #   make presets  write presets/README.md anew
+#   make docs     write docs/reference/ anew and build the site into site/
 #   make clean    remove .venv and what tools left behind; runs/ stays
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ TEST_ARGS ?=
 # One file stays in one process, so that what its tests share is made once.
 WORKERS ?= auto
 
-.PHONY: install demo test lint format presets clean
+.PHONY: install demo test lint format presets docs clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -45,6 +46,11 @@ format: $(STAMP)
 presets: $(STAMP)
 	$(BIN)/qswitch presets page > presets/README.md.new && mv presets/README.md.new presets/README.md
 
+docs: $(STAMP)
+	$(BIN)/python docs/make_reference.py
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find qswitch tests -name __pycache__ -type d -prune -exec rm -rf {} +
