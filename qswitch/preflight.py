@@ -8,7 +8,6 @@ until `prepare` runs.
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import platform
 import shutil
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from qswitch.models.pair import TokenizerPair
     from qswitch.plan.shapes import ModelShape
 
-logger = logging.getLogger(__name__)
 
 NF4_CPU_BLOCK = 64
 """bitsandbytes on CPU reads NF4 in blocks of this many inputs."""
@@ -37,7 +35,6 @@ FIRST_RECORDS = 32
 """Records read of each data set before anything else, so that a wrong column or encoding shows at once."""
 PROBED_RECORDS = 20_000
 """Records read of each data set to find its problem where a run cannot start anyway; about a second."""
-TEMPLATE_PROBE = "What is 2 + 2? It's four."
 
 
 class PreflightError(ConfigError):
@@ -279,6 +276,7 @@ def prepare(
         PreflightError: `known` and every problem of models, tokenizers, template and data, in one list.
     """
     from qswitch.data.gather import gather_prompts, make_encoder
+    from qswitch.data.template_checks import end_token_problems, template_problems, warn_of_end_of_turn
     from qswitch.models.pair import load_pair_tokenizer
     from qswitch.models.runtime import make_runtime
 
@@ -299,9 +297,9 @@ def prepare(
         pair = attempt(load_pair_tokenizer, config)
         encoder = attempt(make_encoder, config, pair) if pair is not None else None
     if pair is not None and encoder is not None:
-        problems += _end_tokens(config, pair)
-        problems += _template(config, pair, encoder)
-        _warn_of_end_of_turn(pair, encoder)
+        problems += end_token_problems(config, pair)
+        problems += template_problems(config, pair, encoder)
+        warn_of_end_of_turn(pair, encoder)
     if pair is None or encoder is None or problems:
         found = _unreadable_data(config, PROBED_RECORDS)
         problems += [problem for problem in found if problem not in problems]
@@ -423,49 +421,3 @@ def _unreadable_data(config: RunConfig, num_records: int) -> list[str]:
             except DataError as error:
                 problems.append(str(error))
     return problems
-
-
-def _end_tokens(config: RunConfig, pair: TokenizerPair) -> list[str]:
-    own = {"teacher": pair.teacher_eos_ids, "student": pair.student_eos_ids}
-    if config.data.allow_eos_mismatch or not all(own.values()) or set(own["teacher"]) & set(own["student"]):
-        return []
-    names = {role: ", ".join(map(str, pair.tokenizer.convert_ids_to_tokens(list(ids)))) for role, ids in own.items()}
-    return [
-        f"The teacher ends a response with {names['teacher']}, the student with {names['student']}: in other programs "
-        "the exported student would run on to its limit. Use the student that belongs to this teacher (its chat "
-        "variant), give the student's generation_config.json the teacher's eos_token_id, or set "
-        "data.allow_eos_mismatch=true."
-    ]
-
-
-def _warn_of_end_of_turn(pair: TokenizerPair, encoder: PromptEncoder) -> None:
-    """Says where the template closes an answer with a token at which nothing stops."""
-    closing = encoder.closing_token_id()
-    if closing is None or closing in pair.eos_ids:
-        return
-    token, *ends = pair.tokenizer.convert_ids_to_tokens([closing, *pair.eos_ids])
-    logger.warning(
-        "The chat template closes an answer with %s, which ends no response: the models stop at %s. Rollouts and the "
-        "exported student would run on to their limit. Set data.end_tokens='[\"%s\"]' to stop there.",
-        token, ", ".join(ends), token,
-    )  # fmt: skip
-
-
-def _template(config: RunConfig, pair: TokenizerPair, encoder: PromptEncoder) -> list[str]:
-    """The template's own text, special tokens included, must be the same ids to both."""
-    from qswitch.data.records import Record
-    from qswitch.data.turns import Message
-
-    text = encoder.render(Record(0, (Message("user", TEMPLATE_PROBE),), None, "the template probe"))
-    ids = {role: t(text, add_special_tokens=False)["input_ids"] for role, t in
-           (("teacher", pair.teacher), ("student", pair.student))}  # fmt: skip
-    if ids["teacher"] == ids["student"]:
-        return []
-    pairs = zip(ids["teacher"], ids["student"], strict=False)
-    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, ids.values())))
-    shown = {role: getattr(pair, role).convert_ids_to_tokens(found[at : at + 3]) for role, found in ids.items()}
-    return [
-        f"data.template={config.data.template}: from token {at} of a rendered prompt on, the teacher's tokenizer reads "
-        f"{shown['teacher']} and the student's {shown['student']}. Use the same tokenizer files for both, or "
-        "data.template=alpaca."
-    ]

@@ -1,0 +1,59 @@
+"""Whether both models of a pair read a conversation alike, and end where it ends. Knows tokenizers, no weights."""
+
+from __future__ import annotations
+
+import logging
+
+from qswitch.config import RunConfig
+from qswitch.data.records import Record
+from qswitch.data.template import PromptEncoder
+from qswitch.data.turns import Message
+from qswitch.models.pair import TokenizerPair
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE_PROBE = "What is 2 + 2? It's four."
+
+
+def end_token_problems(config: RunConfig, pair: TokenizerPair) -> list[str]:
+    """Why a response that the teacher has ended would not end for the student."""
+    own = {"teacher": pair.teacher_eos_ids, "student": pair.student_eos_ids}
+    if config.data.allow_eos_mismatch or not all(own.values()) or set(own["teacher"]) & set(own["student"]):
+        return []
+    names = {role: ", ".join(map(str, pair.tokenizer.convert_ids_to_tokens(list(ids)))) for role, ids in own.items()}
+    return [
+        f"The teacher ends a response with {names['teacher']}, the student with {names['student']}: in other programs "
+        "the exported student would run on to its limit. Use the student that belongs to this teacher (its chat "
+        "variant), give the student's generation_config.json the teacher's eos_token_id, or set "
+        "data.allow_eos_mismatch=true."
+    ]
+
+
+def warn_of_end_of_turn(pair: TokenizerPair, encoder: PromptEncoder) -> None:
+    """Says where the template closes an answer with a token at which nothing stops."""
+    closing = encoder.closing_token_id()
+    if closing is None or closing in pair.eos_ids:
+        return
+    token, *ends = pair.tokenizer.convert_ids_to_tokens([closing, *pair.eos_ids])
+    logger.warning(
+        "The chat template closes an answer with %s, which ends no response: the models stop at %s. Rollouts and the "
+        "exported student would run on to their limit. Set data.end_tokens='[\"%s\"]' to stop there.",
+        token, ", ".join(ends), token,
+    )  # fmt: skip
+
+
+def template_problems(config: RunConfig, pair: TokenizerPair, encoder: PromptEncoder) -> list[str]:
+    """The template's own text, special tokens included, must be the same ids to both."""
+    text = encoder.render(Record(0, (Message("user", TEMPLATE_PROBE),), None, "the template probe"))
+    ids = {role: t(text, add_special_tokens=False)["input_ids"] for role, t in
+           (("teacher", pair.teacher), ("student", pair.student))}  # fmt: skip
+    if ids["teacher"] == ids["student"]:
+        return []
+    pairs = zip(ids["teacher"], ids["student"], strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, ids.values())))
+    shown = {role: getattr(pair, role).convert_ids_to_tokens(found[at : at + 3]) for role, found in ids.items()}
+    return [
+        f"data.template={config.data.template}: from token {at} of a rendered prompt on, the teacher's tokenizer reads "
+        f"{shown['teacher']} and the student's {shown['student']}. Use the same tokenizer files for both, or "
+        "data.template=alpaca."
+    ]
