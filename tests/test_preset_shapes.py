@@ -43,6 +43,9 @@ PUBLISHED = {
     "Qwen/Qwen3-4B-Instruct-2507": (4_022_468_096, "as Qwen3-4B, whose shape it has: " + KERAS),
     "Qwen/Qwen2.5-Coder-1.5B-Instruct": (1_543_714_304, "as Qwen2.5-1.5B-Instruct, whose shape it has"),
     "Qwen/Qwen2.5-Coder-7B-Instruct": (7_615_616_512, "as Qwen2.5-7B-Instruct, whose shape it has"),
+    # keras-hub counts the vision tower too, which is not read here: 100,592,896 and 333,514,240 by transformers' class.
+    "Qwen/Qwen3.5-0.8B": (852_985_920 - 100_592_896, KERAS),
+    "Qwen/Qwen3.5-4B": (4_539_265_536 - 333_514_240, KERAS),
     "google/gemma-2-2b-it": (2_614_341_888, KERAS),
     "google/gemma-2-9b-it": (9_241_705_984, KERAS),
     "google/gemma-3-270m-it": (268_098_176, KERAS),
