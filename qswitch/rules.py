@@ -149,6 +149,10 @@ UNREAD = (
         "Remove it, or set method=distillm.",
     ),
     Unread(
+        ("data.template_kwargs",), lambda read: read("data.template") not in ("alpaca", "plain"),
+        "with data.template={data.template}, which is no chat template",
+    ),
+    Unread(
         ("data.validation_split",), lambda read: read("data.validation") is not None, "without data.validation",
         "Remove it, or set data.validation.",
     ),

@@ -396,6 +396,10 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("data.template_kwargs={enable_thinking: false}",),
         ("data.template_kwargs.enable_thinking", "does not read it", "Remove it"),
     ),
+    "template argument for a fixed layout": (
+        ("data.template=alpaca", "data.template_kwargs={enable_thinking: false}"),
+        ("data.template_kwargs has no effect", "data.template=alpaca", "Remove it"),
+    ),
     "template argument that is not the user's": (
         ("data.template_kwargs={messages: []}",),
         ("data.template_kwargs", "messages is not for the template", "Remove it"),
