@@ -11,13 +11,13 @@ import math
 import re
 from collections.abc import Iterator
 from functools import cache, reduce
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from qswitch import methods, rules
 from qswitch.errors import ConfigError
+from qswitch.yaml_file import as_written
 
 ModelReference = str | list[str]
 
@@ -34,53 +34,11 @@ class Section(BaseModel):
     @classmethod
     def _as_people_write_it(cls, values: Any) -> Any:
         """YAML 1.1 reads `off` as a boolean and `1e-4` as text; one name is a list of one."""
-        if not isinstance(values, dict):
-            return values
-        return {
-            name: _as_written(cls.model_fields[name].annotation, value)
-            if isinstance(value, (bool, str)) and name in cls.model_fields
-            else value
+        fields = cls.model_fields
+        return values if not isinstance(values, dict) else {
+            name: as_written(fields[name].annotation, value) if name in fields else value
             for name, value in values.items()
-        }
-
-
-def _as_written(kind: Any, value: bool | str) -> Any:
-    """What a boolean or text stands for in a field of this type; text that pydantic refuses where it is nothing."""
-    kinds = list(_alternatives(kind))
-    if isinstance(value, bool):
-        word = "on" if value else "off"
-        if bool not in kinds and word in _words(kinds):
-            return word
-        return value if bool in kinds or not {int, float} & set(kinds) else str(value).lower()
-    if str in kinds or value in _words(kinds):
-        return value
-    if int in kinds or float in kinds:
-        return _number(value)
-    members = [member for kind in kinds if get_origin(kind) is list for member in get_args(kind)]
-    if members:
-        return [] if value == "none" and "none" not in _words(members) and str not in members else [value]
-    return value
-
-
-def _alternatives(kind: Any) -> Iterator[Any]:
-    """What a field may hold: the members of a union, without what is written beside a type in `Annotated`."""
-    if get_origin(kind) in (Union, UnionType):
-        for member in get_args(kind):
-            yield from _alternatives(member)
-    else:
-        yield get_args(kind)[0] if get_origin(kind) is Annotated else kind
-
-
-def _words(kinds: list[Any]) -> list[Any]:
-    return [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
-
-
-def _number(text: str) -> int | float | str:
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    return int(number) if number.is_integer() else number
+        }  # fmt: skip
 
 
 class AboutSection(Section):
@@ -363,6 +321,9 @@ class TrainSection(Section):
 
     max_steps: int = Field(default=200, ge=1)
     """Optimizer steps."""
+    num_epochs: float | None = Field(default=None, gt=0)
+    """Instead of max_steps: how often the training prompts are gone through. Once the data is read, the config.yaml of
+    the run says how many steps that is."""
     max_tokens: int | None = Field(default=None, ge=1)
     """End with the step that reaches this many response tokens, generated or (ground-truth batches) read from the data;
     the learning rate follows the budget that is spent most."""

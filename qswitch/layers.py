@@ -51,6 +51,8 @@ ALIASES = {
     "model_name_or_path": "student.model",
     "dataset_name": "data.train",
     "lr": "train.learning_rate",
+    "epochs": "train.num_epochs",
+    "num_train_epochs": "train.num_epochs",
 }
 """What Hugging Face's tools or people call a setting -> where it lives here. Understood wherever settings are."""
 
@@ -58,8 +60,6 @@ ALIASES = {
 FROM_ELSEWHERE = {
     "lmbda": "set data.ground_truth_mix to 1 - lmbda, the share of batches that the data's own responses make",
     "batch_size": "set train.per_device_train_batch_size for the loss, rollout.batch_size for decoding",
-    "num_train_epochs": "qswitch counts optimizer steps: set train.max_steps, or train.max_tokens",
-    "num_epochs": "qswitch counts optimizer steps: set train.max_steps, or train.max_tokens",
     "bf16": "set train.compute_dtype=bf16, or leave it at auto",
     "fp16": "there is no fp16 arithmetic; set train.compute_dtype=bf16 or fp32, or leave it at auto",
     "load_in_4bit": "the teacher's is teacher.precision=nf4 (the default), the student's student.precision=nf4",

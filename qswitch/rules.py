@@ -161,6 +161,10 @@ UNREAD = (
         lambda read: read("data.lm_corpus") is not None, "without data.lm_corpus",
     ),
     Unread(
+        ("train.max_steps",), lambda read: read("train.num_epochs") is None,
+        "with train.num_epochs, which sets the steps", "Remove one of the two.",
+    ),
+    Unread(
         ("student.lora",), is_one_of("student.adapter", "lora"), "with student.adapter=none", "Remove one of the two."
     ),
     Unread(
@@ -230,7 +234,7 @@ CONFLICTS = (
         "student.precision=nf4 cannot be trained in full. Set student.adapter=lora or student.precision=bf16.",
     ),
     Conflict(
-        lambda read: read("train.warmup_steps") >= read("train.max_steps"),
+        lambda read: read("train.num_epochs") is None and read("train.warmup_steps") >= read("train.max_steps"),
         "train.warmup_steps ({train.warmup_steps}) must be below train.max_steps ({train.max_steps}).",
     ),
     Conflict(

@@ -16,7 +16,7 @@ from qswitch.layers import Layer
 from qswitch.plan.advice import require_fit, require_own_sizes_fit
 from qswitch.plan.machine import Machine, describe_machine, find_budget
 from qswitch.plan.run_plan import Plan
-from qswitch.plan.scheduler import plan_for, plan_run
+from qswitch.plan.scheduler import plan_for, plan_run, with_choices
 from qswitch.preflight import check_settings, prepare, settings_problems
 from qswitch.run_dir import RunDir, locked
 
@@ -49,6 +49,7 @@ def distill(config: RunConfig, path: Path, *, vram: str | None = None) -> Summar
     RunDir.refuse_existing(path)
     budget = find_budget(config.train, vram=vram)  # before torch and the data take their share of a CPU's memory
     prepared = _prepare(config, settings_problems(config, path))
+    config = _with_steps(config, prepared.prompts.report.training_prompts)
     machine, longest = _machine(config, prepared, vram), prepared.prompts.report.longest_prompt_tokens
     plan = plan_run(config, budget_bytes=budget.num_bytes, machine=machine, longest_prompt_tokens=longest)
     require_fit(plan)
@@ -112,6 +113,21 @@ def _machine(config: RunConfig, prepared: Prepared, vram: str | None) -> Machine
             "nvidia-smi on the PATH, or name the memory, for example --vram 12GiB."
         )
     return describe_machine(config.train, prepared.device)
+
+
+def _with_steps(config: RunConfig, num_prompts: int) -> RunConfig:
+    """The configuration with train.num_epochs turned into steps, so that a resumed run has the same."""
+    if config.train.num_epochs is None:
+        return config
+    from qswitch.distill.budget import steps_of_epochs
+
+    steps = steps_of_epochs(config.train, num_prompts=num_prompts, reuse=config.rollout.reuse)
+    if config.train.warmup_steps >= steps:
+        raise ConfigError(
+            f"train.num_epochs={config.train.num_epochs:g} is {steps} steps with {num_prompts} training prompts, but "
+            f"train.warmup_steps is {config.train.warmup_steps}. Lower it, or raise train.num_epochs."
+        )
+    return with_choices(config, {"train.max_steps": steps, "train.num_epochs": None})
 
 
 def _carry_out(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool) -> Summary:

@@ -1,9 +1,14 @@
-"""How a YAML file becomes plain values, and which line is to blame where it does not. Cold: not even pydantic."""
+"""How a YAML file becomes plain values, which line is to blame where it does not, and what a value was meant to be.
+
+Cold: not even pydantic.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from qswitch.errors import ConfigError
 
@@ -47,3 +52,47 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected settings (key: value), found {type(values).__name__}.")
     return values
+
+
+def as_written(kind: Any, value: Any) -> Any:
+    """What a boolean or text stands for in a field of this type; text that pydantic refuses where it is nothing.
+
+    YAML 1.1 reads `off` as a boolean and `1e-4` as text, and people write one name where a list is meant.
+    """
+    if not isinstance(value, (bool, str)):
+        return value
+    kinds = list(_alternatives(kind))
+    if isinstance(value, bool):
+        word = "on" if value else "off"
+        if bool not in kinds and word in _words(kinds):
+            return word
+        return value if bool in kinds or not {int, float} & set(kinds) else str(value).lower()
+    if str in kinds or value in _words(kinds):
+        return value
+    if int in kinds or float in kinds:
+        return _number(value)
+    members = [member for kind in kinds if get_origin(kind) is list for member in get_args(kind)]
+    if members:
+        return [] if value == "none" and "none" not in _words(members) and str not in members else [value]
+    return value
+
+
+def _alternatives(kind: Any) -> Iterator[Any]:
+    """What a field may hold: the members of a union, without what is written beside a type in `Annotated`."""
+    if get_origin(kind) in (Union, UnionType):
+        for member in get_args(kind):
+            yield from _alternatives(member)
+    else:
+        yield get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _words(kinds: list[Any]) -> list[Any]:
+    return [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+
+
+def _number(text: str) -> int | float | str:
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() else number

@@ -119,6 +119,14 @@ def test_an_alias_is_understood_in_its_own_section_too(override: str, key: str):
     assert build_config(MINIMAL, set_layer([override])) == build_config(MINIMAL, {key: value})
 
 
+def test_epochs_take_the_place_of_steps():
+    for name in ("epochs", "num_train_epochs", "train.num_epochs"):
+        config = load_run_config("llama-7b-to-1b", [f"{name}=3"])
+        assert (config.train.num_epochs, config.train.max_steps) == (3, 200), "the preset's steps are not inherited"
+    with pytest.raises(ConfigError, match=r"train\.max_steps has no effect with train\.num_epochs"):
+        build_config(MINIMAL, {"epochs": 3, "max_steps": 50})
+
+
 def test_a_pattern_with_dots_is_one_key():
     config = build_config(MINIMAL, set_layer(["student.lora.rank_pattern.layers.0.q_proj=8"]))
     assert config.student.lora.rank_pattern == {"layers.0.q_proj": 8}

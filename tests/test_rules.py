@@ -39,6 +39,8 @@ CONSUMED_ELSEWHERE = {
     # Models and text that this test's run does not have.
     "student.shape": "preflight.py",
     "teacher.shape": "preflight.py",
+    # Turned into steps before training.
+    "train.num_epochs": "run.py",
     # DistiLLM's first batches are the data's own.
     "rollout.reuse": "distill/supply.py",
     "rollout.temperature": "distill/supply.py",

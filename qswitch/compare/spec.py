@@ -268,7 +268,8 @@ def _bad_evaluation(section: CompareSection) -> Iterator[str]:
 
 
 def _cell_config(run: Mapping[str, Any], cell: CellSection, seed: int, budget: BudgetSection) -> RunConfig:
-    train: dict[str, Any] = {"max_steps": int(budget.amount) if budget.unit == "steps" else MAX_STEPS}
+    steps = int(budget.amount) if budget.unit == "steps" else MAX_STEPS
+    train: dict[str, Any] = {"max_steps": steps, "num_epochs": None}
     if budget.unit == "tokens":
         train["max_tokens"] = int(budget.amount)
     elif budget.unit == "seconds":

@@ -51,8 +51,10 @@ def _time(plan: Plan) -> str:
     if plan.seconds is None:
         return "Time: not known for a CPU beforehand; the run measures its passes first and then says what is left."
     card = next(name for name, gpu in GPUS.items() if gpu == plan.machine.gpu)
+    train = plan.config.train
+    epochs = "" if train.num_epochs is None else " (train.num_epochs sets how many, once the data is read)"
     return (
-        f"Time: about {duration(plan.seconds)} for {plan.config.train.max_steps} steps at the speed of {card}, by "
+        f"Time: about {duration(plan.seconds)} for {train.max_steps} steps{epochs} at the speed of {card}, by "
         "arithmetic from its published figures (not measured; --gpu names another card)."
     )
 

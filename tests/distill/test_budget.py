@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers import get_scheduler
 
 from qswitch.config import TrainSection
-from qswitch.distill.budget import learning_rate_factor, spent_share
+from qswitch.distill.budget import learning_rate_factor, spent_share, steps_of_epochs
 from qswitch.distill.progress import Progress, total_steps
 
 
@@ -53,3 +53,12 @@ def test_progress_tells_the_time_left_by_the_share_of_the_budget(monkeypatch):
         progress.stepped(metrics | {"step": 1, "spent": 0.25})
     assert "step 1 " in out.getvalue() and "about 60 s left" in out.getvalue() and "1000000" not in out.getvalue()
     assert total_steps(TrainSection(max_steps=7)) == 7
+
+
+@pytest.mark.parametrize(
+    ("epochs", "num_prompts", "reuse", "steps"),
+    [(1, 16, 1, 2), (2, 17, 1, 5), (0.5, 16, 1, 1), (1, 16, 4, 8)],
+)
+def test_epochs_are_counted_in_sequences(epochs: float, num_prompts: int, reuse: int, steps: int):
+    train = TrainSection(num_epochs=epochs, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert steps_of_epochs(train, num_prompts=num_prompts, reuse=reuse) == steps
