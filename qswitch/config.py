@@ -401,8 +401,7 @@ class RunConfig(Section):
     def _refuse_settings_without_effect(self) -> RunConfig:
         read = reader(self)
         changed = [key for key in known_keys() if read(key) != default_of(key, self.method)]
-        problems = list(rules.problems(read, changed))
-        if problems:
+        if problems := list(rules.problems(read, changed)):
             raise ConfigError(problems)
         return self
 

@@ -193,8 +193,8 @@ def test_every_rule_speaks_somewhere():
     configs += [
         build_config(MINIMAL, {"rollout": {"schedule": schedule}}) for schedule in ("linear", "constant", "growth")
     ]
-    configs.append(build_config(MINIMAL, {"student": {"adapter": "none"}}))
-    configs.append(build_config(MINIMAL, {"data": {"template": "alpaca"}}))
+    others: list[dict[str, Any]] = [{"student.adapter": "none"}, {"data.template": "alpaca"}, {"epochs": 1}]
+    configs += [build_config(MINIMAL, other) for other in others]
     said = [text for config in configs for text in unread(reader(config)).values()]
     assert said and not any("{" in text for text in said)
     silent = [rule.settings for rule in UNREAD if all(rule.read_when(reader(config)) for config in configs)]
