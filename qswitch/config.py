@@ -2,7 +2,8 @@
 
 Knows nothing of where the values come from (`layers.py`, `presets.py`), of models or of torch. Settings without effect
 are refused by the tables of `rules.py`. Code reads a field as `<section>.<field>` (for example `rollout.decay_rate`);
-tests/test_config.py proves that every field is read somewhere.
+tests/test_config.py proves that every field is read somewhere. The file is long because every setting stands here once,
+with the docstring that is also its entry in the reference.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `check_settings` needs no library and no network, and reads the first rows of every data file; `prepare` then reads
 tokenizers and data, and hands back what it has read. Each finding names the setting, the reason and the remedy. Cold
-until `prepare` runs.
+until `prepare` runs. The file is long because everything that can stop a run is told in one list, and stands in one.
 """
 
 from __future__ import annotations

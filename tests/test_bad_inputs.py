@@ -1,7 +1,7 @@
 """A corpus of bad inputs: each ends with exit code 2 and one message that names the place, the reason and the remedy.
 
 No traceback, no run directory left behind. A case lists texts that the message must hold, in this order of meaning:
-where, what is wrong, what to do.
+where, what is wrong, what to do. The file is long because it is one table, so that a new case is a row.
 """
 
 from __future__ import annotations

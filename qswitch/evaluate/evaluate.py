@@ -6,7 +6,6 @@ was and ends with the same figures. Models are loaded one after the other; the t
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -15,19 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qswitch.config import DataSection
 from qswitch.data.overlap import seen_in_training
 from qswitch.data.template import Prompt, PromptEncoder, template_source
 from qswitch.distill.recovery import BatchRows
 from qswitch.errors import ConfigError, DataError
+from qswitch.evaluate.own import OwnView, free_model_memory, read_by_teacher
 from qswitch.evaluate.protocol import Protocol
 from qswitch.evaluate.score_table import render
 from qswitch.evaluate.scores import SetScores, compare_scores, score_set
 from qswitch.evaluate.store import EvaluationDir, Lines
 from qswitch.evaluate.subjects import LoadedSubject, Subject
-from qswitch.evaluate.teacher_distance import ModelView, distances, own_distances, view_of
+from qswitch.evaluate.teacher_distance import ModelView, distances, view_of
 from qswitch.evaluate.testset import TestSet, encode_test_set, load_test_set
 from qswitch.evaluate.versions import versions
 from qswitch.evaluate.write import YARDSTICK_SEED, write_responses
@@ -118,9 +116,9 @@ def _evaluate(
     for subject in settings.subjects:
         waiting += _answer(settings, folder, subject, sets, prompts, views, template, rows, say)
         if sum(one.num_bytes for one in waiting) > VIEWS_HELD_BYTES:
-            _read_by_teacher(settings, waiting, rows, say)
+            read_by_teacher(settings.teacher, settings.device, waiting, rows, say)
             waiting.clear()
-    _read_by_teacher(settings, waiting, rows, say)
+    read_by_teacher(settings.teacher, settings.device, waiting, rows, say)
     results = _results(settings, folder, sets, prompts, template)
     results["overlaps_with_training"] = overlaps
     folder.write(results, render(results))
@@ -261,7 +259,7 @@ def _teacher_views(
             loaded.model.device, partial(view_of, loaded.model, sequences, pad_id=loaded.pad_id)
         )
     del loaded
-    _free()
+    free_model_memory()
     return views
 
 
@@ -271,23 +269,6 @@ def _check_vocabulary(teacher: Subject, loaded: LoadedSubject, subject: Subject)
 
 
 # ------------------------------------------------------------------------------------------------------------ answers
-
-
-@dataclass(frozen=True, slots=True)
-class OwnView:
-    """What a model makes of its own responses to a set, until the teacher reads them."""
-
-    what: str
-    ids: list[int]
-    view: ModelView
-    pad_id: int
-    store: Lines
-    """Where the distances go."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Host memory that it holds."""
-        return sum(h.numel() * h.element_size() for h in self.view.hidden)
 
 
 def _answer(
@@ -344,26 +325,8 @@ def _answer(
             view = rows.attempt(loaded.model.device, read)
             waiting.append(OwnView(what, unread_ids, view, loaded.pad_id, own_measured))
     del loaded
-    _free()
+    free_model_memory()
     return waiting
-
-
-def _read_by_teacher(
-    settings: EvaluationSettings, waiting: Sequence[OwnView], rows: BatchRows, say: Callable[[str], None]
-) -> None:
-    """Let the teacher read what models have written, and store how far it is from it."""
-    if not waiting:
-        return
-    assert settings.teacher is not None
-    say(f"loading the teacher {settings.teacher.identity}, to read the models' own responses")
-    loaded = settings.teacher.load(settings.device)
-    for one in waiting:
-        measure = partial(own_distances, one.view, loaded.model, pad_id=one.pad_id)
-        found = rows.attempt(loaded.model.device, measure)
-        one.store.add([{"id": i} | asdict(d) for i, d in zip(one.ids, found, strict=True)])
-        say(f"{one.what}: the teacher read {len(found)} own responses")
-    del loaded
-    _free()
 
 
 def _distances(
@@ -394,12 +357,6 @@ def _own_prompts(
     encoder = PromptEncoder(tokenizer, template, template_kwargs=told.template_kwargs(template))
     records = [t.record for t in test_set.records if t.record.id in encoded.prompts]
     return {p.example_id: p for p in encoder.encode_batch(records)}
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 # ------------------------------------------------------------------------------------------------------------- scores

@@ -1,0 +1,61 @@
+"""Models' own responses on their way to the teacher, who reads them to say how far it is from them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+
+from qswitch.distill.recovery import BatchRows
+from qswitch.evaluate.store import Lines
+from qswitch.evaluate.subjects import Subject
+from qswitch.evaluate.teacher_distance import ModelView, own_distances
+
+
+@dataclass(frozen=True, slots=True)
+class OwnView:
+    """What a model makes of its own responses to a set, until the teacher reads them."""
+
+    what: str
+    ids: list[int]
+    view: ModelView
+    pad_id: int
+    store: Lines
+    """Where the distances go."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Host memory that it holds."""
+        return sum(h.numel() * h.element_size() for h in self.view.hidden)
+
+
+def read_by_teacher(
+    teacher: Subject | None,
+    device: str | None,
+    waiting: Sequence[OwnView],
+    rows: BatchRows,
+    say: Callable[[str], None],
+) -> None:
+    """Let the teacher read what models have written, and store how far it is from it."""
+    if not waiting:
+        return
+    assert teacher is not None
+    say(f"loading the teacher {teacher.identity}, to read the models' own responses")
+    loaded = teacher.load(device)
+    for one in waiting:
+        measure = partial(own_distances, one.view, loaded.model, pad_id=one.pad_id)
+        found = rows.attempt(loaded.model.device, measure)
+        one.store.add([{"id": i} | asdict(d) for i, d in zip(one.ids, found, strict=True)])
+        say(f"{one.what}: the teacher read {len(found)} own responses")
+    del loaded
+    free_model_memory()
+
+
+def free_model_memory() -> None:
+    """Give back what a model held that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
