@@ -27,7 +27,7 @@ from qswitch.distill.metrics import peak_bytes
 from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.recovery import Recovery, Sizes, limit_device_memory
 from qswitch.distill.trainer import Trainer
-from qswitch.errors import Interrupted
+from qswitch.errors import Interrupted, RunDirError
 from qswitch.models.host_memory import bound_kernel_cache, release_memory, return_freed_memory
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import load_teacher
@@ -90,7 +90,16 @@ def saved_sizes(run_dir: RunDir) -> Sizes | None:
         RunDirError: no checkpoint can be used.
     """
     folder, _ = newest_whole(run_dir.checkpoints())
-    return None if folder is None else Sizes(**saved_part(folder, "sizes"))
+    if folder is None:
+        return None
+    saved = saved_part(folder, "sizes")
+    try:
+        return Sizes(**saved)
+    except TypeError as error:
+        raise RunDirError(
+            f"The state of sizes in {folder} does not fit this qswitch ({error}). Delete {folder} to resume from the "
+            "one before it."
+        ) from error
 
 
 def train(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool) -> Summary:

@@ -100,7 +100,7 @@ def test_oddities_are_counted_and_said(tmp_path, caplog):
     assert report == {
         "records": 14, "training_prompts": 12, "held_out_prompts": 2, "duplicates": 1, "empty_responses": 1,
         "without_response": 2, "too_long": 1, "truncated_responses": 1, "capped_limits": 1, "also_held_out": 1,
-        "longest_prompt_tokens": 9,
+        "longest_prompt_tokens": 9, "unused_fields": {},
     }  # fmt: skip
     by_text = {p.text: p for p in found.train}
     assert len(by_text["long"].response_ids) == 16 and 2 not in by_text["long"].response_ids, "cut, without its end"

@@ -366,7 +366,7 @@ def test_a_named_model_may_lie_in_the_home_folder_or_have_an_equals_sign_in_its_
         (["eval", "RUN", "--data", "DATA", "--column", "response"], "field=column"),
         (["eval", "RUN", "RUN", "--data", "DATA"], "same name"),
         (["eval", "RUN", "--data", "DATA", "--data", "DATA"], "same file name"),
-        (["eval", "RUN", "--data", "DATA", "--max-prompt-tokens", "2"], "Raise it"),
+        (["eval", "RUN", "--data", "DATA", "--max-prompt-tokens", "2"], "Raise the one or lower the other"),
         (["eval", "RUN", "--data", "DATA", "--teacher", "x", "--no-teacher"], "contradict"),
         (["eval", "RUN", "--data", "DATA", "--template", "nowhere.jinja"], "no such file"),
     ],

@@ -36,7 +36,7 @@ def test_the_engine_writes_what_plain_passes_would(pairs, arch):
         requests = draw_requests(rng, 3)
         written, _ = write(pairs[arch], POLICIES[name], requests, batch_size=2, drafts=rng.choice([0, 2, 5]))
         for request, result in zip(requests, written, strict=True):
-            assert (result.response_ids, result.writers) == oracle(pairs[arch], name, request), (name, request)
+            assert (result.response_ids, result.writers) == oracle(pairs[arch], name, request)[:2], (name, request)
 
 
 @pytest.mark.parametrize("arch", HYBRIDS)
