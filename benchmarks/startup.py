@@ -3,7 +3,9 @@
     python -m benchmarks.startup --output benchmarks/results/startup.json
 
 Starts each command as a user would, as a process of its own, in turns, and reports the median and the range in seconds,
-beside the start of a Python that does nothing. The first start of each, which reads files from disk, is reported apart.
+beside the start of a Python that does nothing and of one that imports the libraries of the command line alone; `ratio`
+is a command's median over that of the libraries. The first start of each, which reads files from disk, is reported
+apart.
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.provenance import publish
 
+LIBRARIES = "typer, pydantic, yaml"
 COMMANDS = {
     "python": [sys.executable, "-c", "pass"],
+    LIBRARIES: [sys.executable, "-c", "import typer, pydantic, yaml"],
     "qswitch --help": ["--help"],
     "qswitch presets list": ["presets", "list"],
+    "qswitch plan": ["plan", "--preset", "llama-7b-to-1b", "--vram", "12GiB"],
     "qswitch distill --dry-run": ["distill", "--preset", "llama-7b-to-1b", "--dry-run"],
 }
 
@@ -38,13 +44,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     qswitch = str(Path(sys.executable).with_name("qswitch"))
-    commands = {name: words if name == "python" else [qswitch, *words] for name, words in COMMANDS.items()}
+    commands = {name: words if words[0] == sys.executable else [qswitch, *words] for name, words in COMMANDS.items()}
     first = {name: seconds_of(words) for name, words in commands.items()}
     later: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(args.repetitions):
         for name, words in commands.items():
             later[name].append(seconds_of(words))
-    result = {
+    result: dict[str, dict[str, Any]] = {
         name: {
             "first": round(first[name], 3),
             "median": round(statistics.median(times), 3),
@@ -52,6 +58,9 @@ def main() -> None:
         }
         for name, times in later.items()
     }
+    libraries = result[LIBRARIES]["median"]
+    for values in result.values():
+        values["ratio"] = round(values["median"] / libraries, 2)
     publish({"benchmark": "startup", "seconds": result}, args.output)
 
 
