@@ -425,7 +425,6 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown key": (("train.max_step=3",), ("train.max_step", "not a setting", "Did you mean train.max_steps?")),
     "text for a number": (("train.max_steps=many",), ("train.max_steps", "'many'", "valid integer")),
     "yes for a number": (("train.max_steps=true",), ("train.max_steps = true", "expected a number")),
-    "epochs": (("num_train_epochs=3",), ("num_train_epochs is not a setting", "set train.max_steps")),
     "another trainer's 4 bits": (("load_in_4bit=true",), ("load_in_4bit", "teacher.precision=nf4")),
     "another trainer's dtype": (("train.bf16=true",), ("train.bf16 is not a setting", "train.compute_dtype=bf16")),
     "rank of a module that is not there": (

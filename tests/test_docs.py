@@ -136,7 +136,10 @@ def workplace(tmp_path_factory) -> Path:
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
     (folder / "merged-a").symlink_to(student)
     (folder / "merged-b").symlink_to(student)
-    assert run(["distill", "--config", str(folder / "my.yaml"), "--output-dir", str(folder / "RUN")]) == 0
+    settings = ["--config", str(folder / "my.yaml"), "--output-dir"]
+    assert run(["distill", *settings, str(folder / "RUN")]) == 0
+    for role in ("teacher", "student"):
+        assert run(["sft", *settings, str(folder / "warm" / role), "--model", role]) == 0
     return folder
 
 
@@ -149,6 +152,8 @@ def small(command: str) -> list[str]:
         if re.fullmatch(r"runs/(my-run|first|second)(:\w+)?", word):
             rest[i] = re.sub(r"^runs/[\w-]+", "RUN", word)
     line = " ".join([verb, *map(shlex.quote, rest)])
+    if verb == "distill":  # from the results of the page's qswitch sft
+        line = re.sub(r"_adapter=runs/|\.adapter=runs/", lambda m: m.group().replace("runs", "warm"), line)
     if verb in ("distill", "sft"):
         line = re.sub(r"--preset \S+", "--config my.yaml", line)
     replaced = {

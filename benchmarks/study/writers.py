@@ -2,8 +2,8 @@
 
     python benchmarks/study/writers.py compare/study-ablations/runs/decay-1-5-seed1 ... --output writers.json
 
-Reads RUN/rollouts.jsonl, a sample of the rollouts of every step. The share of whole responses is in metrics.jsonl and in
-the table of the comparison; this says what it would be for shorter ones, since the threshold falls along a response.
+Reads RUN/rollouts.jsonl, a sample of the rollouts of every step. The share of whole responses is in metrics.jsonl and
+in the table of the comparison; this says what it would be for shorter ones, since the threshold falls along a response.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ Knows nothing of records or scores.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,7 +213,8 @@ def find_subject(
         weights = _folder_fingerprint(path) + (f"|{_model_weights(resolve_reference(base))}" if base else "")
     else:
         weights = _model_weights(resolve_reference(reference))
-    label = path.resolve().name if path.exists() else reference.rpartition("/")[2]
+    # A link is called what its owner called it, ".." by the folder that it is.
+    label = Path(os.path.abspath(path)).name if path.exists() else reference.rpartition("/")[2]
     if part != "student":
         label = f"{label}-{part}"
     return Subject(

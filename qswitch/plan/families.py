@@ -1,7 +1,7 @@
 """The shape of a model from its config.json values alone, for the families that are written out here. Cold.
 
-Parameter counts are exact: tests/plan/test_families.py compares them with the transformers classes. Other families are
-counted in their classes, which costs an import of torch (`counted.py`).
+Parameter counts are exact: tests/plan/test_shape_table.py compares them with the transformers classes. Other families
+are counted in their classes, which costs an import of torch (`counted.py`).
 """
 
 from __future__ import annotations
@@ -229,6 +229,77 @@ def _phi(values: _Values, model_type: str) -> ModelShape:
     )
 
 
+def _qwen3_5(values: _Values, model_type: str) -> ModelShape:
+    """Three of four layers are a gated delta rule, which keeps one state a row instead of keys and values."""
+    hidden, inter, vocab = values("hidden_size"), values("intermediate_size"), values("vocab_size")
+    heads, kv_heads = values("num_attention_heads"), values("num_key_value_heads")
+    head_dim, num_layers = values.optional("head_dim", 256), values("num_hidden_layers")
+    # Defaults of the transformers configuration class.
+    key_heads, value_heads = values.optional("linear_num_key_heads", 16), values.optional("linear_num_value_heads", 32)
+    key_dim, value_dim = values.optional("linear_key_head_dim", 128), values.optional("linear_value_head_dim", 128)
+    kernel, interval = values.optional("linear_conv_kernel_dim", 4), values.optional("full_attention_interval", 4)
+    kinds = values.optional("layer_types", None) or [
+        "linear_attention" if (i + 1) % interval else "full_attention" for i in range(num_layers)
+    ]
+    recurrent = [kind == "linear_attention" for kind in kinds]
+    bias = bool(values.optional("attention_bias", False))
+    mlp = (
+        LinearShape("gate_proj", hidden, inter),
+        LinearShape("up_proj", hidden, inter),
+        LinearShape("down_proj", inter, hidden),
+    )
+    mixed, value_width = 2 * key_heads * key_dim + value_heads * value_dim, value_heads * value_dim
+    delta = (
+        LinearShape("out_proj", value_width, hidden),
+        LinearShape("in_proj_qkv", hidden, mixed),
+        LinearShape("in_proj_z", hidden, value_width),
+        LinearShape("in_proj_b", hidden, value_heads),
+        LinearShape("in_proj_a", hidden, value_heads),
+        *mlp,
+    )
+    # The query projection gives the output's gate too.
+    attention = (
+        LinearShape("q_proj", hidden, 2 * heads * head_dim, bias),
+        LinearShape("k_proj", hidden, kv_heads * head_dim, bias),
+        LinearShape("v_proj", hidden, kv_heads * head_dim, bias),
+        LinearShape("o_proj", heads * head_dim, hidden, bias),
+        *mlp,
+    )
+    delta_further = mixed * kernel + 2 * value_heads + value_dim + 2 * hidden
+    attention_further = 2 * head_dim + 2 * hidden
+    # transformers keeps the state of the rule in fp32 and that of the convolution as the model computes, in bf16.
+    state_bytes = value_heads * key_dim * value_dim * 4 + mixed * kernel * 2
+    tied = bool(values.optional("tie_word_embeddings", False))
+    return ModelShape(
+        model_type=model_type,
+        num_layers=num_layers,
+        hidden_size=hidden,
+        intermediate_size=inter,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        layer_linears=delta if recurrent[0] else attention,
+        layer_norm_parameters=0,
+        outer_linears=(),
+        embedding_parameters=vocab * hidden,
+        position_parameters=0,
+        final_norm_parameters=hidden,
+        head_parameters=0 if tied else vocab * hidden,
+        tied=tied,
+        gated_mlp=True,
+        saved_mlp_tensors=3,
+        rms_norm=True,
+        num_layer_norms=2,
+        max_positions=values.optional("max_position_embeddings", 0),
+        unequal_layers=tuple(delta if is_state else attention for is_state in recurrent),
+        further_by_layer=tuple(delta_further if is_state else attention_further for is_state in recurrent),
+        largest_further_tensor=mixed * kernel,
+        cached_widths=tuple(0 if is_state else 2 * kv_heads * head_dim for is_state in recurrent),
+        state_bytes_per_row=sum(recurrent) * state_bytes,
+    )
+
+
 FAMILIES = {
     "llama": _llama_like,
     "mistral": _llama_like,
@@ -239,6 +310,7 @@ FAMILIES = {
     "phi3": _llama_like,
     "smollm3": _llama_like,
     "olmo2": _llama_like,
+    "qwen3_5_text": _qwen3_5,
     "phi": _phi,
     "gpt2": _gpt2,
     "opt": _opt,

@@ -64,9 +64,10 @@ class ModelShape:
     """Scores are materialised (attention soft-cap), not fused."""
     max_positions: int = 0
 
-    # What only models have that the table of families does not know (counted.py).
     counted: bool = False
     """Whether the modules were counted in transformers' class, and activations follow from them roughly."""
+
+    # What only models have whose layers differ, or that were counted.
     unequal_layers: tuple[tuple[LinearShape, ...], ...] = ()
     """Linear modules of every layer where layers differ; empty where each has `layer_linears`."""
     further_by_layer: tuple[int, ...] = ()
@@ -137,7 +138,7 @@ class ModelShape:
 
     def with_layers(self, num_layers: int) -> ModelShape:
         """The same model cut to `num_layers` layers; where they differ, as if to the first."""
-        if not self.counted:
+        if not self.unequal_layers:
             return replace(self, num_layers=num_layers)
         return replace(
             self,

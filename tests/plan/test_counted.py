@@ -10,7 +10,7 @@ from qswitch.errors import ConfigError
 from qswitch.plan import memory
 from qswitch.plan.counted import counted_shape
 from qswitch.plan.families import shape_from_config
-from tests.plan.test_families import BASE, CONFIGS, meta_model
+from tests.plan.test_shape_table import BASE, CONFIGS, meta_model
 
 # No table knows these: alternating windows, experts, linear attention, convolutions, and attention beside states.
 OTHERS = {
@@ -38,6 +38,8 @@ def test_what_the_table_knows_is_counted_the_same(name):
         assert memory.lora_parameters(table, lora) == memory.lora_parameters(found, lora)
     assert memory.kv_cache_bytes(table, 3, 40, 2) == memory.kv_cache_bytes(found, 3, 40, 2)
     assert (table.tied, table.eager_attention) == (found.tied, found.eager_attention)
+    assert (table.kv_widths, table.state_bytes_per_row) == (found.kv_widths, found.state_bytes_per_row)
+    assert table.largest_tensor_parameters == found.largest_tensor_parameters and not table.counted
     assert table.with_layers(2).num_parameters == found.with_layers(2).num_parameters
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from qswitch.plan.families import shape_from_config
 from qswitch.plan.gguf_header import config_of_gguf, read_header
-from tests.plan.test_families import CONFIGS
+from tests.plan.test_shape_table import CONFIGS
 
 gguf = pytest.importorskip("gguf")
 

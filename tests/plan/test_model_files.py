@@ -11,7 +11,7 @@ from qswitch.config import StudentSection, TeacherSection
 from qswitch.errors import ConfigError
 from qswitch.plan.families import shape_from_config
 from qswitch.plan.model_files import shape_for
-from tests.plan.test_families import CONFIGS
+from tests.plan.test_shape_table import CONFIGS
 
 
 def test_shape_for_reads_block_folder_and_hub_cache(tmp_path, monkeypatch):
