@@ -141,6 +141,9 @@ class StudentSection(Section):
     """Adapter settings, read when adapter is lora."""
     init_adapter: str | None = None
     """A run of `qswitch sft`, or a PEFT folder, whose adapter the run's own starts from; of the same student.lora."""
+    base_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout of the base model's own layers while it trains; None: what its config.json says (GPT-2, OPT: 0.1), which
+    the run says at its start. 0 switches it off. The adapter's is lora.dropout."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     shrink_to_layers: int | None = Field(default=None, ge=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +23,17 @@ from qswitch.distill.recovery import Recovery
 from qswitch.distill.sequence import TrainingSequence
 from qswitch.errors import NonFiniteError
 from qswitch.models.language_model import LanguageModel
+
+
+class Learnt(NamedTuple):
+    """What a step learnt by."""
+
+    loss: float
+    """All that was minimised, nats: the token mean over the sequences, and the weighted language-model loss."""
+    lm_loss: float | None
+    """The language-model loss on data.lm_corpus in it, before its weight, nats per token; None without a corpus."""
+    grad_norm: float
+    """Of the gradient before it was clipped."""
 
 
 class Learner:
@@ -54,8 +66,8 @@ class Learner:
         self._wrapped, self.optimizer = accelerator.prepare(self.objective, optimizer)
         self.schedule = Schedule(config.train, optimizer, spent)
 
-    def learn_step(self, sequences: Sequence[TrainingSequence], step: int) -> tuple[float | None, float | None]:
-        """The loss in nats and the clipped gradient's norm of a step; None for one that has no loss token.
+    def learn_step(self, sequences: Sequence[TrainingSequence], step: int) -> Learnt | None:
+        """Loss and gradient of a step; None for one that has no loss token.
 
         The gradients are left for `update`. Where memory runs out the step is undone and repeated, smaller.
 
@@ -80,7 +92,7 @@ class Learner:
         self.schedule.step()
 
     def accumulate(self, sequences: Sequence[TrainingSequence]) -> float | None:
-        """Accumulate gradients over all micro-batches; the token mean of the loss in nats, None without any token.
+        """Accumulate gradients over all micro-batches; the token mean of the loss in nats, None without any sequence.
 
         Every micro-batch is divided by the tokens of the whole step, so the split into micro-batches does not change
         the gradient.
@@ -98,34 +110,42 @@ class Learner:
             else:
                 batch, targets = collate_with_labels(group, self._pad_id, self._device), None
             total += self._backward(self._wrapped(batch, targets, num_tokens), targets)
-        if self.corpus is not None:
-            self._accumulate_corpus(self.corpus, size)
-        return total if sequences or self.corpus is not None else None
+        return total if sequences else None
 
-    def _gradients(self, sequences: Sequence[TrainingSequence], step: int) -> tuple[float | None, float | None]:
+    def _gradients(self, sequences: Sequence[TrainingSequence], step: int) -> Learnt | None:
         seed_step(self.config.seed, step)
         chunk_tokens = self._recovery.sizes.chunk_tokens
         self.objective.settings = self.config.loss.model_copy(update={"chunk_tokens": chunk_tokens})
-        loss = self.accumulate(sequences)
-        if loss is None:
-            return None, None
+        own = self.accumulate(sequences)
+        lm_loss = self.accumulate_corpus(self.corpus) if self.corpus is not None else None
+        if own is None and lm_loss is None:
+            return None
         norm = float(self._accelerator.clip_grad_norm_(self.trainable, self.config.train.max_grad_norm))
         if not math.isfinite(norm):
             raise NonFiniteError("student", "gradient norm is")
-        return loss, norm
+        return Learnt((own or 0.0) + self.config.loss.lm_coefficient * (lm_loss or 0.0), lm_loss, norm)
 
-    def _accumulate_corpus(self, corpus: BlockLoader, size: int) -> None:
-        """Gradients of the language-model loss over as many blocks as the step has sequences, `size` at a time."""
-        train = self.config.train
+    def accumulate_corpus(self, corpus: BlockLoader) -> float:
+        """Add the weighted gradients of the language-model loss over as many blocks as a step has sequences.
+
+        Returns the loss before its weight: the token mean of the cross-entropy, nats.
+        """
+        self._wrapped.train()
+        train, size = self.config.train, self._recovery.sizes.micro_batch
         blocks = corpus.next(train.per_device_train_batch_size * train.gradient_accumulation_steps)
         sequences = [
             TrainingSequence(i, 0, block[:1].tolist(), block[1:].tolist(), list(range(len(block) - 1)))
             for i, block in enumerate(blocks)
         ]
-        num_tokens = float(sum(len(s.loss_steps) for s in sequences))
+        num_tokens, weight, total = (
+            float(sum(len(s.loss_steps) for s in sequences)),
+            self.config.loss.lm_coefficient,
+            0.0,
+        )
         for start in range(0, len(sequences), size):
             batch = collate_with_labels(sequences[start : start + size], self._pad_id, self._device)
-            self._backward(self.config.loss.lm_coefficient * self._wrapped(batch, None, num_tokens), None)
+            total += self._backward(weight * self._wrapped(batch, None, num_tokens), None)
+        return total / weight
 
     def _backward(self, loss: Tensor, targets: Targets | None) -> float:
         value = float(loss.detach())

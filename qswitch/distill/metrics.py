@@ -63,6 +63,9 @@ class StepReport:
     """What one optimizer step did; becomes a line of metrics.jsonl."""
 
     loss: float | None = None
+    """All that was minimised, the weighted language-model loss included."""
+    lm_loss: float | None = None
+    """The language-model loss on data.lm_corpus, before its weight; nats per token."""
     grad_norm: float | None = None
     batch: BatchKind = "rollout"
     loss_tokens: int = 0
@@ -92,6 +95,7 @@ class StepReport:
         learning = self.seconds.get("loss", 0.0) + self.seconds.get("optimizer", 0.0)
         return {
             "loss": self.loss,
+            "lm_loss": self.lm_loss,
             "grad_norm": self.grad_norm,
             "batch": self.batch,
             "loss_tokens": self.loss_tokens,

@@ -28,6 +28,7 @@ from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.recovery import Recovery, Sizes, limit_device_memory
 from qswitch.distill.trainer import Trainer
 from qswitch.errors import Interrupted, RunDirError
+from qswitch.models.dropout import dropout_of
 from qswitch.models.host_memory import bound_kernel_cache, release_memory, return_freed_memory
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import load_teacher
@@ -180,6 +181,9 @@ def _load_models(
     progress.say(f"loading {loaded} on {runtime.device}")
     teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size) if config.needs_teacher else None
     student = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=run_dir.student_base_path)
+    if acting := sorted(set(dropout_of(student).values())):
+        shown = ", ".join(f"{p:g}" for p in acting)
+        progress.say(f"the student trains with its own dropout of {shown}; student.base_dropout=0 switches it off")
     # Also when a run is resumed that was stopped before its first checkpoint.
     if config.student.init_adapter is not None and not (resumes and run_dir.latest_checkpoint() is not None):
         load_adapter(student, find_adapter(config.student.init_adapter, "student.init_adapter"))

@@ -217,7 +217,9 @@ class Trainer:
         sequences = [s for s in prepared.sequences if s.loss_steps]
         report.batch, report.written_tokens = prepared.batch, prepared.num_written
         report.loss_tokens = sum(len(s.loss_steps) for s in sequences)
-        report.loss, report.grad_norm = self.learner.learn_step(sequences, self.step)
+        learnt = self.learner.learn_step(sequences, self.step)
+        if learnt is not None:
+            report.loss, report.lm_loss, report.grad_norm = learnt
         clock.lap("loss")
         self.learner.update(report.loss)
         self.supply.taken(self.step)

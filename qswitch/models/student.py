@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qswitch.config import LoraSection, RunConfig
 from qswitch.errors import ModelError
+from qswitch.models.dropout import set_dropout
 from qswitch.models.finite import require_finite
 from qswitch.models.language_model import LanguageModel, verify_head
 from qswitch.models.load import load_base, resolve_precision
@@ -49,6 +50,8 @@ def load_student(
     # Trained in full, weights are kept in fp32 (bf16 loses small updates); `precision: bf16` only rounds the start.
     hf = load_base(student, runtime, precision, base_path=base)
     disable_cpu_repacking(hf)
+    if student.base_dropout is not None:
+        set_dropout(hf, student.base_dropout)
     trainable_dtype = torch.float64 if runtime.compute_dtype == torch.float64 else torch.float32
     if full:
         hf.to(trainable_dtype)

@@ -121,6 +121,95 @@ def test_tokens_of_each_writer_have_the_divergence_that_is_set_for_them(folders,
     assert loss == pytest.approx(total / tokens, rel=1e-9)
 
 
+def kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """KL(a || b) of log-probabilities [..., V], differentiable, term by term."""
+    return (a.exp() * (a - b)).sum(dim=-1)
+
+
+def trl_jsd(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
+    """TRL's generalized_jsd_loss: beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta p + (1 - beta) q."""
+    mixture = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
+    return beta * kl(log_p, mixture) + (1 - beta) * kl(log_q, mixture)
+
+
+def distillm_js(log_p: torch.Tensor, log_q: torch.Tensor, weight: float) -> torch.Tensor:
+    """DistiLLM's js_distance: the weight is that of KL(student || mixture), and of the student in the mixture."""
+    mixture = ((1 - weight) * log_p.exp() + weight * log_q.exp()).log()
+    return weight * kl(log_q, mixture) + (1 - weight) * kl(log_p, mixture)
+
+
+def skew_reverse(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    return kl(log_q, (0.9 * log_p.exp() + 0.1 * log_q.exp()).log())
+
+
+def plain_step(trainer, sequences, loss_of) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients of a step from whole logits by autograd; `loss_of(log p, log q, writer)` of one token."""
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for s in sequences:
+        ids = torch.tensor([s.prompt_ids + s.response_ids])
+        with torch.no_grad():
+            log_p = trainer.supply._teacher.hf(ids).logits[0].double().log_softmax(-1)
+        log_q = trainer.student.hf(ids).logits[0].double().log_softmax(-1)
+        for step, writer in zip(s.loss_steps, s.loss_writers, strict=True):
+            at = len(s.prompt_ids) + step - 1
+            total = total + loss_of(log_p[at], log_q[at], writer)
+            tokens += 1
+    loss = total / tokens
+    return loss.item(), list(torch.autograd.grad(loss, trainer.learner.trainable))
+
+
+@pytest.mark.parametrize("published", ["trl", "distillm", "by writer", "interventions"])
+def test_a_step_has_the_loss_and_the_gradients_of_the_published_formula(folders, tmp_path, published):
+    """The chunked and cached loss of a whole step against whole logits: token mean, micro-batches, and all."""
+    shared = {"train__compute_dtype": "fp64", "loss__chunk_tokens": 5, "rollout__decay_rate": 0.5}
+    by_writer = {"loss__divergence_teacher_tokens": "forward_kl", "loss__divergence_student_tokens": "skew_reverse_kl"}
+    method, changes, loss_of = {
+        "trl": ("gkd", {}, lambda p, q, _: trl_jsd(p, q, beta=0.1)),
+        "distillm": ("gkd", {}, lambda p, q, _: distillm_js(p, q, weight=0.9)),
+        "by writer": (
+            "switch", {"loss__scope": "all", "loss__divergence": "jsd", **by_writer},
+            lambda p, q, writer: kl(p, q) if writer == TEACHER else skew_reverse(p, q),
+        ),
+        "interventions": ("switch", {"loss__divergence_teacher_tokens": "forward_kl"}, lambda p, q, _: kl(p, q)),
+    }[published]  # fmt: skip
+    shared = {k: v for k, v in shared.items() if method == "switch" or not k.startswith("rollout")}
+    trainer = make_trainer(with_method(folders, method, **shared, **changes), tmp_path / "run")
+    with torch.no_grad():  # an adapter that starts at zero would have no gradient in half of its weights
+        for parameter in trainer.learner.trainable:
+            parameter += 0.02 * torch.randn(parameter.shape, dtype=parameter.dtype)
+    rollouts, _ = trainer.supply.roll_out(trainer.supply.loader.next(6))
+    sequences = [s for s in trainer.supply.cache_teacher(rollouts) if s.loss_steps]
+    loss = trainer.learner.accumulate(sequences)
+    found = [p.grad.clone() for p in trainer.learner.trainable]
+    expected, gradients = plain_step(trainer, sequences, loss_of)
+    assert loss == pytest.approx(expected, rel=1e-9) and loss > 1e-3
+    assert max(g.abs().max() for g in gradients) > 1e-4
+    for ours, theirs in zip(found, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-10)
+
+
+def test_the_logged_loss_has_the_language_model_loss_in_it_and_apart(folders, tmp_path):
+    from qswitch.data.loader import BlockLoader, load_corpus_tokens
+
+    config = with_method(
+        folders, "switch", data__lm_corpus=str(folders[2].parent / "corpus.txt"), loss__lm_block_tokens=16,
+        loss__lm_coefficient=0.25, train__compute_dtype="fp64", train__max_steps=1, train__eval_steps=1,
+        train__save_steps=1, rollout__decay_rate=0.5,
+    )  # fmt: skip
+    distill(config, tmp_path / "run")
+    line = RunDir.open(tmp_path / "run").read_metrics()[0]
+    trainer = make_trainer(config, tmp_path / "again")  # the same first step, by hand and without the corpus
+    sequences = trainer.supply.cache_teacher(trainer.supply.roll_out(trainer.supply.loader.next(4))[0])
+    own = trainer.learner.accumulate([s for s in sequences if s.loss_steps])
+    tokens = load_corpus_tokens(config.data.lm_corpus, trainer.pair.tokenizer, split="train")
+    blocks = BlockLoader(tokens, 16, config.seed).next(4)
+    with torch.no_grad():
+        log_q = trainer.student.hf(torch.stack(list(blocks))).logits.double().log_softmax(-1)[:, :-1]
+        expected = -log_q.gather(-1, torch.stack(list(blocks))[:, 1:, None]).mean().item()
+    assert line["lm_loss"] == pytest.approx(expected, rel=1e-9)
+    assert line["loss"] == pytest.approx(own + 0.25 * expected, rel=1e-9) and own > 1e-3
+
+
 def test_every_assistant_turn_of_a_conversation_is_learnt_and_no_user_turn():
     # ids: user 1 2 | assistant 3 4 | user 5 6 7 | assistant (response) 8 9
     prompt = Prompt(0, [1, 2, 3, 4, 5, 6, 7], [8, 9], "text", earlier_turns=((2, 4),))
