@@ -22,13 +22,16 @@ import torch
 from benchmarks.provenance import publish
 
 
-def compare(preset: str, overrides: list[str], vram: str | None) -> dict[str, Any]:
+def compare(preset: str, overrides: list[str], vram: str | None, timeout_s: float | None = None) -> dict[str, Any]:
     """Planned and measured peak of one short run, GiB."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, "-m", "qswitch.cli", "distill", "--preset", preset, "--output-dir", str(run)]
         command += [part for override in overrides for part in ("--set", override)]
-        subprocess.run(command + (["--vram", vram] if vram else []), check=True, stdout=subprocess.DEVNULL)
+        command += ["--vram", vram] if vram else []
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
         plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -9,8 +9,8 @@ Rows of the table, all through the same trainer, loss (over every response token
 - `gkd generate`: the student writes through transformers' `generate`, as in other trainers, one parallel teacher
   pass scores, every rollout trained once;
 - `switch sequential`: one teacher pass a token and no reuse, what the paper pays;
-- `gkd trl`: the GKD trainer of TRL (trl.experimental.gkd, fully on-policy), where trl is installed, on the same two
-  models and prompts with its own generalised JSD over whole sequences.
+- `trl ...`: TRL's stable DistillationTrainer with its chunked loss, where trl is installed, on the same two models,
+  adapters and prompts, in several settings in its favour; `switch_over_trl` divides by the fastest of them.
 
 A step's seconds are divided by its trained tokens, because responses differ in length. Rows take turns, step by
 step, so that a noisy machine disturbs all of them. The first steps of each row, while its replay buffer fills, are not
@@ -25,10 +25,10 @@ import statistics
 import tempfile
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from benchmarks.provenance import publish
@@ -72,26 +72,36 @@ def roll_out_with_generate(trainer: Trainer, items: Any) -> tuple[list[Rollout],
 
 
 class TrlRow:
-    """TRL's trainer, driven step by step so that it can take turns with the others."""
+    """TRL's stable DistillationTrainer with its chunked loss, driven step by step so that it can take turns.
 
-    def __init__(self, donor: Trainer, args: argparse.Namespace, folder: Path) -> None:
-        from trl.experimental.gkd import GKDConfig, GKDTrainer  # optional, in no extra
+    On-policy by `generate` for all sequences of a step at once, reverse KL (its default), no gradient checkpointing,
+    on the very models, adapters and token ids of the other rows.
+    """
+
+    def __init__(self, donor: Trainer, args: argparse.Namespace, folder: Path, **settings: Any) -> None:
+        from trl import DistillationConfig, DistillationTrainer  # optional, in no extra
+
+        class Ids(DistillationTrainer):
+            def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[Any], None, dict[str, Any]]:
+                return prompts, None, {}
 
         self.config, self.counters = donor.config, Counters()
-        self.pair, self.accumulation = donor.pair, args.sequences // args.micro_batch
-        settings = GKDConfig(
-            output_dir=str(folder / "trl"), lmbda=1.0, temperature=1.0, max_new_tokens=args.new_tokens,
-            per_device_train_batch_size=args.micro_batch, max_steps=1000, report_to=[], bf16=False, fp16=False,
-            gradient_checkpointing=False, use_cpu=donor.device.type == "cpu", dataloader_pin_memory=False,
+        micro = settings.pop("per_device_train_batch_size", args.micro_batch)
+        self.accumulation = args.sequences // micro
+        config = DistillationConfig(
+            output_dir=str(folder / "trl"), max_completion_length=args.new_tokens, max_steps=1000, report_to=[],
+            per_device_train_batch_size=micro, gradient_accumulation_steps=self.accumulation, bf16=False, fp16=False,
+            gradient_checkpointing=False, learning_rate=donor.config.train.learning_rate, shuffle_dataset=False,
+            use_cpu=donor.device.type == "cpu", dataloader_pin_memory=False, **settings,
         )  # fmt: skip
-        prompts = [p.prompt_ids for p in load_prompts(donor.config, donor.pair)[1]]
         tokenizer = template_tokenizer(donor.pair, "teacher")
         tokenizer.pad_token_id = donor.pair.pad_id
-        self.trainer = GKDTrainer(
-            model=donor.student.hf, teacher_model=donor.teacher.hf, args=settings, processing_class=tokenizer,
-            data_collator=self._collate, train_dataset=Dataset.from_dict({"prompt_ids": prompts}),
+        donor.student.causal_model.generation_config.eos_token_id = list(donor.pair.eos_ids)
+        prompts = [p.prompt_ids for p in load_prompts(donor.config, donor.pair)[1]]
+        self.trainer = Ids(
+            model=donor.student.hf, teacher_model=donor.teacher.hf, args=config, processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"prompt": prompts}),
         )  # fmt: skip
-        self.trainer.generation_config.eos_token_id = list(donor.pair.eos_ids)
         self.trainer.create_optimizer()
         self.trainer.current_gradient_accumulation_steps = self.accumulation  # which its own loop sets
         self.batches = iter(self.trainer.get_train_dataloader())
@@ -99,15 +109,10 @@ class TrlRow:
         original = self.trainer.compute_loss
 
         def counted(model: Any, inputs: Any, **kwargs: Any) -> Any:
-            self.tokens += int((inputs["labels"][:, 1:] != -100).sum())
+            self.tokens += int(inputs["completion_mask"].sum())
             return original(model, inputs, **kwargs)
 
         self.trainer.compute_loss = counted
-
-    def _collate(self, records: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        ids, mask = pad_left([r["prompt_ids"] for r in records], self.pair.pad_id)
-        # Replaced by what the student writes; the trainer wants them all the same.
-        return {"prompts": ids, "prompt_attention_mask": mask, "input_ids": ids, "attention_mask": mask, "labels": ids}
 
     def train_step(self) -> StepReport:
         """One optimizer step of TRL."""
@@ -120,6 +125,15 @@ class TrlRow:
         report = StepReport()
         report.loss_tokens = self.tokens
         return report
+
+
+def trl_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Settings of TRL's trainer that are tried; the fastest of them is the rival."""
+    return {
+        "trl": {},
+        "trl one micro-batch": {"per_device_train_batch_size": args.sequences},
+        "trl static cache": {"cache_implementation": "static"},
+    }
 
 
 def make_row(args: argparse.Namespace, folder: Path, name: str) -> Trainer:
@@ -186,9 +200,10 @@ def main() -> None:
     parts: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         rows: dict[str, Any] = {name: make_row(args, Path(folder), name) for name in names}
-        if importlib.util.find_spec("trl") is not None:
-            rows["gkd trl"] = TrlRow(make_row(args, Path(folder), "gkd donor"), args, Path(folder))
-            seconds["gkd trl"] = []
+        has_trl = importlib.util.find_spec("trl") is not None
+        for name, settings in trl_settings(args).items() if has_trl else ():
+            donor = make_row(args, Path(folder), f"gkd donor of {name}")
+            rows[name], seconds[name] = TrlRow(donor, args, Path(folder), **settings), []
         settled = max(args.reuse) + 1
         for turn in range(settled + args.steps):
             for name, trainer in rows.items():
@@ -205,6 +220,7 @@ def main() -> None:
                         mine = parts.setdefault(name, {})
                         mine[part] = mine.get(part, 0.0) + value / report.loss_tokens / args.steps
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    rivals = {name: value for name, value in medians.items() if name.startswith("trl")}
     result = {
         "benchmark": "step",
         "settings": {k: v for k, v in vars(args).items() if not isinstance(v, Path)},
@@ -213,6 +229,10 @@ def main() -> None:
         "times_gkd_generate": {name: value / medians["gkd generate"] for name, value in medians.items()},
         "times_gkd_same_reuse": {
             f"switch {r}": medians[f"switch {r}"] / medians[f"gkd {r}"] for r in args.reuse
+        },
+        "trl": version("trl") if has_trl else None,
+        "switch_over_trl": {
+            f"switch {r}": medians[f"switch {r}"] / min(rivals.values()) for r in args.reuse if rivals
         },
         "seconds_by_part": parts,
         "all": seconds,

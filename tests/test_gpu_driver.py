@@ -1,0 +1,75 @@
+"""The driver of the first GPU hour loses nothing: failures are recorded, ended processes are blamed, time is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from benchmarks.gpu.__main__ import STAGES, stages
+from benchmarks.gpu.report import Context, NeedsGpuError, Report, blame
+
+
+@pytest.fixture
+def context(tmp_path) -> Context:
+    return Context(device=torch.device("cpu"), tiny=True, models=tmp_path / "models", output=tmp_path)
+
+
+def make(context: Context, limit_s: float = 60.0) -> Report:
+    return Report(context.output / "stage-0.json", context, stage=0, question="?", limit_s=limit_s)
+
+
+def recorded(context: Context) -> dict:
+    return json.loads((context.output / "stage-0.json").read_text())
+
+
+def fail() -> dict:
+    raise ValueError("wrong by 3")
+
+
+def test_a_failure_is_recorded_and_the_stage_goes_on(context):
+    report = make(context)
+    report.measure("first", fail)
+    report.measure("second", lambda: {"figure": 7})
+    report.measure("third", context.needs_gpu)  # type: ignore[arg-type]
+    with pytest.raises(NeedsGpuError):
+        context.needs_gpu()
+    measured = recorded(context)["measured"]
+    assert measured["first"]["error"] == "ValueError: wrong by 3" and "in fail" in measured["first"]["where"]
+    assert measured["second"]["figure"] == 7 and measured["second"]["seconds"] >= 0
+    assert measured["third"]["not_measured"] == "needs a GPU"
+    assert recorded(context)["running"] is None and recorded(context)["versions"]["torch"] == torch.__version__
+
+
+def test_a_measurement_that_ends_its_process_is_blamed_and_not_repeated(context):
+    child = os.fork()
+    if child == 0:
+        report = make(context)
+        report.measure("fine", lambda: {"figure": 1})
+        report.measure("fatal", lambda: os._exit(9))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    path = context.output / "stage-0.json"
+    assert recorded(context)["running"] == "fatal"
+    assert blame(path, "exit code 9")
+    assert not blame(path, "exit code 9"), "nothing is running any more"
+    report = make(context)  # the next process of the stage
+    for name in ("fine", "fatal"):
+        report.measure(name, fail)
+    report.measure("last", lambda: {"figure": 2})
+    measured = recorded(context)["measured"]
+    assert measured["fine"]["figure"] == 1 and measured["last"]["figure"] == 2
+    assert measured["fatal"] == {"error": "the process ended: exit code 9"}
+
+
+def test_what_time_did_not_suffice_for_is_listed(context):
+    report = make(context, limit_s=0.0)
+    report.measure("late", fail)
+    assert recorded(context)["not_tried"] == ["late"] and recorded(context)["measured"] == {}
+
+
+def test_stages_are_named_by_numbers_and_ranges():
+    assert stages("0-2,5") == [0, 1, 2, 5]
+    with pytest.raises(Exception, match=f"there is no stage {len(STAGES)}"):
+        stages(str(len(STAGES)))
