@@ -20,8 +20,8 @@ from torch import Tensor
 
 from benchmarks.provenance import publish
 from benchmarks.shrink import response_row
+from qswitch.models.decoder_layers import LayerStack, computing_in_fp32, find_layers
 from qswitch.models.layer_choice import calibration, scored_rows
-from qswitch.models.layers import LayerStack, computing_in_fp32, find_layers
 from qswitch.models.load import read_model, read_tokenizer
 from qswitch.models.references import resolve_reference
 from qswitch.models.runtime import Runtime

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.provenance import publish
+from qswitch.models.decoder_layers import LayerStack, ScoredRow, computing_in_fp32
 from qswitch.models.layer_choice import MAX_POSITIONS, calibration, choices, scored_rows
-from qswitch.models.layers import LayerStack, ScoredRow, computing_in_fp32
 from qswitch.models.load import read_model, read_tokenizer
 from qswitch.models.references import resolve_reference
 from qswitch.models.runtime import Runtime

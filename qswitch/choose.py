@@ -24,6 +24,7 @@ from qswitch.plan.model_files import shape_for
 from qswitch.plan.scheduler import plan_run, with_choices
 from qswitch.plan.shapes import ModelShape
 from qswitch.presets import load_run_config, preset_names
+from qswitch.units import GIB
 
 SAMPLED_RECORDS = 5_000
 """Records read for the lengths and the number of steps; about 0.2 s."""
@@ -182,7 +183,7 @@ def _teacher_precision(config: RunConfig, *, vram: str | None, gpu: str | None) 
     plan = plan_run(exact, budget_bytes=budget.num_bytes, device=budget.device, gpu=budget.gpu)
     machine = describe_machine(config.train, budget.device, budget.gpu)
     asked = plan_run(exact, device=budget.device, gpu=budget.gpu)
-    gib = f"{asked.total_gib:.1f} GiB with it in bf16, {budget.num_bytes / 2**30:.1f} in the budget"
+    gib = f"{asked.total_gib:.1f} GiB with it in bf16, {budget.num_bytes / GIB:.1f} in the budget"
     if plan.fits and (machine.device == "cpu" or asked.total_bytes <= budget.num_bytes):
         return Choice(setting, "bf16", f"the run takes {gib}")
     return Choice(setting, "nf4", f"the run would take {gib}")

@@ -129,12 +129,12 @@ def _root(
     pass
 
 
-def _print_plan(plan: Any, source: str, as_json: bool) -> None:
+def _print_plan(plan: Any, budget_origin: str, as_json: bool) -> None:
     """The plan, and where its budget is from; what does not fit ends with its error."""
     from qswitch.plan.advice import faster, require_fit
     from qswitch.plan.render import render
 
-    show(plan.to_dict(), as_json, lambda _: render(plan, faster(plan), source))
+    show(plan.to_dict(), as_json, lambda _: render(plan, faster(plan), budget_origin))
     require_fit(plan)
 
 

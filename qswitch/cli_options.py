@@ -87,7 +87,7 @@ def load_settings(
     from qswitch.layers import build_config
     from qswitch.presets import load_preset
 
-    return build_config(load_preset(source), own, source=f"{source} with --set" if own else str(source))
+    return build_config(load_preset(source), own, where=f"{source} with --set" if own else str(source))
 
 
 def show(result: Any, as_json: bool, render: Callable[[Any], object]) -> None:

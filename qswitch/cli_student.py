@@ -60,7 +60,7 @@ def push(
 ) -> None:
     """Upload the merged model, its card and its GGUF files to the hub; the same call goes on after a stop."""
     from qswitch.console import pushed
-    from qswitch.export.hub import push_run
+    from qswitch.export.push import push_run
 
     show(push_run(run_path, repository, private=not public, dry_run=dry_run), as_json, pushed)
 

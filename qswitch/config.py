@@ -79,8 +79,8 @@ class TeacherSection(Section):
     """A run of `qswitch sft --model teacher`, or a PEFT folder: attached to nf4 or int8 weights, merged into others.
     With a method that loads no teacher it is what `qswitch eval` measures the distance from."""
     residency: Literal["resident", "swap"] = "resident"
-    """resident: always on the device. swap: it leaves while the student trains; one copy stays in host memory, and each
-    round of rollouts begins with an upload. Changes memory and time, never the tokens."""
+    """resident: always on the device. swap: it leaves while the student trains; one copy stays in host memory, and it
+    is uploaded each time before rollouts are written. Changes memory and time, never the tokens."""
     shape: dict[str, Any] | None = None
     """config.json values of the model, so that it can be planned before any download."""
 
@@ -265,9 +265,9 @@ class RolloutSection(Section):
     """Response limit, tokens."""
     batch_size: int = Field(default=8, ge=1)
     """Rows decoded together; changes speed and memory, never the tokens."""
-    round_steps: int = Field(default=1, ge=1)
-    """Optimizer steps that one round of rollouts feeds; the last of them learns from responses round_steps - 1 updates
-    old."""
+    steps_at_once: int = Field(default=1, ge=1)
+    """Optimizer steps whose rollouts are written at once; the last of them learns from responses that are
+    steps_at_once - 1 updates old."""
 
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"]
@@ -295,8 +295,8 @@ class LossSection(Section):
     """interventions: only tokens that the teacher wrote, teacher-free from the cache. all: every response token."""
     lm_coefficient: float = Field(default=1.0, gt=0)
     """Weight of the language-model loss on data.lm_corpus."""
-    lm_block_tokens: int = Field(default=512, ge=8)
-    """Length of one block of data.lm_corpus; one block per row of the batch."""
+    lm_passage_tokens: int = Field(default=512, ge=8)
+    """Length of one passage of data.lm_corpus; one passage per row of the batch."""
     chunk_tokens: int = Field(default=128, ge=1)
     """Loss positions projected to the vocabulary at a time; changes memory, not the value."""
 

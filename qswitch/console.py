@@ -16,8 +16,8 @@ from qswitch.units import GIB
 if TYPE_CHECKING:
     from qswitch.distill.session import Summary
     from qswitch.export.gguf import GgufParity
-    from qswitch.export.hub import Push
     from qswitch.export.merge import MergeReport
+    from qswitch.export.push import Push
     from qswitch.models.shrink import ShrinkReport
     from qswitch.rollout.generate import Generation
 

@@ -6,6 +6,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from qswitch.units import GIB
+
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "gguf")
 HUB_TIMEOUT_S = 3.0
 
@@ -26,7 +28,7 @@ def examine() -> dict[str, Any]:
         "gpu": unusable_gpu(),
         "device": torch.cuda.get_device_name(0) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "native_bf16": has_native_bf16(device),
-        "free_gib": round(budget / 2**30, 1),
+        "free_gib": round(budget / GIB, 1),
         "free_source": source,
         "bitsandbytes": _try_nf4(device),
         "hub": _try_hub(),

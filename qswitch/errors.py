@@ -18,10 +18,10 @@ class QSwitchError(Exception):
 class ConfigError(QSwitchError):
     """The configuration is wrong: unknown keys, bad values, settings that have no effect together."""
 
-    def __init__(self, problems: list[str] | str, source: str | None = None) -> None:
+    def __init__(self, problems: list[str] | str, where: str | None = None) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
-        self.source = source
-        head = f"{source}: " if source else ""
+        self.where = where
+        head = f"{where}: " if where else ""
         if len(self.problems) == 1:
             message = head + self.problems[0]
         else:

@@ -47,6 +47,9 @@ ALIASES = {
     "max_prompt_length": "data.max_prompt_tokens",
     "max_completion_length": "rollout.max_new_tokens",
     "beta": "loss.beta",
+    "block_size": "loss.lm_passage_tokens",
+    "lm_block_tokens": "loss.lm_passage_tokens",
+    "round_steps": "rollout.steps_at_once",
     "teacher_model_name_or_path": "teacher.model",
     "model_name_or_path": "student.model",
     "dataset_name": "data.train",
@@ -54,7 +57,8 @@ ALIASES = {
     "epochs": "train.num_epochs",
     "num_train_epochs": "train.num_epochs",
 }
-"""What Hugging Face's tools or people call a setting -> where it lives here. Understood wherever settings are."""
+"""What Hugging Face's tools, people, or earlier commits call a setting -> where it lives here. Understood wherever
+settings are."""
 
 
 FROM_ELSEWHERE = {
@@ -77,7 +81,7 @@ FROM_ELSEWHERE = {
 """Settings of other trainers that have no namesake here -> what to do instead."""
 
 
-def build_config(*layers: Layer, source: str | None = None) -> RunConfig:
+def build_config(*layers: Layer, where: str | None = None) -> RunConfig:
     """The checked configuration of layers, the lowest first.
 
     Raises:
@@ -85,13 +89,13 @@ def build_config(*layers: Layer, source: str | None = None) -> RunConfig:
     """
     values: dict[str, Any] = {}
     for layer in layers:
-        values = stack(values, by_section(layer, source))
+        values = stack(values, by_section(layer, where))
     try:
         return RunConfig.model_validate(_resolved(values))
     except ConfigError as error:
-        raise ConfigError(error.problems, source) from None
+        raise ConfigError(error.problems, where) from None
     except ValidationError as error:
-        raise ConfigError([_explain(e) for e in error.errors()], source) from None
+        raise ConfigError([_explain(e) for e in error.errors()], where) from None
 
 
 def stack(below: Layer, above: Layer) -> dict[str, Any]:
@@ -113,7 +117,7 @@ def stack(below: Layer, above: Layer) -> dict[str, Any]:
     return _merged(_without(kept, stale), above)
 
 
-def by_section(settings: Layer, source: str | None = None) -> dict[str, Any]:
+def by_section(settings: Layer, where: str | None = None) -> dict[str, Any]:
     """The settings of one layer as nested mappings, where they may be written with dots or by an alias.
 
     Raises:
@@ -134,7 +138,7 @@ def by_section(settings: Layer, source: str | None = None) -> dict[str, Any]:
         if isinstance(node, dict):
             node[last] = value
     if problems:
-        raise ConfigError(problems, source)
+        raise ConfigError(problems, where)
     return values
 
 

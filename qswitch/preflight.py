@@ -110,11 +110,11 @@ def _shapes_and_context(config: RunConfig, elsewhere: bool) -> Iterator[str]:
             )
         if role == "student":
             yield from _unknown_targets(config.student, shape)
-        block = config.loss.lm_block_tokens
-        if role == "student" and config.data.lm_corpus is not None and 0 < shape.max_positions < block:
+        passage = config.loss.lm_passage_tokens
+        if role == "student" and config.data.lm_corpus is not None and 0 < shape.max_positions < passage:
             yield (
-                f"loss.lm_block_tokens={block} is longer than the student's context of {shape.max_positions} tokens. "
-                "Lower it."
+                f"loss.lm_passage_tokens={passage} is longer than the student's context of {shape.max_positions} "
+                "tokens. Lower it."
             )
         if not elsewhere and section.precision == "nf4" and describe_machine(config.train).device == "cpu":
             linears = shape.linears
@@ -319,7 +319,7 @@ def _names_model(problem: str, role: str) -> bool:
 
 
 def _corpus(config: RunConfig, pair: TokenizerPair) -> Tensor:
-    from qswitch.data.loader import BlockLoader, load_corpus_tokens
+    from qswitch.data.loader import PassageLoader, load_corpus_tokens
 
     assert config.data.lm_corpus is not None
     tokens = load_corpus_tokens(
@@ -328,7 +328,7 @@ def _corpus(config: RunConfig, pair: TokenizerPair) -> Tensor:
         split=config.data.split,
         max_tokens=config.data.lm_corpus_tokens,
     )
-    BlockLoader(tokens, config.loss.lm_block_tokens, config.seed)  # refuses a corpus shorter than a block
+    PassageLoader(tokens, config.loss.lm_passage_tokens, config.seed)  # refuses a corpus shorter than a passage
     return tokens
 
 

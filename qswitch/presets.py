@@ -59,7 +59,7 @@ def load_run_config(source: str | Path, overrides: list[str] | None = None) -> R
         ConfigError: every problem found.
     """
     name = f"{source} with --set" if overrides else str(source)
-    return build_config(load_preset(source), set_layer(overrides or []), source=name)
+    return build_config(load_preset(source), set_layer(overrides or []), where=name)
 
 
 def _load(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -118,7 +118,9 @@ UNREAD = (
         ("rollout.replay_capacity", "rollout.replay_max_age_steps"), _replays,
         "with rollout.reuse=1, where every rollout trains once",
     ),
-    Unread(("rollout.round_steps", "teacher.residency"), needs_teacher, "with method={method}, which loads no teacher"),
+    Unread(
+        ("rollout.steps_at_once", "teacher.residency"), needs_teacher, "with method={method}, which loads no teacher"
+    ),
     Unread(
         ("loss.divergence", *_BY_WRITER, "loss.alpha", "loss.beta", "loss.temperature"), imitates,
         "with loss.objective=cross_entropy",
@@ -157,7 +159,7 @@ UNREAD = (
         "Remove it, or set data.validation.",
     ),
     Unread(
-        ("data.lm_corpus_tokens", "loss.lm_coefficient", "loss.lm_block_tokens"),
+        ("data.lm_corpus_tokens", "loss.lm_coefficient", "loss.lm_passage_tokens"),
         lambda read: read("data.lm_corpus") is not None, "without data.lm_corpus",
     ),
     Unread(
@@ -196,9 +198,9 @@ CONFLICTS = (
         "method=distillm.",
     ),
     Conflict(
-        lambda read: read("rollout.round_steps") > 1 and _replays(read),
-        "rollout.round_steps={rollout.round_steps} cannot be combined with rollout.reuse > 1 or data.adaptive_share: "
-        "both let a rollout train later. Set rollout.round_steps=1.",
+        lambda read: read("rollout.steps_at_once") > 1 and _replays(read),
+        "rollout.steps_at_once={rollout.steps_at_once} cannot be combined with rollout.reuse > 1 or "
+        "data.adaptive_share: both let a rollout train later. Set rollout.steps_at_once=1.",
     ),
     Conflict(
         lambda read: not imitates(read) and _pure_student(read),

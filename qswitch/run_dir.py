@@ -88,7 +88,7 @@ class RunDir:
             reason = "holds no config.yaml, so it is no run directory" if path.is_dir() else "does not exist"
             raise RunDirError(f"{path} {reason}. Name the folder that `qswitch distill` printed.")
         written = read_yaml(config_path)
-        config = build_config(written, source=str(config_path))
+        config = build_config(written, where=str(config_path))
         if not changes:
             return cls(path, config)
         allowed = [f"train.{name}" for name in CHANGEABLE]
@@ -98,7 +98,7 @@ class RunDir:
                 f"{', '.join(refused)} cannot change in a run that has begun, because what it has learnt depends on "
                 f"it. Start a new run. What may change: {', '.join(allowed)}."
             )
-        changed = build_config(written, changes, source="--set")
+        changed = build_config(written, changes, where="--set")
         pairs = {f"train.{n}": [getattr(config.train, n), getattr(changed.train, n)] for n in CHANGEABLE}
         return cls(path, changed, {name: pair for name, pair in pairs.items() if pair[0] != pair[1]})
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -16,7 +18,9 @@ import qswitch
 PACKAGE = Path(qswitch.__file__).parent
 HEAVY = ("torch", "transformers", "datasets", "peft", "accelerate", "bitsandbytes")
 
-# Higher may import lower and its equals; docs/architecture.md has the same list.
+ARCHITECTURE = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+# Higher may import lower and its equals.
 LAYERS = [
     ["__main__"],
     ["cli"],
@@ -53,7 +57,7 @@ COLD = [
     "console.py",
     "doctor.py",
     "errors.py",
-    "export/hub.py",
+    "export/push.py",
     "export/modelfile.py",
     "hub.py",
     "rules.py",
@@ -69,6 +73,7 @@ COLD = [
     "yaml_file.py",
     "plan",
 ]
+COLD_NAMES = [f"{name}/" if (PACKAGE / name).is_dir() else name for name in COLD]
 
 
 def module_name(path: Path) -> str:
@@ -111,6 +116,25 @@ def test_imports_point_down(path: Path):
         target = name.removeprefix("qswitch.")
         if name.startswith("qswitch.") and target in existing:
             assert layer(target) >= layer(here), f"qswitch.{here} imports qswitch.{target}, which is above it"
+
+
+def test_the_architecture_page_has_this_list_and_a_line_for_every_file():
+    stages = re.search(r"((?:^    [^\n]+ >\n)+    [^\n]+)\n\n", ARCHITECTURE, re.M)
+    assert stages is not None
+    assert [stage.strip().split(", ") for stage in " ".join(stages[1].split()).split(" >")] == LAYERS
+    cold = re.search(r"^(`.+?`) and the package's `__init__` are \*cold\*", ARCHITECTURE, re.M | re.S)
+    assert cold is not None and sorted([*cold[1].strip("`").split(), "__init__.py"]) == sorted(COLD_NAMES)
+    described = set()
+    for line in re.findall(r"^      (\S+\.py.*)$", ARCHITECTURE, re.M):
+        first, *others = re.findall(r"[\w/]+\.py(?=,|  | |$)", line)
+        described |= {first, *(f"{first.rpartition('/')[0]}/{name}".lstrip("/") for name in others)}
+    there = {p.relative_to(PACKAGE).as_posix() for p in modules() if p.name != "__init__.py"}
+    assert described == there
+
+
+def test_no_two_files_have_one_name():
+    names = Counter(path.name for path in modules() if path.name != "__init__.py")
+    assert [name for name, times in names.items() if times > 1] == []
 
 
 def test_no_circle_of_imports():

@@ -274,7 +274,7 @@ def test_a_misspelt_target_among_right_ones(pair):
 
 def test_a_corpus_is_read_and_measured(pair, tmp_path):
     (tmp_path / "c.txt").write_text("the quick brown fox " * 20)
-    config = settings(pair, data__lm_corpus=str(tmp_path / "c.txt"), loss__lm_block_tokens=64)
+    config = settings(pair, data__lm_corpus=str(tmp_path / "c.txt"), loss__lm_passage_tokens=64)
     assert prepare(config).corpus.numel() == 401
-    (found,) = problems(prepare, settings(pair, data__lm_corpus=str(tmp_path / "c.txt"), loss__lm_block_tokens=500))
+    (found,) = problems(prepare, settings(pair, data__lm_corpus=str(tmp_path / "c.txt"), loss__lm_passage_tokens=500))
     assert "401 tokens, less than one block" in found

@@ -91,7 +91,7 @@ def test_the_paper_s_pairs_have_the_paper_s_settings():
         assert (loss.divergence, loss.alpha, loss.scope) == ("skew_reverse_kl", 0.1, "all")
         assert config.data.ground_truth_mix == 0.5 and config.data.template == "alpaca"
         assert config.data.lm_corpus == "Skylion007/openwebtext"
-        assert (loss.lm_coefficient, loss.lm_block_tokens) == (1, 512)
+        assert (loss.lm_coefficient, loss.lm_passage_tokens) == (1, 512)
         assert train.per_device_train_batch_size * train.gradient_accumulation_steps in (8, 16)
         below_1b = "3b" not in config.about.name.split("-to-")[1]
         grid = (5e-4, 1e-4, 5e-5) if below_1b else (5e-5, 1e-5, 5e-6)

@@ -111,7 +111,7 @@ def consumers(method: str, folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
                  "lm_corpus": str(folder / "corpus.txt")},
         # The teacher writes much of SWITCH's few tokens, so that there is a loss.
         "rollout": {"max_new_tokens": 6, "batch_size": 2} | ({"decay_rate": 5.0} if method == "switch" else {}),
-        "loss": {"lm_block_tokens": 16},
+        "loss": {"lm_passage_tokens": 16},
         "train": {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "device": "cpu",
                   "compute_dtype": "fp32", "eval_steps": 2, "save_steps": 2},
     })  # fmt: skip
@@ -163,7 +163,7 @@ def test_the_consumer_named_for_a_setting_reads_it(key: str, file: str):
         ("sft", "cache.format", "topk"),
         ("sft", "cache.device_budget_gib", 1.0),
         ("sft", "rollout.tau_0", 0.5),
-        ("sft", "rollout.round_steps", 2),
+        ("sft", "rollout.steps_at_once", 2),
         ("sft", "teacher.residency", "swap"),
         ("imitkd", "rollout.block_tokens", 4),
         ("distillm", "rollout.reuse", 2),

@@ -26,7 +26,7 @@ from qswitch.layers import dump_config
 from qswitch.data.records import record_of_row
 from qswitch.data.sources import iter_rows
 from qswitch.errors import DataError, QSwitchError, RunDirError
-from qswitch.compare.table import comparison_results, render_comparison
+from qswitch.compare.results_table import comparison_results, render_comparison
 from qswitch.compare.spec import CONTROLS, SFT, Cell, Comparison, flat_settings, read_comparison
 from qswitch.evaluate.store import EvaluationDir
 from qswitch.run_dir import RunDir, locked, write_atomically

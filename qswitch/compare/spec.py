@@ -15,7 +15,7 @@ from qswitch.config import RunConfig, Section
 from qswitch.layers import build_config, by_section, flatten, stack
 from qswitch.data.sources import reference_path
 from qswitch.errors import ConfigError, DataError
-from qswitch.evaluate.metrics import METRICS
+from qswitch.evaluate.figures import METRICS
 from qswitch.evaluate.protocol import PROTOCOLS, make_protocol
 from qswitch.presets import load_preset
 from qswitch.yaml_file import read_yaml

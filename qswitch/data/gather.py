@@ -18,8 +18,8 @@ import numpy as np
 from qswitch.config import RunConfig
 from qswitch.data.fields import check_columns
 from qswitch.data.loader import Mixture
+from qswitch.data.prompt_table import PromptTable, prompt_table
 from qswitch.data.sources import Notify
-from qswitch.data.table import PromptTable, prompt_table
 from qswitch.data.template import Prompt, PromptEncoder
 from qswitch.errors import DataError
 from qswitch.methods import FIXED

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qswitch.data.prompt_table import PromptTable
 from qswitch.data.sources import iter_rows
-from qswitch.data.table import PromptTable
 from qswitch.data.template import Prompt
 from qswitch.errors import DataError
 
@@ -147,29 +147,29 @@ class PromptLoader:
         self._taken = list(state["taken"])
 
 
-class BlockLoader:
-    """Endless blocks of a token stream in seeded order, without overlap; the rest at the end is left out.
+class PassageLoader:
+    """Endless passages of a token stream in seeded order, without overlap; the rest at the end is left out.
 
     Args:
         token_ids: the corpus, int64 [N].
-        block_tokens: length of a block.
-        seed: draws the order of the blocks.
+        passage_tokens: length of a passage.
+        seed: draws the order of the passages.
     """
 
-    def __init__(self, token_ids: torch.Tensor, block_tokens: int, seed: int) -> None:
-        num_blocks = token_ids.numel() // block_tokens
-        if num_blocks == 0:
+    def __init__(self, token_ids: torch.Tensor, passage_tokens: int, seed: int) -> None:
+        num_passages = token_ids.numel() // passage_tokens
+        if num_passages == 0:
             raise DataError(
-                f"data.lm_corpus has {token_ids.numel()} tokens, less than one block of "
-                f"loss.lm_block_tokens={block_tokens}. Add text or lower loss.lm_block_tokens."
+                f"data.lm_corpus has {token_ids.numel()} tokens, less than one passage of "
+                f"loss.lm_passage_tokens={passage_tokens}. Add text or lower loss.lm_passage_tokens."
             )
-        self.blocks = token_ids[: num_blocks * block_tokens].reshape(num_blocks, block_tokens)
-        fingerprint = zlib.crc32(self.blocks.contiguous().numpy().tobytes())
-        self._order = _EpochOrder(num_blocks, seed, fingerprint)
+        self.passages = token_ids[: num_passages * passage_tokens].reshape(num_passages, passage_tokens)
+        fingerprint = zlib.crc32(self.passages.contiguous().numpy().tobytes())
+        self._order = _EpochOrder(num_passages, seed, fingerprint)
 
     def next(self, n: int) -> torch.Tensor:
-        """The next n blocks: int64 [n, block_tokens]."""
-        return self.blocks[[index for index, _ in self._order.next(n)]]
+        """The next n passages: int64 [n, passage_tokens]."""
+        return self.passages[[index for index, _ in self._order.next(n)]]
 
     def state_dict(self) -> dict[str, Any]:
         """Cursor and epoch, and what they are valid for; fit for JSON."""
@@ -179,7 +179,7 @@ class BlockLoader:
         """Continue from `state` as if never stopped.
 
         Raises:
-            DataError: the state belongs to another corpus, block length or seed.
+            DataError: the state belongs to another corpus, passage length or seed.
         """
         self._order.load_state_dict(state)
 

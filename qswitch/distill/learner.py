@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from qswitch.config import RunConfig
-from qswitch.data.loader import BlockLoader
+from qswitch.data.loader import PassageLoader
 from qswitch.distill.logit_cache import LogitCache, Targets
 from qswitch.distill.objective import StudentObjective, collate, collate_with_labels
 from qswitch.distill.optimizer import Schedule, make_optimizer
@@ -40,7 +40,7 @@ class Learner:
     """Moves the student's weights. Owns the optimizer and its schedule, borrows the teacher's cached outputs.
 
     Args:
-        corpus: blocks of plain text for the language-model loss; None without one.
+        corpus: passages of plain text for the language-model loss; None without one.
         spent: says which share of the run's budget is spent, which the learning rate follows.
     """
 
@@ -51,7 +51,7 @@ class Learner:
         student: LanguageModel,
         cache: LogitCache,
         pad_id: int,
-        corpus: BlockLoader | None,
+        corpus: PassageLoader | None,
         accelerator: Accelerator,
         recovery: Recovery,
         spent: Callable[[], float],
@@ -125,17 +125,17 @@ class Learner:
             raise NonFiniteError("student", "gradient norm is")
         return Learnt((own or 0.0) + self.config.loss.lm_coefficient * (lm_loss or 0.0), lm_loss, norm)
 
-    def accumulate_corpus(self, corpus: BlockLoader) -> float:
-        """Add the weighted gradients of the language-model loss over as many blocks as a step has sequences.
+    def accumulate_corpus(self, corpus: PassageLoader) -> float:
+        """Add the weighted gradients of the language-model loss over as many passages as a step has sequences.
 
         Returns the loss before its weight: the token mean of the cross-entropy, nats.
         """
         self._wrapped.train()
         train, size = self.config.train, self._recovery.sizes.micro_batch
-        blocks = corpus.next(train.per_device_train_batch_size * train.gradient_accumulation_steps)
+        passages = corpus.next(train.per_device_train_batch_size * train.gradient_accumulation_steps)
         sequences = [
-            TrainingSequence(i, 0, block[:1].tolist(), block[1:].tolist(), list(range(len(block) - 1)))
-            for i, block in enumerate(blocks)
+            TrainingSequence(i, 0, passage[:1].tolist(), passage[1:].tolist(), list(range(len(passage) - 1)))
+            for i, passage in enumerate(passages)
         ]
         num_tokens, weight, total = (
             float(sum(len(s.loss_steps) for s in sequences)),

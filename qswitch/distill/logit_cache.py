@@ -23,6 +23,7 @@ from torch import Tensor
 from qswitch.distill.cache_format import FORMATS, LogitTargets, TopkTargets, encode_topk
 from qswitch.distill.sequence import TrainingSequence
 from qswitch.errors import TrainingError
+from qswitch.units import GIB
 
 logger = logging.getLogger(__name__)
 
@@ -288,7 +289,7 @@ class LogitCache:
         if self._disk_path is None and "disk" in goal.values():
             raise TrainingError(
                 f"The teacher-output cache needs more than cache.device_budget_gib + cache.host_budget_gib "
-                f"({sum(self._budgets.values()) / 2**30:.2f} GiB) and has no folder to go to. Raise "
+                f"({sum(self._budgets.values()) / GIB:.2f} GiB) and has no folder to go to. Raise "
                 "cache.host_budget_gib, or use cache.format=topk."
             )
         # The lowest tier first: host memory is freed before more moves into it.
@@ -306,7 +307,7 @@ class LogitCache:
             logger.warning(
                 "The teacher-output cache is over its %s budget (%.2f GiB); its oldest rows move to %s.",
                 full,
-                self._budgets[full] / 2**30,
+                self._budgets[full] / GIB,
                 "host memory" if below == "host" else f"{self._disk_path}",
             )
 

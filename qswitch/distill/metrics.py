@@ -76,7 +76,7 @@ class StepReport:
     teacher_share: float | None = None
     jsd_bits: float | None = None
     written_tokens: int = 0
-    """Response tokens that were written for this step, by it or at the start of its round."""
+    """Response tokens that were written for this step, by it or by an earlier one (rollout.steps_at_once)."""
     rollout: RolloutStats = field(default_factory=RolloutStats)
     rollouts: list[Rollout] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

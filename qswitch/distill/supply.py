@@ -1,6 +1,6 @@
 """Who supplies the sequences of the next optimizer steps: the data, fresh rollouts, or earlier ones.
 
-All that needs the teacher is done here, for one step or for several ahead (rollout.round_steps), so that a swapped
+All that needs the teacher is done here, for one step or for several ahead (rollout.steps_at_once), so that a swapped
 teacher is away while the student learns. What a step draws is a function of the run's seed and the step's number, so a
 resumed run draws the same. Knows no optimizer.
 """
@@ -173,12 +173,12 @@ class Supply:
     # ---------------------------------------------------------------- preparing
 
     def _prepare(self, first_step: int, spent: float, report: StepReport, clock: Clock) -> None:
-        """All that the next rollout.round_steps steps need of the teacher."""
+        """All that the next rollout.steps_at_once steps need of the teacher."""
         train, attempt = self.config.train, self.recovery.attempt
         total = train.per_device_train_batch_size * train.gradient_accumulation_steps
         self.replay.expire(first_step)
         cursor = self.loader.state_dict()
-        steps = range(first_step, min(first_step + self.config.rollout.round_steps, train.max_steps))
+        steps = range(first_step, min(first_step + self.config.rollout.steps_at_once, train.max_steps))
         try:
             self.teacher_comes()
             batches = [self._batch_of(step, spent) for step in steps]

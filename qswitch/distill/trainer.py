@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qswitch.config import RunConfig
 from qswitch.data.gather import Prompts
-from qswitch.data.loader import BlockLoader
+from qswitch.data.loader import PassageLoader
 from qswitch.data.template import Prompt
 from qswitch.distill.budget import spent_share
 from qswitch.distill.checkpoint import (
@@ -83,7 +83,7 @@ class Trainer:
             student=student,
             cache=self.cache,
             pad_id=pair.pad_id,
-            corpus=BlockLoader(corpus, config.loss.lm_block_tokens, config.seed) if corpus is not None else None,
+            corpus=PassageLoader(corpus, config.loss.lm_passage_tokens, config.seed) if corpus is not None else None,
             accelerator=self.accelerator,
             recovery=self.recovery,
             spent=lambda: self.spent,

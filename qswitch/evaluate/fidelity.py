@@ -42,6 +42,7 @@ from qswitch.plan.adapters import find_adapter
 from qswitch.rollout.decode import Rollout, RolloutRequest, rollout, score_responses
 from qswitch.rollout.policy import Policy, SwitchPolicy, TeacherPolicy, make_policy
 from qswitch.run_dir import RunDir
+from qswitch.units import GIB
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ def fidelity(
     mixed, _ = write(student=student, policy=policy)
     del write  # it holds the teacher, whose memory the next one needs
     head = detached_head(teacher.head)
-    footprint = sum(p.numel() for p in teacher.parameters()) * 2 / 2**30  # also where a CPU keeps them wider
+    footprint = sum(p.numel() for p in teacher.parameters()) * 2 / GIB  # also where a CPU keeps them wider
     batch = config.train.per_device_train_batch_size
     student_view = _view(student, mixed, pair, batch)
     reference = [_view(teacher, written, pair, batch) for written in (own, mixed)]
@@ -261,7 +262,7 @@ def _view(model: LanguageModel, written: Sequence[Rollout], pair: TokenizerPair,
 
 
 def _gib(model: LanguageModel) -> float:
-    return model.causal_model.get_memory_footprint() / 2**30
+    return model.causal_model.get_memory_footprint() / GIB
 
 
 def _free() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qswitch.evaluate.figures import COLUMNS, OWN_COLUMNS
 from qswitch.evaluate.intervals import Estimate
-from qswitch.evaluate.metrics import COLUMNS, OWN_COLUMNS
 
 
 def estimate(values: Mapping[str, Any] | None) -> str:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qswitch.evaluate.figures import OWN_COLUMNS, POSITIONS
 from qswitch.evaluate.intervals import Estimate, mean_interval, paired_difference, standard_deviation
-from qswitch.evaluate.metrics import OWN_COLUMNS, POSITIONS
 from qswitch.evaluate.rouge import rouge_l
 from qswitch.evaluate.testset import BUCKETS, bucket_of
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qswitch.divergence import divergence, jsd_bits
-from qswitch.evaluate.metrics import POSITIONS
+from qswitch.evaluate.figures import POSITIONS
 from qswitch.models.language_model import Head, LanguageModel
 from qswitch.rollout.decode import score_responses
 

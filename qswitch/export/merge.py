@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 from qswitch.config import RunConfig
 from qswitch.errors import ModelError, PlanError, QSwitchError
 from qswitch.export.card import model_card, reference_names
-from qswitch.export.hub import MERGED_FOLDER
+from qswitch.export.push import MERGED_FOLDER
 from qswitch.models.architecture import plain_experts
 from qswitch.models.host_memory import bound_kernel_cache, return_freed_memory
 from qswitch.models.language_model import LanguageModel

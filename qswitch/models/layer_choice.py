@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qswitch.errors import ModelError
-from qswitch.models.layers import LayerStack, ScoredRow, computing_in_fp32, find_layers
+from qswitch.models.decoder_layers import LayerStack, ScoredRow, computing_in_fp32, find_layers
 
 MAX_ROW_TOKENS = 48
 MAX_POSITIONS = 256

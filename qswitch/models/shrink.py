@@ -22,8 +22,8 @@ import torch
 from qswitch.aside import folder_aside
 from qswitch.config import ModelReference
 from qswitch.errors import ModelError
+from qswitch.models.decoder_layers import find_layers
 from qswitch.models.layer_choice import Example, calibration, choose_layers, kl_of_choice, scored_rows
-from qswitch.models.layers import find_layers
 from qswitch.models.load import read_model, read_tokenizer
 from qswitch.models.messages import quiet
 from qswitch.models.references import resolve_reference

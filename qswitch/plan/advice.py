@@ -16,8 +16,8 @@ from qswitch.plan.run_plan import Plan
 from qswitch.plan.scheduler import WORTH_SAYING, measure, model_shapes, plan_run, with_choices
 from qswitch.units import GIB
 
-MOST_ROUND_STEPS = 4
-"""Rounds that are proposed feed at most this many steps: beyond, the responses are written by too old a student."""
+MOST_STEPS_AT_ONCE = 4
+"""At most this many steps at once are proposed: beyond, the responses are written by too old a student."""
 
 
 def require_fit(plan: Plan) -> None:
@@ -103,15 +103,15 @@ def faster(plan: Plan) -> list[str]:
         if other.fits and not other.choices["student.gradient_checkpointing"] and share(other) <= WORTH_SAYING:
             tried.append((share(other), "student.gradient_checkpointing=false"))
     rollout = config.rollout
-    if config.needs_teacher and rollout.round_steps == 1 == rollout.reuse and not config.data.adaptive_share:
+    if config.needs_teacher and rollout.steps_at_once == 1 == rollout.reuse and not config.data.adaptive_share:
         best = WORTH_SAYING
-        for steps in (2, MOST_ROUND_STEPS):  # the older the responses, the more they must save
-            other = planned({"rollout.round_steps": steps})
+        for steps in (2, MOST_STEPS_AT_ONCE):  # the older the responses, the more they must save
+            other = planned({"rollout.steps_at_once": steps})
             if other.fits and share(other) <= best:
                 best = WORTH_SAYING * share(other)
                 staleness = f"responses up to {steps - 1} update{'s' if steps > 2 else ''} old"
                 rows = other.choices["rollout.batch_size"]
-                tried.append((share(other), f"rollout.round_steps={steps} ({rows} rollout rows, {staleness})"))
+                tried.append((share(other), f"rollout.steps_at_once={steps} ({rows} rollout rows, {staleness})"))
     lines = [f"{change}: about {100 * part:.0f} % of the time" for part, change in sorted(tried)]
     if config.needs_teacher and config.teacher.precision in ("nf4", "int8"):
         exact = planned({"teacher.precision": "bf16"})

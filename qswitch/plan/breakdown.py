@@ -44,7 +44,7 @@ def break_down(config: RunConfig, teacher: ModelShape, student: ModelShape, mach
     vocab = min(teacher.vocab_size, student.vocab_size)
     prompt, tokens = config.data.max_prompt_tokens, config.data.max_prompt_tokens + rollout.max_new_tokens
     micro, rows = train.per_device_train_batch_size, rollout.batch_size
-    sequences = micro * train.gradient_accumulation_steps * rollout.round_steps
+    sequences = micro * train.gradient_accumulation_steps * rollout.steps_at_once
 
     # ------------------------------------------------------------------------------------------ what stays
     needed = config.needs_teacher  # SFT: no second model, no rollout
@@ -114,7 +114,7 @@ def break_down(config: RunConfig, teacher: ModelShape, student: ModelShape, mach
         decode = dict.fromkeys(decode, 0)
     # The language-model loss runs over blocks of its own.
     corpus = config.data.lm_corpus is not None
-    length = max(tokens, config.loss.lm_block_tokens if corpus else 0)
+    length = max(tokens, config.loss.lm_passage_tokens if corpus else 0)
     positions = micro * (length if corpus else rollout.max_new_tokens)
     activations = memory.activation_bytes(
         student, micro, length, b, section.adapter, section.lora, section.gradient_checkpointing
@@ -177,14 +177,14 @@ def _round_steps(config: RunConfig, vocab_size: int) -> int:
 
 
 def _held_sequences(config: RunConfig, per_step: int) -> int:
-    """Sequences whose teacher outputs are cached at once: those of a round, and those that will train again."""
+    """Sequences whose teacher outputs are cached at once: those just written, and those that will train again."""
     rollout = config.rollout
     again = 0
     if config.data.adaptive_share:
         again = rollout.replay_capacity
     elif rollout.reuse > 1:
         again = min(rollout.replay_capacity, per_step * (rollout.reuse - 1))
-    return per_step * rollout.round_steps + again
+    return per_step * rollout.steps_at_once + again
 
 
 def _cut_layers_bytes(section: StudentSection, student: ModelShape, compute_bytes: int) -> int:

@@ -125,21 +125,21 @@ def _student_precision(config: RunConfig) -> memory.Precision:
 
 
 def step_seconds(config: RunConfig, teacher: ModelShape, student: ModelShape, machine: Machine) -> float:
-    """One optimizer step: its share of a round of rollouts with half-filled caches, and the learning."""
+    """One optimizer step: its share of the rollouts, with half-filled caches, and the learning."""
     b, rollout, train = machine.compute_bytes, config.rollout, config.train
     student_precision = _student_precision(config)
     tokens = config.data.max_prompt_tokens + rollout.max_new_tokens
     micro, steps = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    sequences = micro * steps * rollout.round_steps
+    sequences = micro * steps * rollout.steps_at_once
     rows = min(rollout.batch_size, sequences)
     drafts = _typical_drafts(config)
     written = (1 - KEPT_DRAFT_SHARE ** (drafts + 1)) / (1 - KEPT_DRAFT_SHARE)
     decode_s = 0.0
-    rounds: tuple[tuple[ModelShape, memory.Precision, int, int], ...] = (
+    decoding: tuple[tuple[ModelShape, memory.Precision, int, int], ...] = (
         (teacher, config.teacher.precision, 1, drafts + 1),
         (student, student_precision, drafts + 1, 1),
     )
-    for shape, precision, times, length in rounds:
+    for shape, precision, times, length in decoding:
         kv_bytes = memory.kv_buffer_bytes(shape, rows, tokens // 2 + 1, b)
         decode_s += times * pass_seconds(shape, precision, rows * length, kv_bytes, machine)
     decode_s *= -(-sequences // rows) * rollout.max_new_tokens / written
@@ -157,4 +157,4 @@ def step_seconds(config: RunConfig, teacher: ModelShape, student: ModelShape, ma
     if config.cache.device_budget_gib == 0:
         learn_s += steps * PASS_OVERHEAD_S_PER_LAYER  # rows come from host memory; overlapped but for the first
     fresh_share = (1 - config.data.ground_truth_mix) / rollout.reuse if config.needs_teacher else 0.0
-    return fresh_share * decode_s / rollout.round_steps + learn_s
+    return fresh_share * decode_s / rollout.steps_at_once + learn_s

@@ -82,7 +82,7 @@ class Budget:
     """How much memory a plan may take, and where the figure is from."""
 
     num_bytes: int
-    source: str
+    origin: str
     device: Device | None = None
     """The device that the budget belongs to; None: whatever train.device finds here."""
     gpu: Gpu | None = None
@@ -121,8 +121,8 @@ def find_budget(train: TrainSection, *, vram: str | None = None, gpu: str | None
         return Budget(card.free_bytes, free, "cuda", card)
     if vram is not None:
         return Budget(parse_size(vram), f"--vram {vram}", None if train.device == "cpu" else "cuda")
-    size, source = detect_budget_bytes(train.device)
-    return Budget(size, source)
+    size, origin = detect_budget_bytes(train.device)
+    return Budget(size, origin)
 
 
 def detect_budget_bytes(device: Literal["auto", "cuda", "cpu"] = "auto") -> tuple[int, str]:
@@ -136,13 +136,13 @@ def detect_budget_bytes(device: Literal["auto", "cuda", "cpu"] = "auto") -> tupl
                 "train.device=cuda, but no GPU answers to nvidia-smi. Give the budget, for example --vram 12GiB, or "
                 "set train.device=cpu."
             )
-    available, source = _host_available_bytes()
+    available, origin = _host_available_bytes()
     limit = _control_group_free_bytes()
     if limit is not None and (available is None or limit < available):
-        available, source = limit, "free memory of the container (cgroup)"
+        available, origin = limit, "free memory of the container (cgroup)"
     if available is None:
         raise ConfigError("The free memory of this machine cannot be read. Give the budget, for example 12GiB.")
-    return available, source
+    return available, origin
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ PHASE_TEXTS = {
 }
 
 
-def render(plan: Plan, advice: Sequence[str], budget_source: str) -> str:
+def render(plan: Plan, advice: Sequence[str], budget_origin: str) -> str:
     """A plan for people: the verdict, the time, the sizes, what would be faster, then the parts that take memory."""
-    lines = [_verdict(plan, budget_source), _time(plan), "", "sizes"]
+    lines = [_verdict(plan, budget_origin), _time(plan), "", "sizes"]
     lines += _table({name: str(value) for name, value in plan.choices.items()})
     if advice:
         lines += ["", "what would be faster, or better", *(f"  {line}" for line in advice)]
@@ -38,13 +38,13 @@ def render(plan: Plan, advice: Sequence[str], budget_source: str) -> str:
     return "\n".join([*lines, "", *(f"- {note}" for note in plan.notes)])
 
 
-def _verdict(plan: Plan, budget_source: str) -> str:
+def _verdict(plan: Plan, budget_origin: str) -> str:
     phase = max(plan.phases, key=plan.phases.__getitem__)
     needed = f"{plan.total_gib:.2f} GiB at the peak, {PHASE_TEXTS[phase]}"
     if plan.budget_bytes is None:
         return f"Needs {needed}."
     verdict = "Fits" if plan.fits else "Does not fit"
-    return f"{verdict}: {needed}; the budget is {plan.budget_bytes / GIB:.2f} ({budget_source})."
+    return f"{verdict}: {needed}; the budget is {plan.budget_bytes / GIB:.2f} ({budget_origin})."
 
 
 def _time(plan: Plan) -> str:

@@ -143,7 +143,7 @@ def plan_for(
     """
     budget = find_budget(config.train, vram=vram, gpu=gpu)
     plan = plan_run(config, budget_bytes=budget.num_bytes, device=budget.device, gpu=budget.gpu, keep_sizes=keep_sizes)
-    return plan, budget.source
+    return plan, budget.origin
 
 
 def model_shapes(config: RunConfig) -> tuple[ModelShape, ModelShape]:
@@ -175,7 +175,7 @@ def _candidates(config: RunConfig) -> Iterator[list[RunConfig]]:
         for chunk in chunks
     ]
     residencies = ["swap"] if config.teacher.residency == "swap" else ["resident", "swap"]
-    rows = _row_counts(effective * config.rollout.round_steps)
+    rows = _row_counts(effective * config.rollout.steps_at_once)
     sizes = [n for n in range(1, micro + 1) if effective % n == 0]
     for residency, num_rows, size, recompute in product(residencies, rows, sizes, checkpointing):
         large = with_choices(config, {
@@ -189,7 +189,7 @@ def _candidates(config: RunConfig) -> Iterator[list[RunConfig]]:
 
 
 def _row_counts(sequences: int) -> list[int]:
-    """The fewest rows for each number of rollout batches per round: more rows would only take memory."""
+    """The fewest rows for each number of batches that rollouts are written in: more rows would only take memory."""
     return sorted({-(-sequences // n) for n in range(1, sequences + 1)})
 
 

@@ -14,7 +14,7 @@ import yaml
 from qswitch import cli
 from qswitch.errors import ConfigError, RunDirError
 from qswitch.compare.cells import CellFailed, compare
-from qswitch.compare.table import declared_test
+from qswitch.compare.results_table import declared_test
 from qswitch.compare.spec import TestSection, read_comparison
 from qswitch.evaluate.scores import Metric, SetScores
 from tests.evaluate.runs import WORDS, write_test_set
@@ -330,12 +330,12 @@ def test_data_without_responses_has_no_sft_row_and_other_failures_stop(tmp_path:
 
 
 def test_a_fine_tuned_teacher_that_is_swapped_can_be_compared(tmp_path: Path):
-    settings = {"teacher.adapter": "runs/teacher", "teacher.residency": "swap", "rollout.round_steps": 4}
+    settings = {"teacher.adapter": "runs/teacher", "teacher.residency": "swap", "rollout.steps_at_once": 4}
     cells = {"switch": {}, "gkd": {"settings": {"method": "gkd"}}}
     comparison = read_comparison(write_comparison(tmp_path, settings=settings, cells=cells))
     sft = next(c.config for c in comparison.cells if c.name == "sft")
     assert sft.teacher.adapter == "runs/teacher", "what RUN:teacher is measured with"
-    assert (sft.teacher.residency, sft.rollout.round_steps) == ("resident", 1)
+    assert (sft.teacher.residency, sft.rollout.steps_at_once) == ("resident", 1)
 
 
 def test_a_cell_names_its_method_as_a_file_would(tmp_path: Path):

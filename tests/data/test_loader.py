@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from qswitch.data.loader import BlockLoader, PromptLoader, load_corpus_tokens
+from qswitch.data.loader import PassageLoader, PromptLoader, load_corpus_tokens
 from qswitch.data.template import Prompt
 from qswitch.errors import DataError
 
@@ -79,20 +79,20 @@ def test_loader_limits():
 
 def test_blocks_cover_the_corpus_once_an_epoch_and_resume():
     corpus = torch.arange(23)
-    loader = BlockLoader(corpus, 5, seed=0)
+    loader = PassageLoader(corpus, 5, seed=0)
     epoch = loader.next(4)
     assert epoch.shape == (4, 5) and epoch.dtype == torch.long
     assert sorted(epoch.flatten().tolist()) == list(range(20))
     loader.next(3)
     state = json.loads(json.dumps(loader.state_dict()))
     expected = loader.next(9)
-    resumed = BlockLoader(corpus, 5, seed=0)
+    resumed = PassageLoader(corpus, 5, seed=0)
     resumed.load_state_dict(state)
     assert torch.equal(resumed.next(9), expected)
     with pytest.raises(DataError, match="data changed"):
-        BlockLoader(corpus + 1, 5, seed=0).load_state_dict(state)
-    with pytest.raises(DataError, match=r"23 tokens, less than one block of loss\.lm_block_tokens=24"):
-        BlockLoader(corpus, 24, seed=0)
+        PassageLoader(corpus + 1, 5, seed=0).load_state_dict(state)
+    with pytest.raises(DataError, match=r"23 tokens, less than one passage of loss\.lm_passage_tokens=24"):
+        PassageLoader(corpus, 24, seed=0)
 
 
 class CharTokenizer:

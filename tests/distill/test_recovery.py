@@ -78,7 +78,7 @@ class FailingRecovery(Recovery):
 def small(folders: Any, **changes: Any) -> RunConfig:  # noqa: F811
     return settings(folders, **{
         "train__compute_dtype": "fp64", "rollout__block_tokens": 2, "rollout__decay_rate": 0.5,
-        "data__lm_corpus": str(folders[2].parent / "corpus.txt"), "loss__lm_block_tokens": 16,
+        "data__lm_corpus": str(folders[2].parent / "corpus.txt"), "loss__lm_passage_tokens": 16,
         "loss__chunk_tokens": 64, "train__max_steps": 2, **changes,
     })  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""A swapped teacher and longer rounds: the same adapter, byte for byte, also after a stop in the middle of a round."""
+"""A swapped teacher, and rollouts for several steps at once: the same adapter, byte for byte, stopped or not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(folders: Any, path: Any, **changes: Any) -> tuple[bytes, list[Any]]:  # 
 
 
 @pytest.mark.parametrize("precision", ["fp32", "nf4"])
-@pytest.mark.parametrize("changes", [{}, {"rollout__round_steps": 3}, {**MIXED, "rollout__round_steps": 2}])
+@pytest.mark.parametrize("changes", [{}, {"rollout__steps_at_once": 3}, {**MIXED, "rollout__steps_at_once": 2}])
 def test_swap_and_resident_end_with_the_same_bytes(folders, tmp_path, precision, changes):  # noqa: F811
     results = [
         run(folders, tmp_path / kind, teacher__precision=precision, teacher__residency=kind, **changes)
@@ -47,17 +47,17 @@ def test_the_run_is_planned_for_the_prompts_there_are(folders, tmp_path):  # noq
     assert summary.planned_gib == pytest.approx(plan["total_gib"], abs=1e-3)
 
 
-def test_a_longer_round_is_written_by_the_student_of_its_beginning(folders, tmp_path):  # noqa: F811
-    config = settings(folders, rollout__block_tokens=2, train__max_steps=5, rollout__round_steps=2)
+def test_rollouts_for_several_steps_are_written_by_the_student_of_the_first(folders, tmp_path):  # noqa: F811
+    config = settings(folders, rollout__block_tokens=2, train__max_steps=5, rollout__steps_at_once=2)
     distill(config, tmp_path / "run")
     run_dir = RunDir.open(tmp_path / "run")
     lines = [m for m in run_dir.read_metrics() if "loss" in m]
-    assert [m["fresh"] for m in lines] == [8, 0, 8, 0, 4]  # the last round has one step left
+    assert [m["fresh"] for m in lines] == [8, 0, 8, 0, 4]  # one step is left for the last ones
 
 
-def test_a_budget_of_tokens_counts_a_round_step_by_step(folders, tmp_path):  # noqa: F811
+def test_a_budget_of_tokens_counts_step_by_step(folders, tmp_path):  # noqa: F811
     def lines(name, **changes):
-        config = settings(folders, rollout__block_tokens=2, rollout__round_steps=3, **changes)
+        config = settings(folders, rollout__block_tokens=2, rollout__steps_at_once=3, **changes)
         distill(config, tmp_path / name)
         run_dir = RunDir.open(tmp_path / name)
         return [m for m in run_dir.read_metrics() if "loss" in m]
@@ -67,14 +67,14 @@ def test_a_budget_of_tokens_counts_a_round_step_by_step(folders, tmp_path):  # n
     found = lines("budget", train__max_steps=100, train__max_tokens=budget)
     spent = [m["spent"] for m in found]
     assert len(found) == 2 and spent[0] < 1 <= spent[1], (
-        "the step that reaches the budget is the last, in mid-round too"
+        "the step that reaches the budget is the last, also where more was written"
     )
     assert found[0]["rollout_tokens"] == written and spent[1] * budget < written
 
 
 @pytest.mark.parametrize("changes", [{"teacher__residency": "swap"}, MIXED])
-def test_a_stop_within_a_round_changes_nothing(folders, tmp_path, changes):  # noqa: F811
-    options = {"rollout__round_steps": 4, **changes}
+def test_a_stop_before_what_was_written_has_trained_changes_nothing(folders, tmp_path, changes):  # noqa: F811
+    options = {"rollout__steps_at_once": 4, **changes}
     whole, _ = run(folders, tmp_path / "whole", **options)
     config = settings(folders, rollout__block_tokens=2, train__max_steps=5, **options)
     original = Trainer.train_step
@@ -87,13 +87,13 @@ def test_a_stop_within_a_round_changes_nothing(folders, tmp_path, changes):  # n
         patch.setattr(Trainer, "train_step", stop_at_one)
         distill(config, tmp_path / "halves")
     stopped = RunDir.open(tmp_path / "halves")
-    assert stopped.latest_checkpoint().name == "step-000002"  # of 4 in the first round
+    assert stopped.latest_checkpoint().name == "step-000002"  # of the 4 that were written for
     resume(stopped.path)
     assert adapter_bytes(tmp_path / "halves") == whole
 
 
-def test_rounds_and_reuse_are_one_or_the_other(folders):  # noqa: F811
+def test_steps_at_once_and_reuse_are_one_or_the_other(folders):  # noqa: F811
     values = settings(folders).model_dump()
-    values["rollout"] |= {"round_steps": 2, "reuse": 2}
-    with pytest.raises(ConfigError, match=r"round_steps=2 cannot be combined with rollout\.reuse"):
+    values["rollout"] |= {"steps_at_once": 2, "reuse": 2}
+    with pytest.raises(ConfigError, match=r"steps_at_once=2 cannot be combined with rollout\.reuse"):
         build_config(values)

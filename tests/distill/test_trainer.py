@@ -211,7 +211,7 @@ def test_a_run_leaves_everything_and_loads_with_plain_peft(folders, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config = settings(folders, data__lm_corpus=str(folders[2].parent / "corpus.txt"), loss__lm_block_tokens=32)
+    config = settings(folders, data__lm_corpus=str(folders[2].parent / "corpus.txt"), loss__lm_passage_tokens=32)
     summary = distill(config, tmp_path / "run")
     run_dir = RunDir.open(tmp_path / "run")
     for name in ("config.yaml", "plan.json", "metrics.jsonl", "rollouts.jsonl", "summary.json", "adapter"):

@@ -189,10 +189,10 @@ def test_a_step_has_the_loss_and_the_gradients_of_the_published_formula(folders,
 
 
 def test_the_logged_loss_has_the_language_model_loss_in_it_and_apart(folders, tmp_path):
-    from qswitch.data.loader import BlockLoader, load_corpus_tokens
+    from qswitch.data.loader import PassageLoader, load_corpus_tokens
 
     config = with_method(
-        folders, "switch", data__lm_corpus=str(folders[2].parent / "corpus.txt"), loss__lm_block_tokens=16,
+        folders, "switch", data__lm_corpus=str(folders[2].parent / "corpus.txt"), loss__lm_passage_tokens=16,
         loss__lm_coefficient=0.25, train__compute_dtype="fp64", train__max_steps=1, train__eval_steps=1,
         train__save_steps=1, rollout__decay_rate=0.5,
     )  # fmt: skip
@@ -202,7 +202,7 @@ def test_the_logged_loss_has_the_language_model_loss_in_it_and_apart(folders, tm
     sequences = trainer.supply.cache_teacher(trainer.supply.roll_out(trainer.supply.loader.next(4))[0])
     own = trainer.learner.accumulate([s for s in sequences if s.loss_steps])
     tokens = load_corpus_tokens(config.data.lm_corpus, trainer.pair.tokenizer, split="train")
-    blocks = BlockLoader(tokens, 16, config.seed).next(4)
+    blocks = PassageLoader(tokens, 16, config.seed).next(4)
     with torch.no_grad():
         log_q = trainer.student.hf(torch.stack(list(blocks))).logits.double().log_softmax(-1)[:, :-1]
         expected = -log_q.gather(-1, torch.stack(list(blocks))[:, 1:, None]).mean().item()

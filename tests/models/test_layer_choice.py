@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qswitch.errors import ModelError
+from qswitch.models.decoder_layers import LayerStack, ScoredRow, computing_in_fp32, find_layers
 from qswitch.models.layer_choice import MAX_TRIED, calibration, choices, choose_layers, kl_of_choice, scored_rows
-from qswitch.models.layers import LayerStack, ScoredRow, computing_in_fp32, find_layers
 from qswitch.models.shrink import keep_layers
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 

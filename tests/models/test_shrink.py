@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qswitch.errors import ModelError
-from qswitch.models.layers import find_layers
+from qswitch.models.decoder_layers import find_layers
 from qswitch.models.shrink import keep_layers, shrink_to_folder
 from tests.tiny import ARCHITECTURES, save_tiny, tiny_model
 

@@ -154,7 +154,7 @@ def test_a_swapped_teacher_is_absent_while_the_student_trains():
 
 
 def test_rounds_and_reuse_keep_more_rows():
-    one, three = planned(GPU), planned(GPU, rollout={"round_steps": 3})
+    one, three = planned(GPU), planned(GPU, rollout={"steps_at_once": 3})
     assert three.parts["logit_cache"] == 3 * one.parts["logit_cache"]
     again = planned(GPU, rollout={"reuse": 4})
     assert again.parts["logit_cache"] == 4 * one.parts["logit_cache"]
@@ -189,7 +189,7 @@ def test_a_card_leaves_less_than_its_name_says():
     config = load_run_config("llama-7b-to-1b")
     budget = find_budget(config.train, gpu="RTX3060-12GB")
     assert 11.5 * GIB < budget.num_bytes < 12 * GIB and budget.gpu is GPUS["rtx3060-12gb"]
-    assert budget.device == "cuda" and "11.6 of 12 GiB" in budget.source
+    assert budget.device == "cuda" and "11.6 of 12 GiB" in budget.origin
 
 
 def test_the_overview_has_every_preset_and_budget():

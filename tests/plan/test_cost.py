@@ -42,8 +42,8 @@ def test_what_costs_time_costs_time():
 
 
 def test_an_upload_is_shared_by_the_steps_of_a_round():
-    def upload(round_steps: int) -> float:
-        options = (f"rollout.round_steps={round_steps}", "rollout.batch_size=4")
+    def upload(steps_at_once: int) -> float:
+        options = (f"rollout.steps_at_once={steps_at_once}", "rollout.batch_size=4")
         return seconds("teacher.residency=swap", *options) - seconds(*options)
 
     assert upload(4) == pytest.approx(upload(1) / 4, rel=1e-6)

@@ -151,10 +151,10 @@ def test_what_is_said_to_be_faster_is_and_fits():
     lines = faster(plan)
     for change in (
         "student.gradient_checkpointing=false: about",
-        "rollout.round_steps=2 (32 rollout rows, responses up",
+        "rollout.steps_at_once=2 (32 rollout rows, responses up",
     ):
         assert any(line.startswith(change) for line in lines), change
-    quick = gpu_plan(config(student={"gradient_checkpointing": True}, rollout={"round_steps": 2}), 20)
+    quick = gpu_plan(config(student={"gradient_checkpointing": True}, rollout={"steps_at_once": 2}), 20)
     assert quick.fits and quick.seconds < plan.seconds
     large = faster(gpu_plan(config(), 24))
     assert any("teacher.precision=bf16 fits too" in line for line in large)

@@ -28,8 +28,9 @@ from qswitch.data.records import iter_records
 from qswitch.data.sources import Notify, source_stamp
 from qswitch.data.template import Prompt, PromptEncoder, fit_prompt
 from qswitch.models.gguf_cache import cache_folder
+from qswitch.units import GIB
 
-KEPT_BYTES = 20 * 2**30
+KEPT_BYTES = 20 * GIB
 """Tables used longest ago leave the cache where all together take more than this."""
 ABANDONED_AFTER_S = 24 * 3600
 """A table that is not whole and was not written to for this long was left by a process that ended."""

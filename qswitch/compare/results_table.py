@@ -16,7 +16,7 @@ from qswitch.compare.spec import Cell, Comparison, TestSection
 from qswitch.evaluate.intervals import Estimate, paired_difference, standard_deviation
 from qswitch.evaluate.scores import SetScores, combine_scores, compare_scores, score_set
 from qswitch.evaluate.store import Lines
-from qswitch.evaluate.metrics import COLUMNS, LOWER_IS_BETTER, OWN_COLUMNS
+from qswitch.evaluate.figures import COLUMNS, LOWER_IS_BETTER, OWN_COLUMNS
 from qswitch.evaluate.score_table import estimate, markdown_table, own_tables, protocol_line
 from qswitch.evaluate.versions import versions
 

@@ -12,8 +12,8 @@ import pyarrow
 import pytest
 
 from qswitch.config import DataSection
-from qswitch.data import table as table_module
-from qswitch.data.table import PromptTable, prompt_table
+from qswitch.data import prompt_table as table_module
+from qswitch.data.prompt_table import PromptTable, prompt_table
 from qswitch.data.template import PromptEncoder
 from qswitch.errors import DataError
 from tests.tiny import tiny_tokenizer

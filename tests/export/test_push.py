@@ -12,7 +12,7 @@ import pytest
 
 from qswitch.cli import run
 from qswitch.errors import ModelError
-from qswitch.export.hub import push_run
+from qswitch.export.push import push_run
 
 FILES = {"config.json": "{}", "README.md": 'from_pretrained("path/to/this/folder")', "gguf/s-q8_0.gguf": "GGUF" * 9}
 
