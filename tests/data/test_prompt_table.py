@@ -89,7 +89,7 @@ def test_a_kill_in_the_middle_leaves_nothing_that_is_used(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", 20_000)
     code = (
         "import sys, os\n"
-        "from tests.data.test_table import made\n"
+        "from tests.data.test_prompt_table import made\n"
         "class Killed(list):\n"
         "    def append(self, note):\n"
         "        if note[0] == 'tokenising' and note[1] > 10_000: os.kill(os.getpid(), 9)\n"
