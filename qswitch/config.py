@@ -229,12 +229,22 @@ class RolloutSection(Section):
 
     policy: Literal["switch", "student", "teacher", "random", "mixture", "skd", "adaswitch"] = "switch"
     """switch: the teacher writes where the divergence exceeds the threshold. The others are the rivals' policies."""
-    schedule: Literal["exponential", "linear", "constant", "growth"] = "exponential"
-    """How the threshold moves along the response (policy switch)."""
+    schedule: Literal["exponential", "relative", "linear", "constant", "growth"] = "exponential"
+    """How the threshold moves along the response (policy switch). relative: exponential in the share of the expected
+    length that is written, so that long and short responses have like shares of teacher tokens."""
     tau_0: float = Field(default=1.0, gt=0, le=1)
-    """Threshold at the first response token, bits (schedules exponential and linear)."""
+    """Threshold at the first response token, bits (schedules exponential, relative and linear)."""
     decay_rate: float = Field(default=0.1, gt=0)
     """Per response token: tau_0 * exp(-decay_rate * t), or 1 - exp(-decay_rate * (t+1)) with growth."""
+    relative_decay: float = Field(default=3.6, gt=0)
+    """Over a response of the expected length: tau_0 * exp(-relative_decay * t / length). 3.6 is the paper's 0.1 per
+    token over 36 tokens, the middle of the lengths that its shares of teacher tokens are of."""
+    expected_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Expected length of a response (schedule relative). auto: the mean of the teacher's answers to the held-out
+    prompts, which it writes before the first step."""
+    teacher_share: float | None = Field(default=None, gt=0, lt=1)
+    """Share of response tokens that the teacher is to write: after every round of rollouts the decay (or the constant
+    threshold) is adapted to hold it (policy switch). None: the threshold stays as written."""
     constant_threshold: float = Field(default=0.2, ge=0, le=1)
     """Threshold of the constant schedule, bits."""
     teacher_probability: float = Field(default=0.5, ge=0, le=1)
@@ -366,9 +376,9 @@ class TrainSection(Section):
 class RunConfig(Section):
     """A whole run. `qswitch distill` writes it, resolved, to RUN/config.yaml, which starts the same run again."""
 
-    method: Literal["switch", "sft", "kd", "seqkd", "gkd", "imitkd", "distillm", "skd", "adaswitch", "custom"] = (
-        "switch"
-    )
+    method: Literal[
+        "switch", "switch-paper", "sft", "kd", "seqkd", "gkd", "imitkd", "distillm", "skd", "adaswitch", "custom"
+    ] = "switch"
     """Fills in the defaults of a method (docs/methods.md); what is written in the sections wins. custom: none."""
     about: AboutSection = Field(default_factory=AboutSection)
     teacher: TeacherSection

@@ -15,6 +15,12 @@ CUSTOM = "custom"
 
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "switch": {"rollout": {"policy": "switch"}, "loss": {"objective": "divergence"}},
+    # Every value of the paper in words, so that it stays what it is when a default moves.
+    "switch-paper": {
+        "rollout": {"policy": "switch", "schedule": "exponential", "tau_0": 1.0, "decay_rate": 0.1},
+        "loss": {"objective": "divergence", "divergence": "skew_reverse_kl", "alpha": 0.1, "scope": "all"},
+        "data": {"ground_truth_mix": 0.5},
+    },
     "sft": {"loss": {"objective": "cross_entropy", "scope": "all"}, "data": {"ground_truth_mix": 1.0}},
     "kd": {
         "loss": {"objective": "divergence", "divergence": "forward_kl", "scope": "all"},
@@ -56,6 +62,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
 
 FIXED: dict[str, tuple[str, ...]] = {
     "switch": ("rollout.policy", "loss.objective"),
+    "switch-paper": ("rollout.policy", "loss.objective", "loss.scope"),
     "sft": ("loss.objective", "data.ground_truth_mix"),
     "kd": ("loss.objective", "data.ground_truth_mix"),
     "seqkd": ("rollout.policy", "loss.objective", "data.ground_truth_mix"),
@@ -73,6 +80,9 @@ OWNED = (
     "rollout.schedule",
     "rollout.tau_0",
     "rollout.decay_rate",
+    "rollout.relative_decay",
+    "rollout.expected_tokens",
+    "rollout.teacher_share",
     "rollout.constant_threshold",
     "rollout.teacher_probability",
     "rollout.mixture_teacher_weight",

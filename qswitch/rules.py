@@ -89,6 +89,7 @@ _OTHER_POLICY = "Remove it or change the policy."
 _OTHER_SCHEDULE = "Remove it or change the schedule."
 _OF_ROLLOUTS = (
     "rollout.policy", "rollout.schedule", "rollout.tau_0", "rollout.decay_rate", "rollout.constant_threshold",
+    "rollout.relative_decay", "rollout.expected_tokens", "rollout.teacher_share",
     "rollout.teacher_probability", "rollout.mixture_teacher_weight", "rollout.skd_top_k", "rollout.adaswitch_factor",
     "rollout.adaswitch_window", "rollout.reuse", "rollout.block_tokens", "rollout.student_graphs",
     "rollout.temperature", "loss.scope", "loss.divergence_teacher_tokens", "loss.divergence_student_tokens",
@@ -96,9 +97,23 @@ _OF_ROLLOUTS = (
 
 UNREAD = (
     Unread(_OF_ROLLOUTS, writes_rollouts, "with method={method}: no rollout is written, data.ground_truth_mix is 1"),
-    Unread(("rollout.schedule",), _switches, _POLICY, _OTHER_POLICY),
-    Unread(("rollout.tau_0", "rollout.decay_rate", "rollout.constant_threshold"), _switches, _POLICY, _OTHER_POLICY),
-    Unread(("rollout.tau_0",), is_one_of("rollout.schedule", "exponential", "linear"), _SCHEDULE, _OTHER_SCHEDULE),
+    Unread(
+        ("rollout.schedule", "rollout.tau_0", "rollout.decay_rate", "rollout.constant_threshold",
+         "rollout.relative_decay", "rollout.expected_tokens", "rollout.teacher_share"),
+        _switches, _POLICY, _OTHER_POLICY,
+    ),
+    Unread(
+        ("rollout.tau_0",), is_one_of("rollout.schedule", "exponential", "relative", "linear"), _SCHEDULE,
+        _OTHER_SCHEDULE,
+    ),
+    Unread(
+        ("rollout.relative_decay", "rollout.expected_tokens"), is_one_of("rollout.schedule", "relative"), _SCHEDULE,
+        "Set rollout.schedule=relative, or remove it.",
+    ),
+    Unread(
+        ("rollout.teacher_share",), is_one_of("rollout.schedule", "exponential", "relative", "constant"), _SCHEDULE,
+        _OTHER_SCHEDULE,
+    ),
     Unread(("rollout.decay_rate",), is_one_of("rollout.schedule", "exponential", "growth"), _SCHEDULE, _OTHER_SCHEDULE),
     Unread(("rollout.constant_threshold",), is_one_of("rollout.schedule", "constant"), _SCHEDULE, _OTHER_SCHEDULE),
     Unread(("rollout.teacher_probability",), is_one_of("rollout.policy", "random"), _POLICY, _OTHER_POLICY),
@@ -211,6 +226,14 @@ CONFLICTS = (
         lambda read: imitates(read) and read("loss.scope") == "interventions" and _pure_student(read),
         "loss.scope=interventions means nothing with rollout.policy={rollout.policy}: the teacher never writes a token "
         "of its own. Set loss.scope=all.",
+    ),
+    Conflict(
+        lambda read: (
+            read("rollout.teacher_share") is not None
+            and read("rollout.schedule") == "constant"
+            and read("rollout.constant_threshold") == 0
+        ),
+        "rollout.teacher_share adapts rollout.constant_threshold by a factor, which leaves 0 at 0. Set it above 0.",
     ),
     Conflict(
         lambda read: read("cache.format") == "topk" and read("loss.temperature") != 1,

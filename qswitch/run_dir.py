@@ -145,6 +145,11 @@ class RunDir:
         return self.path / "held_out.json"
 
     @property
+    def threshold_path(self) -> Path:
+        """State of a threshold that adapts, as of the last checkpoint."""
+        return self.path / "threshold.json"
+
+    @property
     def student_base_path(self) -> Path:
         """The student's base where it was cut from a larger model for this run."""
         return self.path / "student"

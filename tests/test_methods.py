@@ -18,6 +18,7 @@ MINIMAL = {"teacher": {"model": "big"}, "student": {"model": "small"}, "data": {
 # (policy, objective, divergence, scope, ground_truth_mix) as docs/methods.md has them; None: not read.
 EXPECTED = {
     "switch": ("switch", "divergence", "skew_reverse_kl", "interventions", 0.0),
+    "switch-paper": ("switch", "divergence", "skew_reverse_kl", "all", 0.5),
     "sft": (None, "cross_entropy", None, "all", 1.0),
     "kd": (None, "divergence", "forward_kl", "all", 1.0),
     "seqkd": ("teacher", "cross_entropy", None, "all", 0.0),

@@ -74,6 +74,8 @@ class StepReport:
     staleness_nats: float | None = None
     """Mean KL(student that wrote || student that trains) over a sample of them."""
     teacher_share: float | None = None
+    threshold_factor: float | None = None
+    """How many times as fast as written the threshold fell; None where it stays as written."""
     jsd_bits: float | None = None
     written_tokens: int = 0
     """Response tokens that were written for this step, by it or by an earlier one (rollout.steps_at_once)."""
@@ -103,6 +105,7 @@ class StepReport:
             "replayed": self.replayed,
             "staleness_nats": self.staleness_nats,
             "teacher_share": self.teacher_share,
+            "threshold_factor": self.threshold_factor,
             "jsd_bits": self.jsd_bits,
             "rollout_tokens": stats.tokens,
             "teacher_passes": stats.teacher_passes,

@@ -275,6 +275,8 @@ def adapter_card(config: RunConfig, summary: Summary) -> str:
         figure, before, after = (
             "Cross-entropy of the responses", summary.response_loss_before_nats, summary.response_loss_after_nats
         )  # fmt: skip
+    switches = config.writes_rollouts and config.rollout.policy == "switch"
+    credit = " SWITCH is by Koo et al., Findings of NAACL 2025." if switches else ""
     responses = f"rollout policy `{config.rollout.policy}`, " if config.writes_rollouts else ""
     imitates = config.loss.objective == "divergence"
     loss = f"`{config.loss.divergence}` over `{config.loss.scope}`" if imitates else "`cross_entropy`"
@@ -285,7 +287,7 @@ tags: [distillation, {config.method}, qswitch]
 # {summary.student}, {made}
 
 Trained with qswitch (preset `{config.about.name}`), method `{config.method}`, {responses}loss {loss}, {summary.steps}
-steps.{" SWITCH is by Koo et al., Findings of NAACL 2025." if config.method == "switch" else ""}
+steps.{credit}
 
 | {figure}, nats per token, {summary.validation_prompts} held-out prompts | |
 |---|---|

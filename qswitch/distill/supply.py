@@ -31,9 +31,10 @@ from qswitch.models.host_memory import freed_memory_kept, release_memory
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.pair import TokenizerPair
 from qswitch.models.residency import SwappedModel
+from qswitch.rollout.adaptive_threshold import AdaptiveThreshold
 from qswitch.rollout.decode import rollout, score_responses
 from qswitch.rollout.noise import row_keys, uniform
-from qswitch.rollout.policy import TEACHER, Policy
+from qswitch.rollout.policy import TEACHER, Policy, make_policy
 from qswitch.rollout.requests import Rollout, RolloutRequest, RolloutStats
 
 PHI_STEP = 0.1
@@ -119,13 +120,13 @@ class Supply:
         objective: StudentObjective,
         pair: TokenizerPair,
         prompts: Prompts,
-        policy: Policy,
+        threshold: AdaptiveThreshold | None,
         cache: LogitCache,
         decoding: Decoding,
         recovery: Recovery,
     ) -> None:
         rollout_settings, data = config.rollout, config.data
-        self.config, self.pair, self.policy = config, pair, policy
+        self.config, self.pair, self.threshold = config, pair, threshold
         self.cache, self.decoding, self.recovery = cache, decoding, recovery
         self._teacher, self._objective, self._student = teacher, objective, objective.student
         self._device = self._student.device
@@ -141,6 +142,11 @@ class Supply:
             self._swapped.leave()
 
     # ---------------------------------------------------------------- what the loop calls
+
+    @property
+    def policy(self) -> Policy:
+        """Who writes the next round of rollouts."""
+        return make_policy(self.config.rollout, None if self.threshold is None else self.threshold.threshold)
 
     def next(self, step: int, spent: float, report: StepReport, clock: Clock) -> PreparedStep:
         """What `step` learns from; `spent` is the share of the run's budget. It stays prepared until `taken`.
@@ -188,6 +194,7 @@ class Supply:
             written = [item for b, own in zip(batches, items, strict=True) if b != "ground_truth" for item in own]
             sequences: list[TrainingSequence] = []
             if written:
+                report.threshold_factor = None if self.threshold is None else self.threshold.factor
                 report.rollouts, report.rollout = attempt("rollout", lambda: self.roll_out(written))
                 clock.lap("rollout")
                 sequences = attempt("teacher", lambda: self.cache_teacher(report.rollouts))
@@ -205,6 +212,8 @@ class Supply:
                     report.staleness_nats = attempt("validation", partial(self._staleness, drawn))
                 num_written = sum(len(next(unclaimed).response_ids) for _ in own)
                 self.prepared.append(PreparedStep(batch, fresh + [entry.sequence for entry in drawn], num_written))
+            if self.threshold is not None:  # last: a round that fails is written again, with the same threshold
+                self.threshold.observe(report.rollouts)
         except MemoryFloorError:
             self.loader.load_state_dict(cursor)
             self.prepared.clear()

@@ -42,6 +42,7 @@ from qswitch.errors import NonFiniteError, TrainingError
 from qswitch.manifest import find_damage
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.pair import TokenizerPair
+from qswitch.rollout.adaptive_threshold import AdaptiveThreshold
 from qswitch.rollout.policy import make_policy
 from qswitch.rollout.transcript import rollout_record
 from qswitch.run_dir import RunDir
@@ -110,7 +111,11 @@ class Trainer:
                 )
             except NonFiniteError as error:
                 raise teacher_at_fault(f"{error} No step was taken.", config) from error
-        policy = make_policy(config.rollout)
+        threshold = None
+        if AdaptiveThreshold.is_needed(config.rollout):
+            threshold = AdaptiveThreshold(config.rollout)
+            threshold.expected_tokens = self.validation.num_tokens / self.validation.num_prompts
+        policy = make_policy(config.rollout, None if threshold is None else threshold.threshold)
         decoding = Decoding(
             config, run_dir, teacher=teacher if policy.uses_teacher else None, student=student,
             num_rows=self.recovery.sizes.rollout_rows, progress=self.progress,
@@ -121,7 +126,7 @@ class Trainer:
             objective=self.learner.objective,
             pair=pair,
             prompts=prompts,
-            policy=policy,
+            threshold=threshold,
             cache=self.cache,
             decoding=decoding,
             recovery=self.recovery,
@@ -135,6 +140,7 @@ class Trainer:
             "loader": self.supply.loader,
             "acceptance": decoding.acceptance,
             "adaptive_share": self.supply.share,
+            "threshold": threshold,
             "replay": self.supply.replay,
             "prepared": self.supply.prepared,
             "cache": self.cache,
@@ -314,6 +320,8 @@ class Trainer:
         if not all(bool(torch.isfinite(p).all()) for p in self.learner.trainable):
             raise self._not_finite(f"The student's weights are NaN or infinite after step {self.step}.")
         save_checkpoint(self.run_dir.checkpoints_path, step=self.step, student=self.student, parts=self.parts)
+        if self.supply.threshold is not None:
+            self.run_dir.write_json(self.run_dir.threshold_path.name, self.supply.threshold.state_dict())
         rotate_checkpoints(
             self.run_dir.checkpoints(),
             keep=self.config.train.save_total_limit,

@@ -39,8 +39,9 @@ from qswitch.models.runtime import Runtime, make_runtime
 from qswitch.models.shrink import shrink_to_folder
 from qswitch.models.student import load_adapter, load_student
 from qswitch.plan.adapters import find_adapter
+from qswitch.rollout.adaptive_threshold import threshold_of_run
 from qswitch.rollout.decode import Rollout, RolloutRequest, rollout, score_responses
-from qswitch.rollout.policy import Policy, SwitchPolicy, TeacherPolicy, make_policy
+from qswitch.rollout.policy import SwitchPolicy, TeacherPolicy
 from qswitch.run_dir import RunDir
 from qswitch.units import GIB
 
@@ -137,7 +138,7 @@ def fidelity(
             f"The teacher in {REFERENCE}, the yardstick, does not fit this GPU beside the student. Use --device cpu, "
             "which is slow."
         ) from error
-    policy = _switch_policy(config, limit)
+    policy = _switch_policy(config, limit, run_dir)
     say(f"writing {len(prompts)} responses of the teacher and {len(prompts)} SWITCH rollouts")
     write = partial(
         rollout, requests, teacher=teacher, seed=SEED, temperature=1.0, eos_ids=pair.eos_ids, pad_id=pair.pad_id,
@@ -246,12 +247,10 @@ def _student(
     return student.eval()
 
 
-def _switch_policy(config: RunConfig, limit: int) -> SwitchPolicy:
+def _switch_policy(config: RunConfig, limit: int, run_dir: RunDir | None) -> SwitchPolicy:
     """The run's SWITCH policy; for a run of another method, that of the defaults."""
     section = config.rollout if config.rollout.policy == "switch" else RolloutSection(max_new_tokens=limit)
-    policy: Policy = make_policy(section)
-    assert isinstance(policy, SwitchPolicy)
-    return policy
+    return SwitchPolicy(threshold_of_run(section, None if run_dir is None else run_dir.threshold_path))
 
 
 def _view(model: LanguageModel, written: Sequence[Rollout], pair: TokenizerPair, batch_size: int) -> ModelView:

@@ -12,7 +12,7 @@ from pathlib import Path
 from qswitch.data.turns import Message
 from qswitch.errors import ConfigError, DataError
 from qswitch.rollout.generate import Answerer, Generation
-from qswitch.rollout.policy import Policy, StudentPolicy, TeacherPolicy, make_policy
+from qswitch.rollout.policy import Policy, StudentPolicy, TeacherPolicy
 
 HELP = """\
 /teacher   the teacher's answer to the same question (it does not enter the conversation)
@@ -99,7 +99,7 @@ class Chat:
 
     def _reply(self, messages: list[Message]) -> None:
         """Answer the last message; a question that fails or is stopped is not part of the conversation."""
-        policy = make_policy(self._answerer.config.rollout) if self._show_writers else StudentPolicy()
+        policy = self._answerer.run_policy if self._show_writers else StudentPolicy()
         messages = self._fitting(messages)
         generation = self._answer(messages, policy)
         self._messages = [*messages, Message("assistant", generation.text)]

@@ -23,6 +23,7 @@ from qswitch.models.load import context_tokens, load_teacher
 from qswitch.models.pair import load_pair_tokenizer
 from qswitch.models.runtime import make_runtime
 from qswitch.models.student import load_adapter, load_student
+from qswitch.rollout.adaptive_threshold import threshold_of_run
 from qswitch.rollout.decode import RolloutRequest, rollout
 from qswitch.rollout.policy import Policy, StudentPolicy, make_policy
 from qswitch.rollout.transcript import WrittenToken, written_tokens
@@ -91,6 +92,18 @@ class Answerer:
         load_adapter(self._student, adapter)
         self._teacher: LanguageModel | None = None
         self._encoder = make_encoder(self.config, self._pair)
+        self._threshold_path = run_dir.threshold_path
+
+    @property
+    def run_policy(self) -> Policy:
+        """Who writes in the run's rollouts, as its last checkpoint has it.
+
+        Raises:
+            ConfigError: as `make_threshold`.
+        """
+        settings = self.config.rollout
+        threshold = threshold_of_run(settings, self._threshold_path) if settings.policy == "switch" else None
+        return make_policy(settings, threshold)
 
     def fits(self, messages: Sequence[Message]) -> bool:
         """Whether a conversation leaves the response all the tokens that it may have."""
@@ -171,7 +184,7 @@ def generate_from_run(
     """
     answerer = Answerer(run_path, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     conversations = [[Message("user", one)] if isinstance(one, str) else one for one in asked]
-    return answerer.answer(conversations, make_policy(answerer.config.rollout) if show_writers else StudentPolicy())
+    return answerer.answer(conversations, answerer.run_policy if show_writers else StudentPolicy())
 
 
 def read_conversations(path: Path) -> list[tuple[Message, ...]]:

@@ -20,12 +20,10 @@ from torch import Tensor
 from qswitch.config import RolloutSection
 from qswitch.divergence import jsd_bits_from_log_probs
 from qswitch.rollout.noise import REDRAW_STREAM, TOKEN_STREAM
+from qswitch.rollout.threshold import TAU_FLOOR_BITS, Threshold, make_threshold
 
 STUDENT, TEACHER, MIXTURE = 0, 1, 2
 WRITER_NAMES = ("student", "teacher", "mixture")
-
-TAU_FLOOR_BITS = 1e-7
-"""A threshold below this lies below any divergence that fp32 resolves: the teacher writes in any case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,43 +98,6 @@ def _jsd(block: Block) -> Tensor:
 
 def _written_by(writer: int, steps: Tensor) -> Tensor:
     return torch.full_like(steps, writer, dtype=torch.int8)
-
-
-@dataclass(frozen=True, slots=True)
-class Threshold:
-    """tau_t in bits along the response, t = 0, 1, ... (SWITCH, Koo et al. 2025, eq. 4 and Table 3)."""
-
-    schedule: str
-    tau_0: float
-    decay_rate: float
-    constant: float
-    max_new_tokens: int
-
-    def __call__(self, steps: Tensor) -> Tensor:
-        """int64 [...] -> float64 [...]."""
-        t = steps.double()
-        if self.schedule == "exponential":
-            return self.tau_0 * torch.exp(-self.decay_rate * t)
-        if self.schedule == "linear":
-            return self.tau_0 * (1 - t / self.max_new_tokens).clamp_min(0)
-        if self.schedule == "constant":
-            return torch.full_like(t, self.constant)
-        if self.schedule == "growth":  # the paper gives no formula; this one is ours
-            return 1 - torch.exp(-self.decay_rate * (t + 1))
-        raise AssertionError(self.schedule)
-
-    @property
-    def tail_start(self) -> float:
-        """First step whose threshold, and all later ones, lie below TAU_FLOOR_BITS."""
-        if self.schedule == "exponential":
-            start = max(0, math.floor(math.log(self.tau_0 / TAU_FLOOR_BITS) / self.decay_rate))
-            # The logarithm rounds: settle it with the very arithmetic that the decision uses.
-            while float(self(torch.tensor(start))) >= TAU_FLOOR_BITS:
-                start += 1
-            return start
-        if self.schedule == "linear":
-            return self.max_new_tokens
-        return 0 if self.schedule == "constant" and self.constant < TAU_FLOOR_BITS else math.inf
 
 
 @dataclass(frozen=True)
@@ -255,18 +216,17 @@ class AdaSwitchPolicy(Policy):
         return Decision(handed_over.to(torch.int8), jsd, self.factor * means)
 
 
-def make_policy(rollout: RolloutSection) -> Policy:
-    """The policy that a configuration names."""
+def make_policy(rollout: RolloutSection, threshold: Threshold | None = None) -> Policy:
+    """The policy that a configuration names.
+
+    Args:
+        threshold: of `switch`; None: as the configuration has it.
+
+    Raises:
+        ConfigError: as `make_threshold`, where none is given.
+    """
     if rollout.policy == "switch":
-        return SwitchPolicy(
-            Threshold(
-                schedule=rollout.schedule,
-                tau_0=rollout.tau_0,
-                decay_rate=rollout.decay_rate,
-                constant=rollout.constant_threshold,
-                max_new_tokens=rollout.max_new_tokens,
-            )
-        )
+        return SwitchPolicy(threshold or make_threshold(rollout))
     if rollout.policy == "random":
         return RandomPolicy(rollout.teacher_probability)
     if rollout.policy == "mixture":
