@@ -25,7 +25,7 @@ LAYERS = [
     ["__main__"],
     ["cli"],
     ["cli_results", "cli_student"],
-    ["cli_options", "console"],
+    ["cli_options", "console", "api"],
     ["doctor", "run"],
     ["report"],
     ["compare"],
@@ -47,6 +47,7 @@ LAYERS = [
 ]
 COLD = [
     "__init__.py",
+    "api.py",
     "aside.py",
     "choose.py",
     "cli.py",
@@ -71,6 +72,7 @@ COLD = [
     "run_dir.py",
     "units.py",
     "yaml_file.py",
+    "distill/__init__.py",
     "plan",
 ]
 COLD_NAMES = [f"{name}/" if (PACKAGE / name).is_dir() else name for name in COLD]
