@@ -2,6 +2,8 @@
 #   make demo     distil SmolLM2-135M on the CPU, real weights, minutes
 #   make test     the tests that need neither a GPU nor a network, one process per core
 #   make lint     ruff and mypy
+#   make wheel    build the package and use it in an empty environment; needs a registry, minutes
+#   make browser  the report and the documentation in a headless Chromium
 #   make presets  write presets/README.md anew
 #   make docs     write docs/reference/ anew and build the site into site/
 #   make clean    remove .venv and what tools left behind; runs/ stays
@@ -14,7 +16,7 @@ TEST_ARGS ?=
 # One file stays in one process, so that what its tests share is made once.
 WORKERS ?= auto
 
-.PHONY: install demo test lint format presets docs clean
+.PHONY: install demo test lint format wheel browser presets docs clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -42,6 +44,15 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix qswitch tests
 	$(BIN)/ruff format qswitch tests
+
+wheel:
+	PYTHON=$(PYTHON) .ci/wheel
+
+# A machine's own Chromium where it has one, else playwright's.
+browser: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser,docs]'
+	command -v chromium >/dev/null || $(BIN)/playwright install chromium
+	QSWITCH_BROWSER=required $(BIN)/python -m pytest $(TEST_ARGS) tests/report/test_browser.py tests/test_site.py
 
 presets: $(STAMP)
 	$(BIN)/qswitch presets page > presets/README.md.new && mv presets/README.md.new presets/README.md

@@ -154,8 +154,7 @@ def _new_run(label: str) -> Path:
     return Path("runs") / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-@app.command(epilog="Example: qswitch distill --teacher TEACHER --student STUDENT --data my_prompts.jsonl, or with a "
-             "preset: qswitch distill --preset llama-7b-to-1b --data my_prompts.jsonl")  # fmt: skip
+@app.command(epilog="Example: qswitch distill --teacher TEACHER --student STUDENT --data my_prompts.jsonl")
 def distill(
     teacher: Teacher = None,
     student: Student = None,
