@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -198,3 +199,13 @@ def test_every_command_runs(command, workplace, monkeypatch, capsys):
     shutil.rmtree(workplace / "RUN" / "eval", ignore_errors=True)  # of another command, which scored other sets
     code = run(shlex.split(command))
     assert code == 0, f"{command}: {capsys.readouterr().err}"
+
+
+def test_the_example_in_python_runs(workplace, monkeypatch, capsys):
+    text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    example = text[text.index("    import qswitch\n") : text.index("\n`import qswitch`")]
+    small_one = textwrap.dedent(example).replace('"qwen2.5-7b-to-1.5b"', '"my.yaml"').replace("250", "1")
+    assert 'configure("my.yaml"' in small_one and '"train.max_steps": 1}' in small_one
+    monkeypatch.chdir(workplace)
+    exec(small_one, {})
+    assert " -> " in capsys.readouterr().out and (workplace / "runs/mine/merged/config.json").is_file()
