@@ -1,4 +1,4 @@
-"""The command line: parse, import what the command needs, call one function, print.
+"""The command line: read the options, import what the command needs, let it work, print what came out.
 
 The only place where an exception becomes an exit code: 0 done; 1 our bug, traceback kept; 2 the user can fix it; 3 the
 plan does not fit; 130 interrupted, resumable. Cold: heavy imports stand inside the commands.

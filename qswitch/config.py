@@ -1,9 +1,9 @@
 """What a run can be told: one class per section, every field with its unit and effect.
 
 Knows nothing of where the values come from (`layers.py`, `presets.py`), of models or of torch. Settings without effect
-are refused by the tables of `rules.py`. Code reads a field as `<section>.<field>` (for example `rollout.decay_rate`);
-tests/test_config.py proves that every field is read somewhere. The file is long because every setting stands here once,
-with the docstring that is also its entry in the reference.
+are refused by the tables of `rules.py`; tests/test_rules.py watches a run of every method read what is not
+refused. The file is long because every setting stands here once, with the docstring that is also its entry in the
+reference.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class StudentSection(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     shrink_to_layers: int | None = Field(default=None, ge=1)
-    """Cut the model to this many layers first, dropping those that change the hidden state least."""
+    """Cut the model to this many layers first, keeping those without which its output would change most."""
     shape: dict[str, Any] | None = None
     """config.json values of the model (before shrinking), so that it can be planned before any download."""
 

@@ -1,7 +1,7 @@
 """Which failures a user can mend, and the exit code of each.
 
 Every message says what is wrong (with the numbers), where, and the remedy. `cli.py` is the only place that turns an
-exception into an exit code; nothing else catches these.
+exception into an exit code; whoever catches one before has something to do about it, as `chat`, which goes on.
 """
 
 from __future__ import annotations

@@ -66,22 +66,21 @@ def sections_to_load(config: RunConfig) -> Sections:
 # ------------------------------------------------------------------------------------------------------ settings alone
 
 
-def check_settings(config: RunConfig, output_dir: Path | None = None, *, elsewhere: bool = False) -> None:
+def check_settings(config: RunConfig, *, elsewhere: bool = False) -> None:
     """Nothing, or every reason that settings, files and this machine give against the run; no library, no network.
 
-    `output_dir` is where the run would write; its disk is checked for room. With `elsewhere` the run is meant for
-    another machine, and nothing is said of this one.
+    With `elsewhere` the run is meant for another machine, and nothing is said of this one.
 
     Raises:
         PreflightError: lists them.
     """
-    problems = settings_problems(config, output_dir, elsewhere=elsewhere)
+    problems = settings_problems(config, elsewhere=elsewhere)
     if problems:
         raise PreflightError(problems)
 
 
 def settings_problems(config: RunConfig, output_dir: Path | None = None, *, elsewhere: bool = False) -> list[str]:
-    """What `check_settings` would raise, as a list, for `prepare` to add to."""
+    """What `check_settings` would raise, as a list, for `prepare` to add to; with room on the disk of `output_dir`."""
     problems = [*_adapters(config), *_shapes_and_context(config, elsewhere), *_files(config)]
     problems += _unreadable_data(config, FIRST_RECORDS)
     if not elsewhere:

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from qswitch.cli import run
 from qswitch.compare.spec import read_comparison
-from qswitch.config import RunConfig
+from qswitch.config import RunConfig, known_keys
 from qswitch.errors import ConfigError
 from qswitch.layers import build_config, by_section, set_layer, stack
 from qswitch.presets import load_preset, load_run_config
+from tests.test_rules import value_that_is_not
 
 MINIMAL = {"teacher": {"model": "big"}, "student": {"model": "small"}, "data": {"train": "prompts.jsonl"}}
 BASE = {
@@ -55,36 +56,51 @@ def outcome(build: Any) -> RunConfig | list[str]:
         return error.problems
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(written=written_settings())
-def test_one_configuration_through_every_door(tmp_path: Path, written: dict[str, Any]):
-    base = tmp_path / "base.yaml"
+def through_every_door(folder: Path, monkeypatch: pytest.MonkeyPatch, written: dict[str, Any]) -> None:
+    """The same settings over `BASE` by file, dotted or not, by preset, by --set in either order, and by a cell."""
+    base = folder / "base.yaml"
     base.write_text(yaml.safe_dump(BASE))
     texts = [f"{key}={json.dumps(value)}" for key, value in written.items()]
 
-    by_file = tmp_path / "mine.yaml"
+    by_file, dotted = folder / "mine.yaml", folder / "dotted.yaml"
     by_file.write_text(yaml.safe_dump({"extends": "base.yaml", **by_section(written)}))
-    dotted = tmp_path / "dotted.yaml"
-    dotted.write_text(yaml.safe_dump({"extends": "base.yaml", **written}))
-    found = [
-        outcome(lambda: load_run_config(by_file)),
-        outcome(lambda: load_run_config(dotted)),
-        outcome(lambda: load_run_config(base, texts)),
-        outcome(lambda: load_run_config(base, list(reversed(texts)))),
-        outcome(lambda: build_config(BASE, written)),
-    ]
-    assert all(one == found[0] for one in found)
+    dotted.write_text(yaml.safe_dump({"extends": "base", **written}))  # "base" is a preset here
+    with monkeypatch.context() as patch:
+        patch.setattr("qswitch.presets.presets_folder", lambda: folder)
+        found = [
+            outcome(lambda: load_run_config(by_file)),
+            outcome(lambda: load_run_config("dotted")),
+            outcome(lambda: load_run_config("base", texts)),
+            outcome(lambda: load_run_config(base, list(reversed(texts)))),
+            outcome(lambda: build_config(BASE, written)),
+        ]
+    assert all(one == found[0] for one in found), written
 
     # The budget of a comparison is its last layer, so it is the last layer of the others too.
-    budget = {"seed": 1, "train": {"max_steps": 9}}
-    comparison = tmp_path / "comparison.yaml"
+    budget = {"seed": 1, "train": {"max_steps": 9, "num_epochs": None}}
+    comparison = folder / "comparison.yaml"
     comparison.write_text(yaml.safe_dump({
         "run": "base.yaml", "budget": {"unit": "steps", "amount": 9}, "evaluate": {"data": [str(base)]},
         "cells": {"only": {"settings": written}, "control": {"settings": {"method": "sft"}}},
     }))  # fmt: skip
     cells = outcome(lambda: next(c.config for c in read_comparison(comparison).cells if c.name == "only"))
     expected = outcome(lambda: build_config(BASE, written, budget))
-    assert cells == expected if isinstance(expected, RunConfig) else isinstance(cells, list)
+    if isinstance(expected, RunConfig) and isinstance(cells, list):  # one may differ between runs only
+        assert all("for every cell" in problem for problem in cells), written
+    else:
+        assert cells == expected if isinstance(expected, RunConfig) else isinstance(cells, list), written
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(written=written_settings())
+def test_one_configuration_through_every_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: dict[str, Any]):
+    through_every_door(tmp_path, monkeypatch, written)
+
+
+@pytest.mark.parametrize("key", [key for key in known_keys() if key != "about.twin"])
+def test_every_setting_comes_through_every_door_alike(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    through_every_door(tmp_path, monkeypatch, {key: value_that_is_not(build_config(BASE), key)})
+    through_every_door(tmp_path, monkeypatch, {key: None})
 
 
 def test_a_mapping_on_the_command_line_merges_like_one_in_a_file():

@@ -71,7 +71,7 @@ def edit(path: Path, **changes) -> None:
 
 def test_a_sound_configuration_passes_without_any_weights(pair, tmp_path):
     config = settings(pair)
-    check_settings(config, tmp_path / "run")
+    assert settings_problems(config, tmp_path / "run") == []
     found = prepare(config)
     assert found.prompts.report.records == 10 and len(found.prompts.held_out) == 2
     assert not (tmp_path / "run").exists()
@@ -96,7 +96,7 @@ def test_prompt_and_response_longer_than_the_context(pair):
 
 def test_a_disk_too_small_for_the_checkpoints(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "total used free")(0, 0, 1000))
-    (found,) = problems(check_settings, settings(pair), tmp_path / "deep" / "run")
+    (found,) = settings_problems(settings(pair), tmp_path / "deep" / "run")
     assert "0.0 GiB free" in found and "train.save_total_limit" in found
     assert not (tmp_path / "deep").exists()
 
@@ -277,4 +277,4 @@ def test_a_corpus_is_read_and_measured(pair, tmp_path):
     config = settings(pair, data__lm_corpus=str(tmp_path / "c.txt"), loss__lm_passage_tokens=64)
     assert prepare(config).corpus.numel() == 401
     (found,) = problems(prepare, settings(pair, data__lm_corpus=str(tmp_path / "c.txt"), loss__lm_passage_tokens=500))
-    assert "401 tokens, less than one block" in found
+    assert "401 tokens, less than one passage" in found

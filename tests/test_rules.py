@@ -72,13 +72,17 @@ def another(kind: Any, value: Any) -> Any:
     return {"some": another(get_args(kind)[1], 3)} if get_args(kind)[1] is not Any else {"some": 3}
 
 
-def changed(method: str, key: str) -> RunConfig | list[str]:
-    """The configuration of a method with one setting changed, or why it is refused."""
-    config = build_config({**MINIMAL, "method": method})
+def value_that_is_not(config: RunConfig, key: str) -> Any:
+    """A valid value for a dotted setting, other than the one it has."""
     section, _, name = key.rpartition(".")
     model = section_at(section)
     assert model is not None
-    value = another(model.model_fields[name].annotation, reader(config)(key))
+    return another(model.model_fields[name].annotation, reader(config)(key))
+
+
+def changed(method: str, key: str) -> RunConfig | list[str]:
+    """The configuration of a method with one setting changed, or why it is refused."""
+    value = value_that_is_not(build_config({**MINIMAL, "method": method}), key)
     try:
         return build_config({**MINIMAL, "method": method}, {key: value})
     except ConfigError as error:

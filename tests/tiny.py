@@ -126,6 +126,11 @@ def tiny_model(arch: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch
     return model.to(dtype).eval()
 
 
+def trainable_state(model: Any) -> dict[str, torch.Tensor]:
+    """Name -> tensor of every trainable parameter of a `LanguageModel`, detached copies."""
+    return {name: p.detach().clone() for name, p in model.hf.named_parameters() if p.requires_grad}
+
+
 def save_tiny(
     folder: Path, arch: str = "llama", *, seed: int = 0, tokenizer: Any = None, dtype: torch.dtype = torch.float32,
     **changes: Any,

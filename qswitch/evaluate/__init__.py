@@ -1,1 +1,1 @@
-"""Did the student get better: scores with intervals, comparisons of methods, what quantisation does to the teacher."""
+"""Did the student get better: responses, scores with intervals, and what quantisation does to the teacher."""

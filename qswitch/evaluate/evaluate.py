@@ -246,7 +246,7 @@ def _teacher_views(
     say(f"loading the teacher {teacher.identity}")
     loaded = teacher.load(settings.device)
     for subject in settings.subjects:
-        _check_vocabulary(teacher, loaded, subject)
+        _check_vocabulary(loaded, subject)
     views = {}
     for test_set in sets:
         store, prompts = stores[test_set.name], encoded[test_set.name].prompts
@@ -263,7 +263,7 @@ def _teacher_views(
     return views
 
 
-def _check_vocabulary(teacher: Subject, loaded: LoadedSubject, subject: Subject) -> None:
+def _check_vocabulary(loaded: LoadedSubject, subject: Subject) -> None:
     rows = output_rows(loaded.model.head.linear)
     check_tokenizers(loaded.tokenizer, subject.tokenizer("teacher"), teacher_rows=rows, student_rows=rows)
 

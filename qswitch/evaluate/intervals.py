@@ -37,11 +37,6 @@ class Estimate:
         digits = 2 if abs(self.mean) >= 1 else 3
         return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of zero."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
 
 def mean_interval(
     values: Sequence[float], weights: Sequence[float] | None = None, *, confidence: float = CONFIDENCE

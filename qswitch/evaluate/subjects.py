@@ -183,15 +183,14 @@ class Subject:
         return adapted
 
 
-def find_subject(
-    reference: str, *, name: str | None = None, precision: str = "auto", trust_remote_code: bool = False
-) -> Subject:
+def find_subject(reference: str, *, precision: str = "auto", trust_remote_code: bool = False) -> Subject:
     """What `reference` means: `NAME=reference` gives it a name of its own; see the module for the parts of a run.
 
     Raises:
         RunDirError: a run without trained weights.
         ModelError: nothing of that name is here or on the hub.
     """
+    name = None
     given, separator, rest = reference.partition("=")
     if separator and re.fullmatch(r"[\w.-]+", given) and not _is_path(reference):
         name, reference = given, rest

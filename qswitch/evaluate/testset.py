@@ -1,7 +1,4 @@
-"""Which records an evaluation asks, and what counts as a good answer to each. Knows no model.
-
-Letters: none; a record is one prompt with its references.
-"""
+"""Which records an evaluation asks, and what counts as a good answer to each. Knows no model."""
 
 from __future__ import annotations
 

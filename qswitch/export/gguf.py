@@ -89,7 +89,7 @@ def export_gguf(
         folder.mkdir(exist_ok=True)
         start = _start_that_engines_add(tokenizer, prompts[0])
         paths = _write(model_dir, folder, types, name, add_bos=bool(start))
-        reports = _compare(model_dir, paths, tokenizer, prompts, start)
+        reports = _compare(model_dir, paths, tokenizer, prompts)
         with file_aside(folder / "Modelfile") as partial:
             first, *others = [path.name for path in paths.values()]
             text = modelfile(
@@ -156,9 +156,7 @@ def _stage(model_dir: Path, staged: Path, add_bos: bool) -> None:
     config.write_text(json.dumps({**values, "add_bos_token": add_bos}), encoding="utf-8")
 
 
-def _compare(
-    model_dir: Path, paths: dict[GgufType, Path], tokenizer: Any, prompts: Sequence[str], start: str
-) -> list[GgufParity]:
+def _compare(model_dir: Path, paths: dict[GgufType, Path], tokenizer: Any, prompts: Sequence[str]) -> list[GgufParity]:
     from transformers import AutoModelForCausalLM
 
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]

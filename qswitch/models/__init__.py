@@ -1,1 +1,1 @@
-"""Loading, checking, shrinking and exporting models."""
+"""Loading, quantising, checking and cutting models, and the adapters of the one that trains."""

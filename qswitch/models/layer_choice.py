@@ -190,9 +190,9 @@ def _by_hidden_change(stack: LayerStack, num_layers: int) -> list[list[int]]:
     return [[i for i in range(len(stack)) if i not in dropped] for dropped in gone]
 
 
-def kl_of_choice(hf: Any, rows: Sequence[ScoredRow], kept: Sequence[int], *, max_positions: int | None = None) -> float:
+def kl_of_choice(hf: Any, rows: Sequence[ScoredRow], kept: Sequence[int]) -> float:
     """Mean KL(whole || the layers `kept` of it) over the scored positions of the rows, nats, computed in fp32."""
     everywhere = sum(len(row.ids) - row.first for row in rows)
     with computing_in_fp32(hf):
-        stack = LayerStack(hf, rows, max_positions=max_positions or everywhere)
+        stack = LayerStack(hf, rows, max_positions=everywhere)
         return stack.kl_nats(stack.through(kept, stack.states[0])[len(stack)])

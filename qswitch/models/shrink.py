@@ -23,7 +23,7 @@ from qswitch.aside import folder_aside
 from qswitch.config import ModelReference
 from qswitch.errors import ModelError
 from qswitch.models.decoder_layers import find_layers
-from qswitch.models.layer_choice import Example, calibration, choose_layers, kl_of_choice, scored_rows
+from qswitch.models.layer_choice import calibration, choose_layers, kl_of_choice, scored_rows
 from qswitch.models.load import read_model, read_tokenizer
 from qswitch.models.messages import quiet
 from qswitch.models.references import resolve_reference
@@ -139,12 +139,11 @@ def shrink_to_folder(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    examples: Sequence[Example] | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> ShrinkReport:
     """Cut a model and write it as a Hugging Face folder with tokenizer and generation config, complete or not at all.
 
-    Layers are chosen in fp32 on CPU by `examples` (default: this project's own), and the model is saved in the dtype of
+    Layers are chosen in fp32 on CPU by this project's own examples, and the model is saved in the dtype of
     the source, with its report as shrink.json. A bf16 model takes host memory for itself and its cut, and before the
     cut for one layer and the head in fp32; others are widened whole.
 
@@ -159,7 +158,7 @@ def shrink_to_folder(
     narrow = stored == torch.bfloat16
     runtime = Runtime(device=torch.device("cpu"), compute_dtype=torch.bfloat16 if narrow else torch.float32)
     model = read_model(resolved, runtime, "bf16" if narrow else "fp32", trust_remote_code)
-    rows = scored_rows(tokenizer, calibration("choose") if examples is None else examples)
+    rows = scored_rows(tokenizer, calibration("choose"))
     choice = choose_layers(model, rows, num_layers, notify=notify)
     small = keep_layers(model, choice.kept)
     report = ShrinkReport(

@@ -191,24 +191,6 @@ def _set_base_path(wrapped: Any, path: str) -> None:
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def trainable_state(model: LanguageModel) -> dict[str, Tensor]:
-    """Name -> tensor of every trainable parameter, on the CPU, detached copies in their own dtype."""
-    return {name: p.detach().cpu().clone() for name, p in model.hf.named_parameters() if p.requires_grad}
-
-
-def load_trainable_state(model: LanguageModel, state: dict[str, Tensor]) -> None:
-    """Put `trainable_state` back, bit for bit.
-
-    Raises:
-        ModelError: names, shapes or dtypes differ from the model's.
-    """
-    own = {name: p for name, p in model.hf.named_parameters() if p.requires_grad}
-    _same_names(set(own), set(state), "saved weights")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            _copy(name, parameter, state[name])
-
-
 def save_adapter(model: LanguageModel, folder: Path) -> None:
     """Write the trained weights to `folder`, in fp32 as trained: PEFT's layout, or a whole model without adapters.
 

@@ -1,1 +1,1 @@
-"""One offline page about a run."""
+"""One offline page about a run, or about several."""

@@ -18,10 +18,11 @@ from qswitch.models.host_memory import resident_bytes
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer
 from qswitch.models.runtime import make_runtime
-from qswitch.models.student import load_student, trainable_state
+from qswitch.models.student import load_student
 from qswitch.run import resume
 from qswitch.run_dir import RunDir
 from tests.distill.test_trainer import folders, load_prompts, settings  # noqa: F401
+from tests.tiny import trainable_state
 
 CPU = torch.device("cpu")
 

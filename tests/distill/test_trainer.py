@@ -22,10 +22,10 @@ from qswitch.layers import build_config
 from qswitch.models.load import load_teacher
 from qswitch.models.pair import load_pair_tokenizer
 from qswitch.models.runtime import make_runtime
-from qswitch.models.student import load_student, trainable_state
+from qswitch.models.student import load_student
 from qswitch.run import distill, resume
 from qswitch.run_dir import RunDir
-from tests.tiny import save_tiny_pair
+from tests.tiny import save_tiny_pair, trainable_state
 
 
 @pytest.fixture(scope="module")
