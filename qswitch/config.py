@@ -243,8 +243,8 @@ class RolloutSection(Section):
     """Expected length of a response (schedule relative). auto: the mean of the teacher's answers to the held-out
     prompts, which it writes before the first step."""
     teacher_share: float | None = Field(default=None, gt=0, lt=1)
-    """Share of response tokens that the teacher is to write: after every round of rollouts the decay (or the constant
-    threshold) is adapted to hold it (policy switch). None: the threshold stays as written."""
+    """Share of response tokens that the teacher is to write: after each time that rollouts are written the decay
+    (or the constant threshold) is adapted to hold it (policy switch). None: the threshold stays as written."""
     constant_threshold: float = Field(default=0.2, ge=0, le=1)
     """Threshold of the constant schedule, bits."""
     teacher_probability: float = Field(default=0.5, ge=0, le=1)
@@ -361,6 +361,9 @@ class TrainSection(Section):
     """Gradient norm clip."""
     eval_steps: int = Field(default=50, ge=1)
     """Steps between validations; also before the first and after the last."""
+    eval_own_prompts: int = Field(default=8, ge=0)
+    """Held-out prompts that the student answers at every validation, for the teacher to read: the distance on its own
+    text, as `qswitch eval` measures it on a test set. 0: none."""
     save_steps: int = Field(default=50, ge=1)
     """Steps between checkpoints."""
     save_total_limit: int = Field(default=2, ge=1)

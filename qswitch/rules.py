@@ -134,7 +134,8 @@ UNREAD = (
         "with rollout.reuse=1, where every rollout trains once",
     ),
     Unread(
-        ("rollout.steps_at_once", "teacher.residency"), needs_teacher, "with method={method}, which loads no teacher"
+        ("rollout.steps_at_once", "teacher.residency", "train.eval_own_prompts"), needs_teacher,
+        "with method={method}, which loads no teacher",
     ),
     Unread(
         ("loss.divergence", *_BY_WRITER, "loss.alpha", "loss.beta", "loss.temperature"), imitates,

@@ -38,6 +38,10 @@ class Counters:
     """The figure by held-out prompt, per token, before the first step; the mean weighted by tokens is `before_nats`."""
     best_nats_by_prompt: list[float] | None = None
     """The same of the best validation."""
+    own_before: dict[str, Any] | None = None
+    """Figures of the student's own responses before the first step; None where they are not measured."""
+    own_best: dict[str, Any] | None = None
+    """The same of the best validation."""
 
     def count(self, report: StepReport, seconds: float) -> None:
         """Add a finished step."""

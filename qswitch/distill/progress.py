@@ -83,9 +83,15 @@ class Progress:
         self._start_step = step
         self.say(f"resumed from step {step}")
 
-    def validated(self, step: int, what: str, nats: float) -> None:
-        """A validation figure; `what` says of what."""
+    def validated(self, step: int, what: str, nats: float, own: dict[str, Any] | None = None) -> None:
+        """A validation figure; `what` says of what. `own` are the figures of the student's own responses."""
         self.say(f"{self._at(step)}  {what}: {nats:.3f} nats/token")
+        if own is not None:
+            self.say(
+                f"{self._at(step)}  on its own text: KL(student || teacher) {own['reverse_kl_nats']:.3f} nats/token, "
+                f"{own['length_ratio']:.0%} of the teacher's length, {own['ended_share']:.0%} ended, "
+                f"{own['repeated_4grams']:.0%} of 4-grams repeated"
+            )
 
     def stepped(self, metrics: dict[str, Any]) -> None:
         """A finished step, with its line of metrics.jsonl."""

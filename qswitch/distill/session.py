@@ -62,6 +62,11 @@ class Summary:
     """Where no teacher was loaded: mean cross-entropy per token of the held-out prompts' own responses."""
     response_loss_after_nats: float | None
     response_loss_last_nats: float | None
+    own_before: dict[str, Any] | None
+    """Figures of the student's own responses to a few held-out prompts, as read by the teacher, before the first step;
+    None where they are not measured."""
+    own_after: dict[str, Any] | None
+    """The same for the adapter in RUN/adapter."""
     best_step: int
     steps: int
     steps_without_loss: int
@@ -223,6 +228,8 @@ def _finish(
         response_loss_before_nats=response_loss.get("before"),
         response_loss_after_nats=response_loss.get("after"),
         response_loss_last_nats=response_loss.get("last"),
+        own_before=counters.own_before,
+        own_after=counters.own_best,
         best_step=counters.best_step,
         steps=trainer.step,
         steps_without_loss=counters.steps_without_loss,

@@ -145,7 +145,7 @@ class Supply:
 
     @property
     def policy(self) -> Policy:
-        """Who writes the next round of rollouts."""
+        """Who writes the next rollouts."""
         return make_policy(self.config.rollout, None if self.threshold is None else self.threshold.threshold)
 
     def next(self, step: int, spent: float, report: StepReport, clock: Clock) -> PreparedStep:
@@ -212,7 +212,7 @@ class Supply:
                     report.staleness_nats = attempt("validation", partial(self._staleness, drawn))
                 num_written = sum(len(next(unclaimed).response_ids) for _ in own)
                 self.prepared.append(PreparedStep(batch, fresh + [entry.sequence for entry in drawn], num_written))
-            if self.threshold is not None:  # last: a round that fails is written again, with the same threshold
+            if self.threshold is not None:  # last: what fails is written again, with the same threshold
                 self.threshold.observe(report.rollouts)
         except MemoryFloorError:
             self.loader.load_state_dict(cursor)

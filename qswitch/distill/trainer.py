@@ -34,6 +34,7 @@ from qswitch.distill.learner import Learner
 from qswitch.distill.logit_cache import LogitCache
 from qswitch.distill.metrics import Clock, Counters, StepReport, peak_bytes
 from qswitch.distill.optimizer import make_accelerator
+from qswitch.distill.own_responses import own_figures
 from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes
 from qswitch.distill.supply import Supply
@@ -179,7 +180,8 @@ class Trainer:
             counters.before_nats = counters.last_nats = self.validate()
             counters.before_nats_by_prompt = self.validation.nats_by_prompt
             self._adapt_share()
-            self.progress.validated(0, self.validation.what, counters.before_nats)
+            counters.own_before = self._own_figures()
+            self.progress.validated(0, self.validation.what, counters.before_nats, counters.own_before)
         with self.progress:
             while not self.finished:
                 started = time.perf_counter()
@@ -195,16 +197,14 @@ class Trainer:
                 improved = False
                 if self.step % train.eval_steps == 0 or self.finished:
                     counters.last_nats = nats = self.validate()
-                    by_prompt = self.validation.nats_by_prompt
-                    self.progress.validated(self.step, self.validation.what, nats)
-                    self.run_dir.append_metrics({"step": self.step, self.validation.key: nats, **self._adapt_share()})
+                    by_prompt, own = self.validation.nats_by_prompt, self._own_figures()
+                    self.progress.validated(self.step, self.validation.what, nats, own)
+                    line = {"step": self.step, self.validation.key: nats, **({"own": own} if own else {})}
+                    self.run_dir.append_metrics({**line, **self._adapt_share()})
                     improved = nats < counters.best_nats
                     if improved:
-                        counters.best_nats, counters.best_step, counters.best_nats_by_prompt = (
-                            nats,
-                            self.step,
-                            by_prompt,
-                        )
+                        counters.best_nats, counters.best_step = nats, self.step
+                        counters.best_nats_by_prompt, counters.own_best = by_prompt, own
                 # Read once, after the validation: a stop asked for meanwhile must find its checkpoint.
                 stop = self.stop_requested
                 if improved or stop or self.finished or self.step % train.save_steps == 0:
@@ -277,6 +277,25 @@ class Trainer:
         if not math.isfinite(nats):  # the teacher's side was written, and found finite, before the first step
             raise self._not_finite(f"The student's {held_out.what} is {nats} after step {self.step}.")
         return nats
+
+    def _own_figures(self) -> dict[str, Any] | None:
+        """What the teacher makes of the student's own responses to a few held-out prompts; None where nobody asks."""
+        if self.teacher is None or not self.config.train.eval_own_prompts:
+            return None
+        self.supply.teacher_comes()
+        try:
+            return own_figures(
+                self.validation.sequences[: self.config.train.eval_own_prompts],
+                student=self.student,
+                teacher=self.teacher,
+                max_new_tokens=self.config.rollout.max_new_tokens,
+                pair=self.pair,
+                recovery=self.recovery,
+            )
+        except NonFiniteError as error:
+            raise self._not_finite(f"{error} It wrote its own responses after step {self.step}.", error.role) from error
+        finally:
+            self.supply.teacher_leaves()
 
     def _adapt_share(self) -> dict[str, float]:
         """Let the share of student-written batches hear of the loss on held-out responses; both, for the metrics."""
@@ -354,7 +373,7 @@ class Trainer:
                 f"the best checkpoint, {self.best_checkpoint.name}, is damaged: {damage}; {folder.name} takes its place"
             )
             self.counters.best_nats, self.counters.best_step = self.validate(), self.step
-            self.counters.best_nats_by_prompt = self.validation.nats_by_prompt
+            self.counters.best_nats_by_prompt, self.counters.own_best = self.validation.nats_by_prompt, None
         return True
 
 

@@ -18,6 +18,7 @@ from qswitch.config import DataSection
 from qswitch.data.overlap import seen_in_training
 from qswitch.data.template import Prompt, PromptEncoder, template_source
 from qswitch.distill.recovery import BatchRows
+from qswitch.distill.teacher_distance import ModelView, distances, view_of
 from qswitch.errors import ConfigError, DataError
 from qswitch.evaluate.own import OwnView, free_model_memory, read_by_teacher
 from qswitch.evaluate.protocol import Protocol
@@ -25,7 +26,6 @@ from qswitch.evaluate.score_table import render
 from qswitch.evaluate.scores import SetScores, compare_scores, score_set
 from qswitch.evaluate.store import EvaluationDir, Lines
 from qswitch.evaluate.subjects import LoadedSubject, Subject
-from qswitch.evaluate.teacher_distance import ModelView, distances, view_of
 from qswitch.evaluate.testset import TestSet, encode_test_set, load_test_set
 from qswitch.evaluate.versions import versions
 from qswitch.evaluate.write import YARDSTICK_SEED, write_responses

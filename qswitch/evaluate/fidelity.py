@@ -24,12 +24,12 @@ from torch import Tensor
 
 from qswitch.config import RolloutSection, RunConfig
 from qswitch.data.gather import load_prompts
+from qswitch.distill.teacher_distance import CHUNK_TOKENS, ModelView, detached_head
 from qswitch.divergence import divergence, jsd_bits
 from qswitch.errors import ConfigError, ModelError
 from qswitch.evaluate.intervals import Estimate, mean_interval
 from qswitch.evaluate.score_table import markdown_table
 from qswitch.evaluate.subjects import trained_weights
-from qswitch.evaluate.teacher_distance import CHUNK_TOKENS, ModelView, detached_head
 from qswitch.evaluate.versions import versions
 from qswitch.models.language_model import Head, LanguageModel
 from qswitch.models.load import load_teacher

@@ -19,5 +19,3 @@ OWN_COLUMNS = {
 """Metric -> heading, of the table about the model's own responses."""
 METRICS = tuple(COLUMNS | OWN_COLUMNS)
 LOWER_IS_BETTER = ("kl_nats", "own_reverse_kl_nats", "own_jsd_bits")
-POSITIONS = ((0, 32), (32, 64), (64, 128), (128, 256), (256, 512), (512, None))
-"""Response positions that are measured apart, first and one past the last."""

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 
 from qswitch.distill.recovery import BatchRows
+from qswitch.distill.teacher_distance import ModelView, own_distances
 from qswitch.evaluate.store import Lines
 from qswitch.evaluate.subjects import Subject
-from qswitch.evaluate.teacher_distance import ModelView, own_distances
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qswitch.evaluate.figures import OWN_COLUMNS, POSITIONS
+from qswitch.distill.own_text import POSITIONS, position_name, repeated_share
+from qswitch.evaluate.figures import OWN_COLUMNS
 from qswitch.evaluate.intervals import Estimate, mean_interval, paired_difference, standard_deviation
 from qswitch.evaluate.rouge import rouge_l
 from qswitch.evaluate.testset import BUCKETS, bucket_of
@@ -123,8 +124,7 @@ def score_own(
         for k, (first, last) in enumerate(POSITIONS):
             reached = [row for row in distances if row["tokens"][k]]
             if reached:
-                name = f"{first}+" if last is None else f"{first}-{last - 1}"
-                positions.setdefault(name, {})[metric] = Metric(
+                positions.setdefault(position_name(first, last), {})[metric] = Metric(
                     {row["id"]: row[key][k] / row["tokens"][k] for row in reached},
                     {row["id"]: float(row["tokens"][k]) for row in reached},
                 )
@@ -278,12 +278,6 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     """Distinct n-grams of words / all n-grams of the texts together, in [0, 1]; 0 where there is none."""
     grams = [tuple(words[i : i + n]) for words in (text.split() for text in texts) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
-
-
-def repeated_share(ids: Sequence[int], n: int) -> float:
-    """Share of the n-grams of token ids that stood before in the same response, in [0, 1]; 0 where there is none."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _by_bucket(metric: Metric, buckets: Mapping[int, str]) -> list[tuple[str, list[int]]]:

@@ -1,9 +1,11 @@
-"""What moves the threshold of SWITCH from one round of rollouts to the next, and what of it is known only in a run.
+"""What moves the threshold of SWITCH from one set of rollouts to the next, and what of it is known only in a run.
+
+A set of rollouts is what is written at once, for one optimizer step or for several (rollout.steps_at_once).
 
 A run knows how long responses are expected to be (schedule `relative`) once the teacher has answered the held-out
-prompts, and it holds a wanted share of teacher tokens (`rollout.teacher_share`). The state changes between rounds only,
+prompts, and it holds a wanted share of teacher tokens (`rollout.teacher_share`). The state changes between sets only,
 by counts and divergences that no batch size or order changes, so a rollout stays a function of weights, key and the
-state at the start of its round. Knows no model.
+state at the start of its set. Knows no model.
 """
 
 from __future__ import annotations
@@ -20,18 +22,18 @@ from qswitch.rollout.requests import Rollout
 from qswitch.rollout.threshold import TAU_FLOOR_BITS, Threshold, make_threshold
 
 GAIN = 2.0
-"""How far the logarithm of the factor moves for an error of 1 in the share of a round of mean size. The share changes
-by 0.2 or so for each unit of the logarithm, so a round takes away about two fifths of an error, without ringing."""
+"""How far the logarithm of the factor moves for an error of 1 in the share of a set of mean size. The share changes by
+0.2 or so for each unit of the logarithm, so a set takes away about two fifths of an error, without ringing."""
 MAX_LOG_FACTOR = math.log(1e4)
 """The factor stays within 1e-4 and 1e4, where nearly all tokens are one writer's."""
 
 
 class AdaptiveThreshold:
-    """The threshold of the next round of rollouts, and what is known from the rounds before.
+    """The threshold of the next set of rollouts, and what is known from the sets before.
 
-    With a wanted share w of teacher tokens, the threshold falls `factor` times as fast as written. The first round that
+    With a wanted share w of teacher tokens, the threshold falls `factor` times as fast as written. The first set that
     is observed sets the factor to the one with which w of its tokens would have been the teacher's, had they stayed as
-    they were. Every later round moves its logarithm by GAIN * (w * tokens - teacher tokens) / mean tokens of a round.
+    they were. Every later set moves its logarithm by GAIN * (w * tokens - teacher tokens) / mean tokens of a set.
     As the logarithm stays bounded, so does the sum of these errors: the share of all tokens tends to w, whatever the
     models become.
     """
@@ -41,7 +43,7 @@ class AdaptiveThreshold:
         self.expected_tokens: float | None = None
         """Mean length of the teacher's answers to the held-out prompts; None until it is known, or not needed."""
         self.log_factor = 0.0
-        self.rounds = self.tokens = self.teacher_tokens = 0
+        self.sets = self.tokens = self.teacher_tokens = 0
 
     @staticmethod
     def is_needed(rollout: RolloutSection) -> bool:
@@ -56,22 +58,22 @@ class AdaptiveThreshold:
 
     @property
     def threshold(self) -> Threshold:
-        """Of the next round."""
+        """Of the next set."""
         return make_threshold(self._settings, expected_tokens=self.expected_tokens, factor=self.factor)
 
     def observe(self, rollouts: Sequence[Rollout]) -> None:
-        """Hear of a finished round; the order of its rollouts changes nothing."""
+        """Hear of a finished set; the order of its rollouts changes nothing."""
         wanted = self._settings.teacher_share
         writers = [writer for one in rollouts for writer in one.writers]
         if wanted is None or not writers:
             return
         by_teacher = sum(writer == TEACHER for writer in writers)
-        self.rounds, self.tokens = self.rounds + 1, self.tokens + len(writers)
+        self.sets, self.tokens = self.sets + 1, self.tokens + len(writers)
         self.teacher_tokens += by_teacher
-        if self.rounds == 1:
+        if self.sets == 1:
             log_factor = self._log_factor_for(wanted, rollouts)
         else:
-            log_factor = self.log_factor + GAIN * (wanted * len(writers) - by_teacher) * self.rounds / self.tokens
+            log_factor = self.log_factor + GAIN * (wanted * len(writers) - by_teacher) * self.sets / self.tokens
         self.log_factor = min(max(log_factor, -MAX_LOG_FACTOR), MAX_LOG_FACTOR)
 
     def _log_factor_for(self, wanted: float, rollouts: Sequence[Rollout]) -> float:
@@ -89,7 +91,7 @@ class AdaptiveThreshold:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        names = ("expected_tokens", "log_factor", "rounds", "tokens", "teacher_tokens")
+        names = ("expected_tokens", "log_factor", "sets", "tokens", "teacher_tokens")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ def small(folders: Any, **changes: Any) -> RunConfig:  # noqa: F811
     return settings(folders, **{
         "train__compute_dtype": "fp64", "rollout__block_tokens": 2, "rollout__decay_rate": 0.5,
         "data__lm_corpus": str(folders[2].parent / "corpus.txt"), "loss__lm_passage_tokens": 16,
-        "loss__chunk_tokens": 64, "train__max_steps": 2, **changes,
+        "loss__chunk_tokens": 64, "train__max_steps": 2, "train__eval_own_prompts": 0, **changes,
     })  # fmt: skip
 
 

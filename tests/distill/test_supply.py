@@ -79,9 +79,9 @@ def test_a_run_goes_through_all_three_sources_and_resumes_bit_for_bit(folders, t
 
 @pytest.mark.parametrize("schedule", ["exponential", "relative"])
 def test_a_threshold_that_adapts_resumes_bit_for_bit_and_sees_no_batch_size(folders, tmp_path, schedule):
-    """Stopped between two steps of one round, and decoded three rows at a time instead of eight."""
+    """Stopped between two steps of one set, and decoded three rows at a time instead of eight."""
     changes = {
-        "rollout__schedule": schedule, "rollout__teacher_share": 0.3, "rollout__round_steps": 2,
+        "rollout__schedule": schedule, "rollout__teacher_share": 0.3, "rollout__steps_at_once": 2,
         "loss__scope": "all", "train__max_steps": 6, "train__eval_steps": 6, "train__save_steps": 2,
         "train__compute_dtype": "fp64",
     }  # fmt: skip
@@ -89,17 +89,17 @@ def test_a_threshold_that_adapts_resumes_bit_for_bit_and_sees_no_batch_size(fold
     distill(with_method(folders, "switch", **changes, rollout__batch_size=8), whole)
     lines = [line for line in RunDir.open(whole).read_metrics() if "loss" in line]
     factors = [line["threshold_factor"] for line in lines if line["threshold_factor"] is not None]
-    assert len(factors) == 3 and factors[0] == 1 and len(set(factors)) == 3, "one factor a round, each another"
+    assert len(factors) == 3 and factors[0] == 1 and len(set(factors)) == 3, "one factor a set, each another"
     assert [line["fresh"] > 0 for line in lines] == [True, False] * 3
 
     original = Trainer.train_step
 
-    def stop_in_mid_round(self: Trainer):
+    def stop_within_a_set(self: Trainer):
         self.stop_requested = self.step == 2
         return original(self)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Trainer, "train_step", stop_in_mid_round)
+        patch.setattr(Trainer, "train_step", stop_within_a_set)
         distill(with_method(folders, "switch", **changes, rollout__batch_size=8), halves)
     resume(halves)
     distill(with_method(folders, "switch", **changes, rollout__batch_size=3), small)
@@ -123,5 +123,5 @@ def test_a_runs_policy_is_the_one_that_it_wrote_with_last(folders, tmp_path):
     state = json.loads((tmp_path / "run" / "threshold.json").read_text())
     held_out = json.loads((tmp_path / "run" / "held_out.json").read_text())
     assert state["expected_tokens"] == sum(held_out["tokens"]) / len(held_out["tokens"])
-    assert state["rounds"] == 3 and threshold.factor == pytest.approx(math.exp(state["log_factor"]))
+    assert state["sets"] == 3 and threshold.factor == pytest.approx(math.exp(state["log_factor"]))
     assert threshold.decay_rate == pytest.approx(3.6 / state["expected_tokens"])

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from rouge_score import rouge_scorer
 
+from qswitch.distill.own_text import repeated_share
 from qswitch.errors import ConfigError
 from qswitch.evaluate.intervals import CONFIDENCE, Estimate, mean_interval, paired_difference, standard_deviation
 from qswitch.evaluate.protocol import make_protocol
 from qswitch.evaluate.rouge import rouge_l
-from qswitch.evaluate.scores import combine_scores, compare_scores, distinct_n, repeated_share, score_set
+from qswitch.evaluate.scores import combine_scores, compare_scores, distinct_n, score_set
 from qswitch.evaluate.testset import bucket_of
 
 

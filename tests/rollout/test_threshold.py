@@ -120,7 +120,7 @@ def test_the_sum_of_errors_is_what_the_factor_has_moved():
             before = adaptive.log_factor
             continue
         tokens = sum(len(one.writers) for one in rollouts)
-        owed += (0.4 - share_of(rollouts)) * tokens / (adaptive.tokens / adaptive.rounds)
+        owed += (0.4 - share_of(rollouts)) * tokens / (adaptive.tokens / adaptive.sets)
     assert adaptive.log_factor - before == pytest.approx(GAIN * owed, rel=1e-9)
 
 

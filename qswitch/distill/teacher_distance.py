@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from qswitch.distill.own_text import POSITIONS
 from qswitch.divergence import divergence, jsd_bits
-from qswitch.evaluate.figures import POSITIONS
 from qswitch.models.language_model import Head, LanguageModel
 from qswitch.rollout.decode import score_responses
 
