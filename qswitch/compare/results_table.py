@@ -14,10 +14,10 @@ from typing import Any
 
 from qswitch.compare.spec import Cell, Comparison, TestSection
 from qswitch.evaluate.intervals import Estimate, paired_difference, standard_deviation
-from qswitch.evaluate.scores import SetScores, combine_scores, compare_scores, score_set
+from qswitch.evaluate.scores import SetScores, combine_scores, compare_positions, compare_scores, score_set
 from qswitch.evaluate.store import Lines
-from qswitch.evaluate.figures import COLUMNS, LOWER_IS_BETTER, OWN_COLUMNS
-from qswitch.evaluate.score_table import estimate, markdown_table, own_tables, protocol_line
+from qswitch.evaluate.figures import COLUMNS, LOWER_IS_BETTER, OWN_COLUMNS, OWN_TEXT_COLUMNS
+from qswitch.evaluate.score_table import estimate, markdown_table, own_difference_tables, own_tables, protocol_line
 from qswitch.evaluate.versions import versions
 
 
@@ -70,6 +70,11 @@ def comparison_results(
             "models": {name: one.to_dict() | {"seed_deviation": deviations[name]} for name, one in scores.items()},
             "differences": {
                 name: compare_scores(one, baseline)
+                for name, one in scores.items()
+                if baseline is not None and name != comparison.baseline
+            },
+            "position_differences": {
+                name: compare_positions(one, baseline)
                 for name, one in scores.items()
                 if baseline is not None and name != comparison.baseline
             },
@@ -255,6 +260,7 @@ def render_comparison(results: Mapping[str, Any]) -> str:
                 f"Paired differences from {results['baseline']} (below zero: lower than {results['baseline']}):\n\n"
                 + markdown_table(["", "reference tokens", "records", *(COLUMNS[m] for m in present)], rows)
             )
+        parts += filter(None, [own_difference_tables(one, results["baseline"])])
         if one["test"]:
             parts.append(_test_table(one["test"], results["baseline"]))
     header = [
@@ -293,7 +299,7 @@ def _test_table(verdicts: Sequence[Mapping[str, Any]], baseline: str) -> str:
               f"{baseline} is"]  # fmt: skip
     rows = [
         [
-            (COLUMNS | OWN_COLUMNS)[v["metric"]],
+            (COLUMNS | OWN_COLUMNS | OWN_TEXT_COLUMNS)[v["metric"]],
             v["against"],
             estimate(v["difference"]),
             ", ".join(f"{d:.3f}" for d in v["by_seed"]),

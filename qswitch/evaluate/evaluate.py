@@ -23,7 +23,7 @@ from qswitch.errors import ConfigError, DataError
 from qswitch.evaluate.own import OwnView, free_model_memory, read_by_teacher
 from qswitch.evaluate.protocol import Protocol
 from qswitch.evaluate.score_table import render
-from qswitch.evaluate.scores import SetScores, compare_scores, score_set
+from qswitch.evaluate.scores import SetScores, compare_positions, compare_scores, score_set
 from qswitch.evaluate.store import EvaluationDir, Lines
 from qswitch.evaluate.subjects import LoadedSubject, Subject
 from qswitch.evaluate.testset import TestSet, encode_test_set, load_test_set
@@ -407,5 +407,8 @@ def _results(
             "left_out": one.left_out,
             "models": {name: s.to_dict() for name, s in scores.items()},
             "differences": {name: compare_scores(s, scores[first]) for name, s in scores.items() if name != first},
+            "position_differences": {
+                name: compare_positions(s, scores[first]) for name, s in scores.items() if name != first
+            },
         }
     return results

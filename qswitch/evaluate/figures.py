@@ -17,5 +17,11 @@ OWN_COLUMNS = {
     "own_log_ratio_nats": "log p(teacher) - log p(model), nats/token",
 }
 """Metric -> heading, of the table about the model's own responses."""
-METRICS = tuple(COLUMNS | OWN_COLUMNS)
+OWN_TEXT_COLUMNS = {
+    "own_length_ratio": "length / the teacher's",
+    "own_ended_share": "ended",
+    "own_repetition": "repeated 4-grams",
+}
+"""Metric -> heading, of what the model's own responses are like, as shares."""
+METRICS = tuple(COLUMNS | OWN_COLUMNS | OWN_TEXT_COLUMNS)
 LOWER_IS_BETTER = ("kl_nats", "own_reverse_kl_nats", "own_jsd_bits")

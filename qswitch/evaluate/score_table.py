@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qswitch.evaluate.figures import COLUMNS, OWN_COLUMNS
+from qswitch.evaluate.figures import COLUMNS, OWN_COLUMNS, OWN_TEXT_COLUMNS
 from qswitch.evaluate.intervals import Estimate
 
 
@@ -91,6 +91,7 @@ def _render_set(name: str, one: Mapping[str, Any]) -> str:
             for bucket in ["all", *(buckets if len(buckets) > 1 else [])]
         ]
         text.append(markdown_table(["model", "bucket", *(COLUMNS[m] for m in present)], rows))
+        text += filter(None, [own_difference_tables(one, first)])
     return "\n".join(text)
 
 
@@ -99,15 +100,13 @@ def own_tables(models: Mapping[str, Any]) -> str:
     own = {name: values["own"] for name, values in models.items() if values.get("own")}
     if not own:
         return ""
-    header = ["model", *OWN_COLUMNS.values(), "tokens", "of the teacher's length", "ended", "repeated 4-grams"]
+    columns = OWN_COLUMNS | OWN_TEXT_COLUMNS
+    header = ["model", *columns.values(), "tokens"]
     rows = [
         [
             name,
-            *(estimate(models[name]["metrics"].get(m, {}).get("all")) for m in OWN_COLUMNS),
+            *(estimate(models[name]["metrics"].get(m, {}).get("all")) for m in columns),
             f"{one['response_tokens']:.1f}",
-            "" if one["length_ratio"] is None else f"{one['length_ratio']:.0%}",
-            f"{one['ended_share']:.0%}",
-            f"{one['repetition']:.1%}",
         ]
         for name, one in own.items()
     ]
@@ -119,6 +118,27 @@ def own_tables(models: Mapping[str, Any]) -> str:
     ]
     header = ["model", "response tokens", "records", *OWN_COLUMNS.values()]
     return whole + "\nThe same by position in the response:\n\n" + markdown_table(header, rows)
+
+
+def own_difference_tables(one: Mapping[str, Any], baseline: str) -> str:
+    """How the models' own responses differ from those of the baseline, as a whole and by position."""
+    columns = OWN_COLUMNS | OWN_TEXT_COLUMNS
+    rows = [
+        [name, *(estimate(values.get(m, {}).get("all")) for m in columns)]
+        for name, values in one["differences"].items()
+        if any(m in values for m in columns)
+    ]
+    if not rows:
+        return ""
+    text = f"On the models' own responses, paired differences from {baseline}:\n\n"
+    text += markdown_table(["", *columns.values()], rows)
+    rows = [
+        [name, position, str(figures["own_reverse_kl_nats"]["records"]), *(estimate(figures[m]) for m in OWN_COLUMNS)]
+        for name, positions in one.get("position_differences", {}).items()
+        for position, figures in positions.items()
+    ]
+    header = ["", "response tokens", "records", *OWN_COLUMNS.values()]
+    return text + "\nThe same by position in the response:\n\n" + markdown_table(header, rows)
 
 
 def _keys(models: Mapping[str, Any], present: Sequence[str]) -> list[str]:

@@ -85,12 +85,6 @@ class OwnScores:
 
     response_tokens: float
     """Mean, end token included."""
-    length_ratio: float | None
-    """Mean length / mean length of the teacher's own responses; None where the teacher's are not at hand."""
-    ended_share: float
-    """Responses that ended before the limit."""
-    repetition: float
-    """Share of a response's 4-grams of token ids that stood in it before, mean over responses."""
     positions: dict[str, dict[str, Metric]]
     """Response positions, for instance `32-63` -> metric -> one figure per record that is so long."""
 
@@ -98,9 +92,6 @@ class OwnScores:
         """For results.json."""
         return {
             "response_tokens": self.response_tokens,
-            "length_ratio": self.length_ratio,
-            "ended_share": self.ended_share,
-            "repetition": self.repetition,
             "positions": {
                 name: {metric: asdict(one.estimate(sorted(one.values))) for metric, one in metrics.items()}
                 for name, metrics in self.positions.items()
@@ -109,14 +100,23 @@ class OwnScores:
 
 
 def score_own(
-    responses: Sequence[Mapping[str, Any]], distances: Sequence[Mapping[str, Any]], *, teacher_tokens: float | None
+    responses: Sequence[Mapping[str, Any]],
+    distances: Sequence[Mapping[str, Any]],
+    *,
+    teacher_tokens: Mapping[int, float],
 ) -> tuple[dict[str, Metric], OwnScores]:
     """Metrics per record, and the rest, of a model's own responses and the teacher's distances from them.
 
     Args:
-        teacher_tokens: mean length of the teacher's own responses.
+        teacher_tokens: record id -> length of the teacher's own response.
     """
-    metrics: dict[str, Metric] = {}
+    metrics = {
+        "own_ended_share": Metric({row["id"]: float(bool(row["ended"])) for row in responses}, None),
+        "own_repetition": Metric({row["id"]: repeated_share(row["response_ids"], 4) for row in responses}, None),
+    }
+    if lengths := {row["id"]: teacher_tokens[row["id"]] for row in responses if row["id"] in teacher_tokens}:
+        ratios = {row["id"]: row["tokens"] / lengths[row["id"]] for row in responses if row["id"] in lengths}
+        metrics["own_length_ratio"] = Metric(ratios, lengths)
     positions: dict[str, dict[str, Metric]] = {}
     for metric in OWN_COLUMNS:
         key = metric.removeprefix("own_")
@@ -128,15 +128,7 @@ def score_own(
                     {row["id"]: row[key][k] / row["tokens"][k] for row in reached},
                     {row["id"]: float(row["tokens"][k]) for row in reached},
                 )
-    count = len(responses)
-    tokens = sum(row["tokens"] for row in responses) / count
-    return metrics, OwnScores(
-        response_tokens=tokens,
-        length_ratio=None if teacher_tokens is None else tokens / teacher_tokens,
-        ended_share=sum(bool(row["ended"]) for row in responses) / count,
-        repetition=_mean([repeated_share(row["response_ids"], 4) for row in responses]),
-        positions=positions,
-    )
+    return metrics, OwnScores(_mean([row["tokens"] for row in responses]), positions)
 
 
 def score_set(
@@ -173,8 +165,8 @@ def score_set(
             metrics[name] = Metric({row["id"]: row[name] for row in distances}, tokens)
     own = None
     if own_distances:
-        lengths = [row["tokens"] for i, row in teacher_responses.items() if i in {r["id"] for r in own_responses}]
-        own_metrics, own = score_own(own_responses, own_distances, teacher_tokens=_mean(lengths) if lengths else None)
+        lengths = {i: float(row["tokens"]) for i, row in teacher_responses.items()}
+        own_metrics, own = score_own(own_responses, own_distances, teacher_tokens=lengths)
         metrics |= own_metrics
     seed_means = [
         sum(r["rouge_l"] for r in rows if "rouge_l" in r) / max(1, sum("rouge_l" in r for r in rows))
@@ -225,13 +217,9 @@ def combine_scores(scores: Sequence[SetScores]) -> SetScores:
 def _combine_own(own: Sequence[OwnScores]) -> OwnScores | None:
     if not own:
         return None
-    ratios = [one.length_ratio for one in own if one.length_ratio is not None]
     names = sorted({name for one in own for name in one.positions}, key=lambda name: int(re.split(r"[-+]", name)[0]))
     return OwnScores(
         response_tokens=_mean([one.response_tokens for one in own]),
-        length_ratio=_mean(ratios) if ratios else None,
-        ended_share=_mean([one.ended_share for one in own]),
-        repetition=_mean([one.repetition for one in own]),
         positions={
             name: {m: _pool([one.positions[name][m] for one in own if name in one.positions]) for m in OWN_COLUMNS}
             for name in names
@@ -271,6 +259,25 @@ def compare_scores(ours: SetScores, first: SetScores) -> dict[str, Any]:
             for bucket, ids in groups
             if ids
         }
+    return result
+
+
+def compare_positions(ours: SetScores, first: SetScores) -> dict[str, Any]:
+    """Paired differences ours - first on the models' own responses, by position, for results.json.
+
+    Over the records whose responses reach the position with both models; every one of them weighs the same, since the
+    two models wrote different numbers of tokens there.
+    """
+    if ours.own is None or first.own is None:
+        return {}
+    result: dict[str, Any] = {}
+    for position, metrics in ours.own.positions.items():
+        for name, metric in metrics.items():
+            other = first.own.positions.get(position, {}).get(name)
+            ids = sorted(metric.values.keys() & other.values.keys()) if other is not None else []
+            if other is not None and ids:
+                difference = paired_difference([metric.values[i] for i in ids], [other.values[i] for i in ids])
+                result.setdefault(position, {})[name] = asdict(difference)
     return result
 
 

@@ -12,10 +12,11 @@ from rouge_score import rouge_scorer
 
 from qswitch.distill.own_text import repeated_share
 from qswitch.errors import ConfigError
+from qswitch.evaluate.figures import OWN_TEXT_COLUMNS
 from qswitch.evaluate.intervals import CONFIDENCE, Estimate, mean_interval, paired_difference, standard_deviation
 from qswitch.evaluate.protocol import make_protocol
 from qswitch.evaluate.rouge import rouge_l
-from qswitch.evaluate.scores import combine_scores, compare_scores, distinct_n, score_set
+from qswitch.evaluate.scores import combine_scores, compare_positions, compare_scores, distinct_n, score_set
 from qswitch.evaluate.testset import bucket_of
 
 
@@ -178,7 +179,14 @@ def test_own_responses_are_scored_by_record_by_position_and_over_seeds():
     assert scored[0].metrics["own_reverse_kl_nats"].values == {0: 1.0, 1: 1.0}
     assert scored[0].metrics["own_log_ratio_nats"].values[0] == pytest.approx(-(32 + 2 * 8) / 40)
     result = scored[0].to_dict()["own"]
-    assert (result["response_tokens"], result["length_ratio"], result["ended_share"]) == (22.0, 1.1, 0.5)
+    assert result["response_tokens"] == 22.0
+    whole = {name: scored[0].to_dict()["metrics"][name]["all"] for name in OWN_TEXT_COLUMNS}
+    assert whole["own_length_ratio"]["mean"] == pytest.approx(44 / 40), "of all the teacher's tokens"
+    assert whole["own_ended_share"]["mean"] == 0.5 and whole["own_repetition"]["mean"] == 0.0
+    assert whole["own_length_ratio"]["low"] == pytest.approx(4 / 30) and whole["own_length_ratio"]["high"] == 4.0
+    between = compare_positions(scored[1], scored[0])
+    assert list(between) == ["0-31"], "the other wrote nothing further on"
+    assert between["0-31"]["own_reverse_kl_nats"]["mean"] == 2.0 and between["0-31"]["own_jsd_bits"]["mean"] == 0.0
     assert list(result["positions"]) == ["0-31", "32-63"]
     assert result["positions"]["32-63"]["own_log_ratio_nats"] == {"mean": -2.0, "low": None, "high": None, "records": 1}
     both = combine_scores(scored)
