@@ -18,6 +18,8 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from qswitch.errors import system_number
+
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 """Names of what is being written: hidden, the final name, eight random digits."""
 
@@ -94,6 +96,12 @@ def _aside(target: Path, create: Callable[[Path], None], *, keep: bool = True) -
                     _settle(partial, file_mode)
                     os.replace(partial, target)
                     _flush(target.parent)
+            except Exception as error:
+                number = system_number(error)
+                if number is None or (isinstance(error, OSError) and error.filename is not None):
+                    raise
+                # Of a library that wrote here itself; its own error says neither the kind nor the file.
+                raise OSError(number, os.strerror(number), str(target)) from error
             finally:
                 _remove(partial)
             return

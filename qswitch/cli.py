@@ -6,6 +6,7 @@ plan does not fit; 130 interrupted, resumable. Cold: heavy imports stand inside 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -32,7 +33,8 @@ from qswitch.cli_options import (
 )
 from qswitch.cli_results import results_app
 from qswitch.cli_student import student_app
-from qswitch.errors import ConfigError, QSwitchError
+from qswitch.errors import ConfigError, QSwitchError, storage_problem
+from qswitch.terminal import filter_log, printable
 
 
 class _Interrupted(Exception):
@@ -69,14 +71,19 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; exceptions that are our bugs propagate with their traceback."""
     _silence_optional_kernels()
+    filter_log()
     try:
         result = app(arguments, standalone_mode=False)
+        sys.stdout.flush()  # a full disk or a closed pipe is heard here, and not after the exit code
     except QSwitchError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(str(error))
         return error.exit_code
-    except _Interrupted as error:
+    except BrokenPipeError:  # `qswitch presets list | head -1` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (_Interrupted, KeyboardInterrupt) as error:
         hint = f" Resume with: qswitch distill --resume {error.args[0]}" if error.args else ""
-        print(f"interrupted.{hint}", file=sys.stderr)
+        print(printable(f"interrupted.{hint}"), file=sys.stderr)
         return 130
     except Exception as error:
         # typer's usage errors (unknown option, missing argument) know how to show themselves and their exit code.
@@ -87,10 +94,17 @@ def run(arguments: list[str]) -> int:
         if type(error).__name__ == "Abort":
             return 130
         if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):  # torch's, which is not loaded
-            print(f"error: {_out_of_memory(error)}", file=sys.stderr)
+            _complain(_out_of_memory(error))
+            return 2
+        if (problem := storage_problem(error)) is not None:
+            _complain(problem)
             return 2
         raise
     return result if isinstance(result, int) else 0
+
+
+def _complain(text: str) -> None:
+    print(printable(f"error: {text}"), file=sys.stderr)
 
 
 def _out_of_memory(error: BaseException) -> str:

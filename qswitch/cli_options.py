@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qswitch.errors import ConfigError
+from qswitch.terminal import printable, printable_json
 
 if TYPE_CHECKING:
     from qswitch.config import RunConfig
@@ -90,9 +91,13 @@ def load_settings(
     return build_config(load_preset(source), own, where=f"{source} with --set" if own else str(source))
 
 
-def show(result: Any, as_json: bool, render: Callable[[Any], object]) -> None:
-    """A result as JSON for a program, or what `render` makes of it for people."""
-    print(json.dumps(result, default=_plain, ensure_ascii=False, indent=1) if as_json else render(result))
+def show(result: Any, as_json: bool, render: Callable[[Any], object], *, coloured: bool = False) -> None:
+    """A result as JSON for a program, or what `render` makes of it for people; `coloured`: with colours of its own."""
+    if as_json:
+        print(printable_json(json.dumps(result, default=_plain, ensure_ascii=False, indent=1)))
+    else:
+        text = str(render(result))
+        print(text if coloured else printable(text))
 
 
 def _plain(part: Any) -> Any:
@@ -104,4 +109,4 @@ def _plain(part: Any) -> Any:
 
 def say(text: str) -> None:
     """A line about progress, beside the result."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)

@@ -101,7 +101,8 @@ def generate(
         write_generations(output, found)
         show({"output": str(output), "responses": len(found)}, as_json, lambda _: output)
         return
-    show(found if prompt is None else found[0], as_json, lambda _: answers(found, coloured_by_writer=show_writers))
+    text = answers(found, coloured_by_writer=show_writers)
+    show(found if prompt is None else found[0], as_json, lambda _: text, coloured=show_writers)
 
 
 @student_app.command(epilog="Example: qswitch chat runs/my-run")

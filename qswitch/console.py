@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from rich.text import Text
 
 from qswitch.plan.render import duration
 from qswitch.run_dir import RunDir
+from qswitch.terminal import printable
 from qswitch.units import GIB
 
 if TYPE_CHECKING:
@@ -22,12 +22,6 @@ if TYPE_CHECKING:
     from qswitch.rollout.generate import Generation
 
 WRITER_STYLES = {"teacher": "black on bright_yellow", "student": "bright_cyan", "mixture": "bright_magenta"}
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def printable(text: str) -> str:
-    """Text whose control characters, tabs and line ends aside, a terminal shows as escapes instead of obeying them."""
-    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def print_summary(run_dir: RunDir, summary: Summary) -> None:

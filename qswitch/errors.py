@@ -6,6 +6,10 @@ exception into an exit code; whoever catches one before has something to do abou
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+from collections.abc import Iterator
 from typing import Literal
 
 
@@ -61,7 +65,79 @@ class Interrupted(KeyboardInterrupt):
     """The user stopped a run, which is no failure; it can be resumed. Its argument is the run directory."""
 
 
+class FileError(QSwitchError):
+    """A file from outside, or one that a command left, cannot be read as what it should be; names it and says why."""
+
+
+class StorageError(QSwitchError):
+    """The operating system refused a file: a full disk, a missing permission, a name that is too long."""
+
+
 class PlanError(QSwitchError):
     """The plan does not fit the memory budget."""
 
     exit_code = 3
+
+
+_REMEDIES = {
+    errno.ENOSPC: "Free some space on that disk",
+    errno.EDQUOT: "Free some of your quota on that disk",
+    errno.EFBIG: "Raise the limit of file sizes (ulimit -f), or use another disk",
+    errno.EACCES: "Change its permissions, or name another place",
+    errno.EPERM: "Change its permissions or its owner, or name another place",
+    errno.EROFS: "Name a place that can be written",
+    errno.ENAMETOOLONG: "Give a shorter name",
+    errno.ENOENT: "Bring it back, or name another",
+    errno.ENOTDIR: "Name another place",
+    errno.EISDIR: "Name a file",
+    errno.EEXIST: "Choose another name, or remove it",
+    errno.ENOTEMPTY: "Choose another name, or empty it",
+    errno.ELOOP: "Mend the symbolic links",
+    errno.EBUSY: "Wait for what uses it, or name another place",
+    errno.EIO: "The disk or its connection fails: look at `dmesg`, and copy what you need to another disk",
+    errno.ESTALE: "The network disk was lost; mount it again",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "Close other programs",
+    errno.EPIPE: "What read the output has ended",
+}
+"""What a user does about an error of the operating system, by its number."""
+_FOREIGN = re.compile(r"os error (\d+)|[Ee]rrno (\d+)")
+"""How libraries in Rust and C++ write the number of such an error into their own."""
+
+
+def storage_problem(error: BaseException) -> str | None:
+    """What the operating system refused, with the file and the remedy; None for any other error.
+
+    Libraries that write files themselves (safetensors, pyarrow, datasets) raise their own kinds with the number in the
+    text, or with the system's error as their cause.
+    """
+    for one in _causes(error):
+        number = system_number(one)
+        if number in _REMEDIES:
+            names = [getattr(one, name, None) for name in ("filename", "filename2")]
+            where = next((os.fsdecode(n) for n in names if isinstance(n, (str, bytes, os.PathLike))), None)
+            return f"{'' if where is None else _short(where) + ': '}{os.strerror(number)}. {_REMEDIES[number]}."
+    return None
+
+
+def system_number(error: BaseException) -> int | None:
+    """The number that the operating system gave an error, also where a library only writes it into its text."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    if not isinstance(error, Exception) or isinstance(error, QSwitchError):
+        return None
+    found = _FOREIGN.search(str(error))
+    return None if found is None else int(found[1] or found[2])
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    at: BaseException | None = error
+    while at is not None and id(at) not in seen:
+        seen.add(id(at))
+        yield at
+        at = at.__cause__
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 200 else f"{name[:90]}...{name[-90:]}"

@@ -10,7 +10,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
+from qswitch.errors import FileError
+from qswitch.outside import read_json
+
 MANIFEST = "manifest.json"
+
+
+class Entry(TypedDict):
+    """What is known of one file."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """manifest.json, whatever else its writer put into it."""
+
+    files: dict[str, Entry]
 
 
 def write_manifest(folder: Path, **head: Any) -> None:
@@ -24,11 +42,9 @@ def write_manifest(folder: Path, **head: Any) -> None:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """A folder's manifest; None where there is none that can be read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(read_json(folder / MANIFEST, Manifest))
+    except FileError:
         return None
-    well_formed = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
-    return manifest if well_formed else None
 
 
 def find_damage(folder: Path) -> str | None:
@@ -46,11 +62,12 @@ def find_damage(folder: Path) -> str | None:
                 return f"the SHA-256 of {name} is not that of the file that was written"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        except (KeyError, TypeError):
-            return f"the entry of {name} in {MANIFEST} is damaged"
     return None
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:  # hashlib.file_digest came with Python 3.11
+        while block := handle.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qswitch.config import RunConfig
-from qswitch.errors import ConfigError, Interrupted, QSwitchError
+from qswitch.errors import ConfigError, Interrupted, QSwitchError, StorageError, storage_problem
 from qswitch.layers import Layer
 from qswitch.plan.advice import require_fit, require_own_sizes_fit
 from qswitch.plan.machine import Machine, describe_machine, find_budget
 from qswitch.plan.run_plan import Plan
 from qswitch.plan.scheduler import plan_for, plan_run, with_choices
 from qswitch.preflight import check_settings, prepare, settings_problems
-from qswitch.run_dir import RunDir, locked
+from qswitch.run_dir import RunDir, locked, make_folder
 
 if TYPE_CHECKING:
     from qswitch.distill.session import Summary
@@ -53,12 +53,13 @@ def distill(config: RunConfig, path: Path, *, vram: str | None = None) -> Summar
     machine, longest = _machine(config, prepared, vram), prepared.prompts.report.longest_prompt_tokens
     plan = plan_run(config, budget_bytes=budget.num_bytes, machine=machine, longest_prompt_tokens=longest)
     require_fit(plan)
-    run_dir = RunDir.create(path, plan.config)
-    try:
-        return _carry_out(run_dir, prepared, plan, resumes=False)
-    except QSwitchError:
-        run_dir.discard_unstarted()
-        raise
+    with locked(make_folder(path)):  # first, so that of two starts on one folder the second finds the first
+        run_dir = RunDir.create(path, plan.config)
+        try:
+            return _carry_out(run_dir, prepared, plan, resumes=False)
+        except QSwitchError:
+            run_dir.discard_unstarted()
+            raise
 
 
 def resume(path: Path, *, vram: str | None = None, changes: Layer | None = None) -> Summary:
@@ -88,7 +89,8 @@ def resume(path: Path, *, vram: str | None = None, changes: Layer | None = None)
     )
     if vram is not None:
         require_own_sizes_fit(plan)
-    return _carry_out(run_dir, prepared, plan, resumes=True)
+    with locked(path):
+        return _carry_out(run_dir, prepared, plan, resumes=True)
 
 
 def _prepare(config: RunConfig, problems: list[str]) -> Prepared:
@@ -135,12 +137,17 @@ def _carry_out(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool
     from qswitch.report.page import write_report
 
     try:
-        with locked(run_dir.path):
-            run_dir.record_changes()
-            run_dir.write_json("data.json", prepared.prompts.report.to_dict())
-            run_dir.write_json("plan.json", plan.to_dict())
-            summary = train(run_dir, prepared, plan, resumes=resumes)
+        run_dir.record_changes()
+        run_dir.write_json("data.json", prepared.prompts.report.to_dict())
+        run_dir.write_json("plan.json", plan.to_dict())
+        summary = train(run_dir, prepared, plan, resumes=resumes)
+        write_report([run_dir.path])
     except KeyboardInterrupt:
         raise Interrupted(str(run_dir.path)) from None
-    write_report([run_dir.path])
+    except Exception as error:
+        problem = None if isinstance(error, QSwitchError) else storage_problem(error)
+        if problem is None:
+            raise
+        go_on = f" What was trained is kept: qswitch distill --resume {run_dir.path}" if run_dir.has_begun else ""
+        raise StorageError(f"{problem}{go_on}") from error
     return summary

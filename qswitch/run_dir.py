@@ -14,14 +14,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qswitch.aside import file_aside
+from qswitch.aside import PARTIAL, file_aside
 from qswitch.config import RunConfig
 from qswitch.errors import ConfigError, RunDirError
 from qswitch.layers import Layer, build_config, by_section, dump_config, flatten
+from qswitch.outside import is_kind
+from qswitch.state_files import MetricsLine, RolloutLine
 from qswitch.yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
 
+LOCK = ".lock"
+"""File whose lock the command that writes to a folder holds."""
 CHANGEABLE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "max_steps", "max_tokens", "max_seconds",
     "eval_steps", "save_steps", "save_total_limit", "report_to",
@@ -46,11 +50,8 @@ class RunDir:
         Raises:
             RunDirError: the folder holds something already, or cannot be made.
         """
+        make_folder(path)
         cls.refuse_existing(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunDirError(f"{path} cannot be made ({error.strerror}). Choose another --output-dir.") from error
         run = cls(path, config)
         write_atomically(run.config_path, dump_config(config))
         return run
@@ -64,7 +65,7 @@ class RunDir:
         """
         if path.is_file():
             raise RunDirError(f"{path} is a file. Choose another --output-dir.")
-        if path.is_dir() and any(path.iterdir()):
+        if holds_something(path):
             remedy = (
                 f"Resume it with `qswitch distill --resume {path}`" if (path / "config.yaml").exists() else "Empty it"
             )
@@ -72,8 +73,8 @@ class RunDir:
 
     def discard_unstarted(self) -> None:
         """Remove the folder of a run that was stopped before its first step; one that has steps stays."""
-        if not self.metrics_path.exists() and not self.checkpoints():
-            shutil.rmtree(self.path)
+        if not self.has_begun:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     @classmethod
     def open(cls, path: Path, changes: Layer | None = None) -> RunDir:
@@ -109,6 +110,11 @@ class RunDir:
             at = None if newest is None else newest.name
             _append_lines(self.path / "changes.jsonl", [{"resumed_from": at, "changes": self.changes}])
             write_atomically(self.config_path, dump_config(self.config))
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a step was taken."""
+        return self.metrics_path.exists() or bool(self.checkpoints())
 
     @property
     def config_path(self) -> Path:
@@ -178,17 +184,17 @@ class RunDir:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a damaged one is left out and named, the unfinished last one of a crash not."""
-        return _read_lines(self.metrics_path)
+        return read_lines(self.metrics_path, MetricsLine)
 
     def read_rollouts(self) -> list[dict[str, Any]]:
         """The lines of rollouts.jsonl, as `read_metrics`."""
-        return _read_lines(self.rollouts_path)
+        return read_lines(self.rollouts_path, RolloutLine)
 
     def truncate_logs(self, step: int) -> None:
         """Drop log lines after `step`, which a resumed run writes again."""
-        for path in (self.metrics_path, self.rollouts_path):
+        for path, kind in ((self.metrics_path, MetricsLine), (self.rollouts_path, RolloutLine)):
             if path.exists():
-                kept = [line for line in _read_lines(path) if line["step"] <= step]
+                kept = [line for line in read_lines(path, kind) if line["step"] <= step]
                 write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
     def checkpoints(self) -> list[Path]:
@@ -201,6 +207,24 @@ class RunDir:
         return found[-1] if found else None
 
 
+def holds_something(path: Path) -> bool:
+    """Whether a folder is there and holds more than a lock, and what a start that was killed left half-written."""
+    return path.is_dir() and any(p.name != LOCK and PARTIAL.fullmatch(p.name) is None for p in path.iterdir())
+
+
+def make_folder(path: Path) -> Path:
+    """`path`, which is a folder now.
+
+    Raises:
+        RunDirError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirError(f"{path} cannot be made ({error.strerror}). Choose another --output-dir.") from error
+    return path
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Nobody else writes to `folder` meanwhile; the lock ends with the process, however it ends.
@@ -210,7 +234,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     import filelock  # asyncio comes with it; most commands lock nothing
 
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -237,7 +261,11 @@ def _append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
             handle.write(text)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, kind: type[Any]) -> list[dict[str, Any]]:
+    """The lines of a file of JSON lines, each of `kind`; a damaged one is left out and named.
+
+    A last line without its end, which a crash cut off, is left out without a word. No file, no lines.
+    """
     if not path.exists():
         return []
     # Not splitlines: it also splits at U+2028 and the like, which models write and JSON does not escape.
@@ -246,9 +274,9 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(whole, start=1):
         try:
             line = json.loads(text)
-        except ValueError:  # no JSON, or not even UTF-8
+        except (ValueError, RecursionError):  # no JSON, or not even UTF-8
             line = None
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if is_kind(line, kind):
             lines.append(line)
         else:
             damaged.append(number)

@@ -10,25 +10,66 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from qswitch.errors import ConfigError
+from qswitch.errors import ConfigError, FileError
+from qswitch.outside import read_text
+
+MAX_BYTES = 2**20
+"""Of a YAML file; the longest preset has a hundredth of it."""
+MAX_DEPTH = 50
+"""Levels of lists and mappings inside each other: libyaml's constructor ends the process where there are many."""
+MAX_NODES = 100_000
+"""Values after every alias (`*name`) is written out: nine lines of aliases can stand for a billion."""
 
 
 def parse_yaml(text: str) -> Any:
     """Plain values of a YAML text.
 
     Raises:
-        ValueError: the text is no YAML; says where.
+        ValueError: the text is no YAML, nested too deep, or too much once its aliases are written out; says where.
     """
     import yaml
 
     # libyaml reads a preset about ten times as fast; PyYAML's wheels have it, a build without a compiler does not.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
+        _refuse_bombs(yaml.parse(text, Loader=loader))
         return yaml.load(text, Loader=loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         raise ValueError(f"{line}not valid YAML: {getattr(error, 'problem', error)}") from None
+
+
+def _refuse_bombs(events: Iterator[Any]) -> None:
+    """Nothing, or an error for what would not end well as values: the events come one by one, whatever they stand for.
+
+    Raises:
+        ValueError: too deep, or too many nodes with every alias written out.
+    """
+    import yaml
+
+    open_nodes: list[tuple[str | None, int]] = []  # (anchor, nodes before it) of every list and mapping that is open
+    sizes: dict[str, int] = {}
+    nodes = 0
+    for event in events:
+        line = f"line {event.start_mark.line + 1}: "
+        if isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in open_nodes):
+                raise ValueError(f"{line}*{event.anchor} stands inside itself")
+            nodes += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, nodes))
+            nodes += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor is not None:
+                sizes[anchor] = nodes - before
+        elif isinstance(event, yaml.ScalarEvent):
+            nodes += 1
+        if len(open_nodes) > MAX_DEPTH:
+            raise ValueError(f"{line}nested deeper than {MAX_DEPTH} levels")
+        if nodes > MAX_NODES:
+            raise ValueError(f"{line}more than {MAX_NODES:,} values, with what its aliases (*name) stand for")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -38,15 +79,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not UTF-8, no YAML, or no mapping; names the line.
     """
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist.") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder, not a YAML file.") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}).") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}).") from None
+        values = parse_yaml(read_text(path, max_bytes=MAX_BYTES))
+    except FileError as error:
+        raise ConfigError(str(error)) from None
     except ValueError as error:
         raise ConfigError(f"{path}, {error}.") from None
     if not isinstance(values, dict):

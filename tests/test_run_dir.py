@@ -99,7 +99,10 @@ def test_what_may_change_in_a_run_is_recorded_and_the_rest_refused_by_name(tmp_p
 
 def test_logs_survive_the_line_separators_that_models_write(tmp_path: Path, config):
     run = RunDir.create(tmp_path / "run", config)
-    rows = [{"step": 1, "text": "a\u2028b\u2029c\x85d\x0be\x1cf\r\ng"}, {"step": 2, "text": "h"}]
+    rows = [
+        {"step": 1, "prompt": "a\u2028b\u2029c\x85d\x0be\x1cf\r\ng", "tokens": []},
+        {"step": 2, "prompt": "h", "tokens": []},
+    ]
     run.append_rollouts(rows)
     assert run.read_rollouts() == rows
     run.truncate_logs(1)
@@ -110,14 +113,14 @@ def test_truncate_logs_drops_what_a_resumed_run_writes_again(tmp_path: Path, con
     run = RunDir.create(tmp_path / "run", config)
     for step in (1, 2, 3):
         run.append_metrics({"step": step})
-        run.append_rollouts([{"step": step, "response": "größer"}] * 2)
+        run.append_rollouts([{"step": step, "prompt": "größer", "tokens": []}] * 2)
     with run.metrics_path.open("a") as handle:
         handle.write('{"step": 4')
     run.truncate_logs(2)
     run.append_metrics({"step": 3, "again": True})
     assert [m["step"] for m in run.read_metrics()] == [1, 2, 3]
     assert [r["step"] for r in run.read_rollouts()] == [1, 1, 2, 2]
-    assert run.read_rollouts()[0]["response"] == "größer"
+    assert run.read_rollouts()[0]["prompt"] == "größer"
 
 
 def test_a_truncated_log_holds_no_rest_of_a_crash_even_at_step_0(tmp_path: Path, config):

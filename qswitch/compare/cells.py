@@ -29,10 +29,20 @@ from qswitch.errors import DataError, QSwitchError, RunDirError
 from qswitch.compare.results_table import comparison_results, render_comparison
 from qswitch.compare.spec import CONTROLS, SFT, Cell, Comparison, flat_settings, read_comparison
 from qswitch.evaluate.store import EvaluationDir
+from qswitch.outside import read_json
+from qswitch.state_files import CellFile, SummaryFile
 from qswitch.run_dir import RunDir, locked, write_atomically
 
 logger = logging.getLogger(__name__)
 
+_START = """\
+import sys
+sys.path[:] = [path for path in sys.path if path] + [sys.argv.pop(1)]
+from qswitch.__main__ import main
+main()
+"""
+_PACKAGE_FOLDER = str(Path(__file__).resolve().parents[2])
+"""Last on the path: where this package was imported from, if it is not installed."""
 Launch = Callable[[Sequence[str]], int]
 """Runs one qswitch command line and returns its exit code."""
 
@@ -121,8 +131,11 @@ def _has_run(output_dir: Path, cell: Cell) -> bool:
 
 
 def launch_process(arguments: Sequence[str]) -> int:
-    """Run a qswitch command in a process of its own; what stops this process stops it first, and it may finish."""
-    process = subprocess.Popen([sys.executable, "-m", "qswitch", *arguments], stdout=subprocess.DEVNULL)
+    """Run a qswitch command in a process of its own; what stops this process stops it first, and it may finish.
+
+    Not by `python -m`, which would take any module from the current folder, where data may lie, before the installed.
+    """
+    process = subprocess.Popen([sys.executable, "-c", _START, _PACKAGE_FOLDER, *arguments], stdout=subprocess.DEVNULL)
     stopped = False
 
     def forward(signum: int, _frame: Any) -> None:
@@ -172,7 +185,7 @@ def _run_cell(output_dir: Path, comparison: Comparison, cell: Cell, launch: Laun
                 "cell": cell.name,
                 "seed": cell.seed,
                 "settings": cell.settings,
-                "summary": json.loads(run_dir.summary_path.read_text(encoding="utf-8")),
+                "summary": read_json(run_dir.summary_path, SummaryFile),
                 "teacher_share": sum(share * count for share, count in shares) / tokens if tokens else None,
             },
             indent=1,
@@ -222,7 +235,7 @@ def _require(code: int, cell: Cell | None, what: str, arguments: Sequence[str]) 
 
 def _finished(output_dir: Path, cell: Cell) -> dict[str, Any] | None:
     path = output_dir / "cells" / f"{cell.label}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return dict(read_json(path, CellFile)) if path.is_file() else None
 
 
 def _refuse_other_cells(output_dir: Path, comparison: Comparison) -> None:
@@ -235,7 +248,7 @@ def _refuse_other_cells(output_dir: Path, comparison: Comparison) -> None:
         elif (_run_path(output_dir, cell) / "config.yaml").is_file():
             start = _start_path(output_dir, cell)
             known = start.is_file()
-            changed = cell.changed(json.loads(start.read_text(encoding="utf-8"))) if known else ["unknown ones"]
+            changed = cell.changed(read_json(start, dict[str, Any])) if known else ["unknown ones"]
         if changed and all(key.startswith("evaluate.") for key in changed):
             raise RunDirError(
                 f"{output_dir} was scored with other settings ({', '.join(changed[:4])}). Choose another --output-dir; "

@@ -6,7 +6,6 @@ stands beside it. Cold and pure but for reading the evaluation's files.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,8 @@ from qswitch.evaluate.store import Lines
 from qswitch.evaluate.figures import COLUMNS, LOWER_IS_BETTER, OWN_COLUMNS, OWN_TEXT_COLUMNS
 from qswitch.evaluate.score_table import estimate, markdown_table, own_difference_tables, own_tables, protocol_line
 from qswitch.evaluate.versions import versions
+from qswitch.outside import read_json
+from qswitch.state_files import DistanceLine, OwnDistanceLine, ResponseLine, SetFile
 
 
 def comparison_results(
@@ -33,8 +34,7 @@ def comparison_results(
     by_cell: dict[str, list[tuple[Cell, Mapping[str, Any]]]] = {}
     for cell, saved in finished:
         by_cell.setdefault(cell.name, []).append((cell, saved))
-    measured = _read_json(eval_dir / "eval.json")
-    last = _read_json(eval_dir / "results.json")
+    measured, last = (_optional(eval_dir / name, dict) for name in ("eval.json", "results.json"))
     results: dict[str, Any] = {
         "budget": section.budget.model_dump(),
         "evaluation": {key: measured[key] for key in ("protocol", "sets", "limit", "teacher") if key in measured}
@@ -46,7 +46,7 @@ def comparison_results(
         "versions": versions(),
     }
     for path in sorted((eval_dir / "sets").glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, SetFile)
         labels = {name: {cell.seed: cell.label for cell, _ in members} for name, members in by_cell.items()}
         labels |= {name: {0: name} for name in controls}
         scores: dict[str, SetScores] = {}
@@ -85,8 +85,8 @@ def comparison_results(
     return results
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _optional(path: Path, kind: type[Any]) -> dict[str, Any]:
+    return read_json(path, kind) if path.is_file() else {}
 
 
 def seed_interval(differences: Sequence[float]) -> tuple[float, float] | None:
@@ -192,20 +192,20 @@ def _cost(members: Sequence[tuple[Cell, Mapping[str, Any]]], section: Any) -> di
 def _scores(eval_dir: Path, set_name: str, label: str, content: Mapping[str, Any]) -> SetScores | None:
     asked = set(content["ids"])
 
-    def rows(path: str, *key: str) -> list[dict[str, Any]]:
-        return [row for row in Lines(eval_dir / path, key).rows.values() if row["id"] in asked]
+    def rows(path: str, kind: type[Any], *key: str) -> list[dict[str, Any]]:
+        return [row for row in Lines(eval_dir / path, key, kind).rows.values() if row["id"] in asked]
 
     model = f"models/{label}/{set_name}"
-    answers = rows(f"{model}.jsonl", "id", "seed")
+    answers = rows(f"{model}.jsonl", ResponseLine, "id", "seed")
     if not answers:
         return None
     return score_set(
         answers,
-        rows(f"{model}.teacher.jsonl", "id"),
+        rows(f"{model}.teacher.jsonl", DistanceLine, "id"),
         reference_tokens={int(i): n for i, n in content["reference_tokens"].items()},
-        teacher_responses={row["id"]: row for row in rows(f"teacher/{set_name}.jsonl", "id")},
-        own_responses=rows(f"{model}.own.jsonl", "id"),
-        own_distances=rows(f"{model}.own.teacher.jsonl", "id"),
+        teacher_responses={row["id"]: row for row in rows(f"teacher/{set_name}.jsonl", ResponseLine, "id")},
+        own_responses=rows(f"{model}.own.jsonl", ResponseLine, "id"),
+        own_distances=rows(f"{model}.own.teacher.jsonl", OwnDistanceLine, "id"),
     )
 
 

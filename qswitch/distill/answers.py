@@ -7,15 +7,16 @@ which the report computes intervals. Knows no command line and no page.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qswitch.data.records import Message, Record
 from qswitch.data.template import Prompt, PromptEncoder
 from qswitch.distill.validation import VALIDATION_SEED
+from qswitch.outside import read_json
 from qswitch.rollout.decode import RolloutRequest, rollout
 from qswitch.rollout.policy import StudentPolicy
+from qswitch.state_files import HeldOutFile
 
 if TYPE_CHECKING:
     from qswitch.distill.trainer import Trainer
@@ -56,7 +57,7 @@ def keep_last_answers(trainer: Trainer) -> None:
     path = trainer.run_dir.held_out_path
     if not path.is_file():
         return
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    kept: dict[str, Any] = dict(read_json(path, HeldOutFile))
     for answer, after in zip(kept["answers"], _student_answers(trainer), strict=True):
         answer["after"] = after
     kept["before_nats"] = trainer.counters.before_nats_by_prompt

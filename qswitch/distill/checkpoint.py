@@ -49,7 +49,8 @@ def save_checkpoint(checkpoints: Path, *, step: int, student: LanguageModel, par
     final = checkpoints / checkpoint_name(step)
     with folder_aside(final) as folder:
         save_adapter(student, folder / "adapter")
-        torch.save({name: part.state_dict() for name, part in parts.items()}, folder / _STATE)
+        with (folder / _STATE).open("wb") as file:  # torch's own file would not say that the disk is full
+            torch.save({name: part.state_dict() for name, part in parts.items()}, file)
         write_manifest(folder, format=FORMAT, step=step)
         shutil.rmtree(final, ignore_errors=True)  # of a run that went back and takes this step again
     return final

@@ -17,6 +17,7 @@ from qswitch.distill.progress import Progress
 from qswitch.models.gguf_cache import cache_folder
 from qswitch.models.host_memory import freed_memory_kept
 from qswitch.models.language_model import LanguageModel
+from qswitch.outside import read_json
 from qswitch.rollout.block_length import (
     Acceptance,
     AutoBlock,
@@ -29,6 +30,7 @@ from qswitch.rollout.graph_trial import try_graphs
 from qswitch.rollout.pass_times import LIMIT_S, measure_pass_times
 from qswitch.rollout.step_graph import StepGraphs
 from qswitch.run_dir import RunDir
+from qswitch.state_files import GraphTrialFile, PassTimesFile
 
 
 class Decoding:
@@ -64,7 +66,7 @@ class Decoding:
             trial = try_graphs(self._student, num_rows)
             self._run_dir.write_json(path.name, trial.to_dict())
             self._progress.say(f"CUDA graphs for the student: {'on' if trial.used else 'off'}, {trial.reason}")
-        return bool(json.loads(path.read_text(encoding="utf-8"))["used"])
+        return read_json(path, GraphTrialFile)["used"]
 
     def _make_blocks(self) -> BlockLength:
         config, settings = self._config, self._config.rollout
@@ -110,4 +112,4 @@ class Decoding:
 
 
 def _read(path: Path) -> PassTimes:
-    return PassTimes.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    return PassTimes.from_dict(dict(read_json(path, PassTimesFile)))

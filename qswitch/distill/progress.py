@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 from qswitch.config import TrainSection
+from qswitch.terminal import printable
 
 PLAIN_LINE_EVERY_S = 10.0
 
@@ -60,7 +61,7 @@ class Progress:
         if self._live_width:
             self._console.print(" " * self._live_width, end="\r")
             self._live_width = 0
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def loading(self, what: str, done: int, total: int | None) -> None:
         """How far reading or tokenising the data is: a live line on a terminal, without one a line now and then."""
@@ -71,7 +72,7 @@ class Progress:
             self._last_line = now  # what takes less than ten seconds needs no line
             return
         self._last_line = now
-        text = f"{what}: {done / total:.0%}" if total else f"{what}: {done:,}"
+        text = printable(f"{what}: {done / total:.0%}" if total else f"{what}: {done:,}")
         if not self._console.is_terminal:
             self.say(text)
             return

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from qswitch.errors import RunDirError
-from qswitch.run_dir import write_atomically
+from qswitch.outside import read_json
+from qswitch.run_dir import holds_something, make_folder, read_lines, write_atomically
+from qswitch.state_files import DistanceLine, EvalFile, HarnessLine, OwnDistanceLine, ResponseLine, SetFile
 
 
 class EvaluationDir:
@@ -40,7 +42,7 @@ class EvaluationDir:
         """
         saved = path / "eval.json"
         if saved.is_file():
-            before = json.loads(saved.read_text(encoding="utf-8"))
+            before: dict[str, Any] = dict(read_json(saved, EvalFile))
             here = json.loads(json.dumps(settings))
             changed = sorted(k for k in before.keys() | here.keys() if before.get(k) != here.get(k))
             if changed:
@@ -48,57 +50,53 @@ class EvaluationDir:
                 raise RunDirError(f"{path} holds an evaluation with other settings ({shown}). "
                                   "Choose another --output-dir, or delete that folder.")  # fmt: skip
         else:
-            if path.is_dir() and any(path.iterdir()):
+            if holds_something(path):
                 raise RunDirError(f"{path} is not empty and holds no evaluation. Choose another --output-dir.")
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise RunDirError(f"{path} cannot be made ({error.strerror}). Choose another --output-dir.") from error
+            make_folder(path)
             write_atomically(saved, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
         return cls(path)
 
     def responses(self, model: str, set_name: str, fingerprint: str) -> Lines:
         """The responses of a model to a set; forgotten when its weights changed."""
-        return Lines(self._folder(f"models/{model}", fingerprint) / f"{set_name}.jsonl", ("id", "seed"))
+        return Lines(self._folder(f"models/{model}", fingerprint) / f"{set_name}.jsonl", ("id", "seed"), ResponseLine)
 
     def distances(self, model: str, set_name: str, fingerprint: str, teacher_fingerprint: str) -> Lines:
         """The distances of a model from the teacher on a set; forgotten when the weights of either changed."""
-        folder = self._folder(f"models/{model}", fingerprint)
-        self._mark(folder / "teacher.txt", teacher_fingerprint, "*.teacher.jsonl")
-        return Lines(folder / f"{set_name}.teacher.jsonl", ("id",))
+        return self._measured(model, set_name, fingerprint, teacher_fingerprint, DistanceLine)
 
     def own_responses(self, model: str, set_name: str, fingerprint: str) -> Lines:
         """A model's responses that the teacher reads, to measure the distance; forgotten when its weights changed."""
-        return Lines(self._folder(f"models/{model}", fingerprint) / f"{set_name}.own.jsonl", ("id",))
+        return Lines(self._folder(f"models/{model}", fingerprint) / f"{set_name}.own.jsonl", ("id",), ResponseLine)
 
     def own_distances(self, model: str, set_name: str, fingerprint: str, teacher_fingerprint: str) -> Lines:
         """The teacher's distances from a model's own responses; forgotten when the weights of either changed."""
-        return self.distances(model, f"{set_name}.own", fingerprint, teacher_fingerprint)
+        return self._measured(model, f"{set_name}.own", fingerprint, teacher_fingerprint, OwnDistanceLine)
 
     def harness_scores(self, model: str, fingerprint: str) -> Lines:
         """What lm-evaluation-harness found of a model, one line per list of tasks and limit."""
-        return Lines(self._folder(f"models/{model}", fingerprint) / "lm_eval.scores.jsonl", ("tasks", "limit"))
+        folder = self._folder(f"models/{model}", fingerprint)
+        return Lines(folder / "lm_eval.scores.jsonl", ("tasks", "limit"), HarnessLine)
 
     def teacher_responses(self, set_name: str, fingerprint: str) -> Lines:
         """The teacher's own responses to a set."""
-        return Lines(self._folder("teacher", fingerprint) / f"{set_name}.jsonl", ("id",))
+        return Lines(self._folder("teacher", fingerprint) / f"{set_name}.jsonl", ("id",), ResponseLine)
 
     def is_complete(self, model: str) -> bool:
         """Whether every response and distance of a model is there, and is from the teacher's present responses."""
         saved, sets = self.path / "eval.json", sorted((self.path / "sets").glob("*.json"))
         if not saved.is_file() or not sets:
             return False
-        seeds = json.loads(saved.read_text(encoding="utf-8"))["protocol"]["seeds"]
+        seeds = read_json(saved, EvalFile)["protocol"]["seeds"]
         folder, teacher = self.path / "models" / model, self.path / "teacher" / "weights.txt"
         if teacher.is_file() and _text(folder / "teacher.txt") != _text(teacher):
             return False
         for path in sets:
-            ids = json.loads(path.read_text(encoding="utf-8"))["ids"]
-            responses = Lines(folder / f"{path.stem}.jsonl", ("id", "seed"))
-            distances = Lines(folder / f"{path.stem}.teacher.jsonl", ("id",))
+            ids = read_json(path, SetFile)["ids"]
+            responses = Lines(folder / f"{path.stem}.jsonl", ("id", "seed"), ResponseLine)
+            distances = Lines(folder / f"{path.stem}.teacher.jsonl", ("id",), DistanceLine)
             if any((i, seed) not in responses for i in ids for seed in seeds):
                 return False
-            own_distances = Lines(folder / f"{path.stem}.own.teacher.jsonl", ("id",))
+            own_distances = Lines(folder / f"{path.stem}.own.teacher.jsonl", ("id",), OwnDistanceLine)
             if teacher.is_file() and any((i,) not in found for i in ids for found in (distances, own_distances)):
                 return False
         return True
@@ -112,6 +110,11 @@ class EvaluationDir:
         """results.json and results.md."""
         write_atomically(self.path / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         write_atomically(self.path / "results.md", table)
+
+    def _measured(self, model: str, name: str, fingerprint: str, teacher_fingerprint: str, kind: type[Any]) -> Lines:
+        folder = self._folder(f"models/{model}", fingerprint)
+        self._mark(folder / "teacher.txt", teacher_fingerprint, "*.teacher.jsonl")
+        return Lines(folder / f"{name}.teacher.jsonl", ("id",), kind)
 
     def _folder(self, name: str, fingerprint: str) -> Path:
         folder = self.path / name
@@ -130,21 +133,21 @@ class EvaluationDir:
 
 
 def _text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+    return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
 
 
 class Lines:
-    """A file of JSON lines with a key each; what a crash cut off at its end is written again."""
+    """A file of JSON lines of one kind with a key each; what a crash cut off, or a fault damaged, is written again."""
 
-    def __init__(self, path: Path, key: tuple[str, ...]) -> None:
+    def __init__(self, path: Path, key: tuple[str, ...], kind: type[Any]) -> None:
         self.path, self._key = path, key
         self.rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         if path.exists():
-            # Not splitlines: it also splits at U+2028 and the like, which models write and JSON does not escape.
-            *whole, unfinished = path.read_text(encoding="utf-8").split("\n")
-            self.rows = {self._of(row): row for row in map(json.loads, whole)}
-            if unfinished:
-                write_atomically(path, "".join(f"{line}\n" for line in whole))
+            lines = read_lines(path, kind)
+            self.rows = {self._of(row): row for row in lines}
+            *whole, unfinished = path.read_bytes().split(b"\n")
+            if unfinished or len(whole) > len(lines):
+                write_atomically(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     def __contains__(self, key: tuple[Any, ...]) -> bool:
         return key in self.rows

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from qswitch.config import RunConfig
-from qswitch.errors import ModelError, PlanError, QSwitchError
+from qswitch.errors import FileError, ModelError, PlanError, QSwitchError
 from qswitch.export.card import model_card, reference_names
 from qswitch.export.push import MERGED_FOLDER
 from qswitch.models.architecture import plain_experts
@@ -32,10 +32,12 @@ from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
 from qswitch.models.shrink import CALIBRATION_PROMPTS, refuse_non_empty, write_model_folder
 from qswitch.models.student import attach_lora, load_adapter
+from qswitch.outside import read_json
 from qswitch.plan.machine import detect_budget_bytes
 from qswitch.plan.model_files import shape_for
 from qswitch.plan.shapes import ModelShape
 from qswitch.run_dir import RunDir, write_atomically
+from qswitch.state_files import SummaryFile
 from qswitch.units import GIB
 
 logger = logging.getLogger(__name__)
@@ -160,8 +162,8 @@ def read_merge_report(folder: Path) -> MergeReport | None:
     if not path.is_file():
         return None
     try:
-        return MergeReport(**{**json.loads(path.read_text(encoding="utf-8")), "output_dir": folder})
-    except (ValueError, TypeError) as error:
+        return MergeReport(**{**read_json(path, dict[str, Any]), "output_dir": folder})
+    except (FileError, TypeError) as error:
         raise ModelError(f"{path} cannot be read ({first_line(error)}). Remove {folder} and merge again.") from None
 
 
@@ -341,4 +343,4 @@ def _restore_hidden_config(merged: Any, base: ResolvedModel) -> None:
 def _summary(run_dir: RunDir) -> dict[str, Any]:
     if not run_dir.summary_path.is_file():
         return {}
-    return json.loads(run_dir.summary_path.read_text(encoding="utf-8"))
+    return dict(read_json(run_dir.summary_path, SummaryFile))

@@ -5,7 +5,6 @@ Knows nothing of optimizers, steps or rollouts.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -17,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from qswitch.config import LoraSection, RunConfig
-from qswitch.errors import ModelError
+from qswitch.errors import FileError, ModelError
 from qswitch.models.dropout import set_dropout
 from qswitch.models.finite import require_finite
 from qswitch.models.language_model import LanguageModel, verify_head
 from qswitch.models.load import load_base, resolve_precision
 from qswitch.models.messages import quiet
 from qswitch.models.runtime import Runtime
+from qswitch.outside import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -294,8 +294,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / ADAPTER_CONFIG
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder} has no {ADAPTER_CONFIG}.") from None
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{path}, line {error.lineno}: not valid JSON.") from None
+        return read_json(path, dict[str, Any])
+    except FileError as error:
+        raise ModelError(str(error)) from None

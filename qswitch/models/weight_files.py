@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from qswitch.errors import ModelError
+from typing_extensions import TypedDict
+
+from qswitch.errors import FileError, ModelError
 from qswitch.models.references import ResolvedModel
+from qswitch.outside import read_json
 
 INDEX = "model.safetensors.index.json"
 _LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header, little-endian."""
+
+
+class IndexFile(TypedDict):
+    """model.safetensors.index.json."""
+
+    weight_map: dict[str, str]
 
 
 def check_weight_files(resolved: ResolvedModel) -> None:
@@ -32,9 +41,9 @@ def check_weight_files(resolved: ResolvedModel) -> None:
     index = folder / INDEX
     if index.is_file():
         try:
-            parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ModelError(f"{index} cannot be read ({error!r}). Download it again.") from None
+            parts = set(read_json(index, IndexFile)["weight_map"].values())
+        except FileError as error:
+            raise ModelError(f"{error} Download it again.") from None
         missing = sorted(parts - {f.name for f in files})
         if missing:
             raise ModelError(f"{folder}: {len(missing)} of {len(parts)} weight files are missing, for example "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from qswitch.config import LoraSection, StudentSection
-from qswitch.errors import ConfigError
+from qswitch.errors import ConfigError, FileError
+from qswitch.outside import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -42,7 +42,7 @@ def adapter_settings(folder: Path) -> LoraSection:
     """
     path = folder / ADAPTER_CONFIG
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, dict[str, Any])
         if values.get("peft_type", "LORA") != "LORA":
             raise ConfigError(f"{path} describes a {values['peft_type']} adapter; only LoRA can be used here.")
         targets = values["target_modules"]
@@ -57,7 +57,9 @@ def adapter_settings(folder: Path) -> LoraSection:
             rank_pattern=values.get("rank_pattern") or {},
             alpha_pattern=values.get("alpha_pattern") or {},
         )
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except FileError as error:
+        raise ConfigError(f"{error} Save the adapter anew.") from None
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as a LoRA configuration: {error!r}. Save the adapter anew.") from None
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from qswitch.config import StudentSection, TeacherSection
-from qswitch.errors import ConfigError
+from qswitch.errors import ConfigError, FileError
 from qswitch.hub import HUB_ID, hub_cache, is_hub_id, package_file
+from qswitch.outside import read_json, read_text
 from qswitch.plan.families import shape_from_config
 from qswitch.plan.gguf_header import config_of_gguf
 from qswitch.plan.shapes import ModelShape
@@ -169,7 +170,7 @@ def _config_paths(reference: str, revision: str | None) -> list[Path]:
     named = repository / "refs" / (revision or "main")
     commits = [revision] if revision else []
     if named.is_file():
-        commits.append(named.read_text(encoding="utf-8").strip())
+        commits.append(read_text(named).strip())
     paths += [repository / "snapshots" / commit / "config.json" for commit in commits]
     if revision is None:
         paths += sorted(repository.glob("snapshots/*/config.json"))
@@ -178,9 +179,6 @@ def _config_paths(reference: str, revision: str | None) -> list[Path]:
 
 def _read_config(path: Path) -> Mapping[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is not a model configuration.")
-    return values
+        return read_json(path, dict[str, Any])
+    except FileError as error:
+        raise ConfigError(str(error)) from None

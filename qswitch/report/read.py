@@ -5,7 +5,6 @@ Loads no model. A run that has not finished, or an older one, gives what there i
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,10 @@ import yaml
 
 from qswitch.evaluate.intervals import mean_interval
 from qswitch.evaluate.score_table import COLUMNS, estimate
+from qswitch.outside import read_json
 from qswitch.report.charts import Chart, run_charts
 from qswitch.run_dir import RunDir
+from qswitch.state_files import FidelityFile, HeldOutFile, PlanFile, ResultsFile, SummaryFile
 
 MAX_ROLLOUTS = 24
 """Sample rollouts shown, evenly over the run."""
@@ -71,8 +72,8 @@ class RunView:
 def view(run_dir: RunDir) -> RunView:
     """All that the page shows of a run."""
     lines, rollouts = run_dir.read_metrics(), run_dir.read_rollouts()
-    summary = _read_json(run_dir.summary_path) or {}
-    held_out = _read_json(run_dir.held_out_path) or {}
+    summary = _optional(run_dir.summary_path, SummaryFile) or {}
+    held_out = _optional(run_dir.held_out_path, HeldOutFile) or {}
     phases = seconds_by_phase(lines)
     return RunView(
         name=run_dir.path.resolve().name,
@@ -85,7 +86,7 @@ def view(run_dir: RunDir) -> RunView:
         evaluations=[*evaluations(run_dir), *fidelity_tables(run_dir)],
         charts=run_charts(lines, rollouts, summary),
         phases=phases,
-        memory=memory_rows(_read_json(run_dir.path / "plan.json") or {}, lines, summary),
+        memory=memory_rows(_optional(run_dir.path / "plan.json", PlanFile) or {}, lines, summary),
         rollouts=[_shown(r) for r in _spread(rollouts, MAX_ROLLOUTS)],
         total_rollouts=len(rollouts),
         configuration=yaml.safe_dump(run_dir.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
@@ -209,7 +210,7 @@ def evaluations(run_dir: RunDir) -> list[dict[str, Any]]:
     """Results of `qswitch eval` in RUN/eval, one table a set."""
     tables = []
     for path in sorted(run_dir.path.glob("eval/*/results.json")):
-        results = _read_json(path) or {}
+        results = read_json(path, ResultsFile)
         for set_name, one in results.get("sets", {}).items():
             present = [m for m in COLUMNS if any(m in v["metrics"] for v in one["models"].values())]
             rows = [
@@ -231,7 +232,7 @@ def evaluations(run_dir: RunDir) -> list[dict[str, Any]]:
 
 def fidelity_tables(run_dir: RunDir) -> list[dict[str, Any]]:
     """RUN/fidelity.json as a table, where `qswitch fidelity` was run."""
-    result = _read_json(run_dir.path / "fidelity.json")
+    result = _optional(run_dir.path / "fidelity.json", FidelityFile)
     if result is None:
         return []
     rows = [
@@ -286,8 +287,8 @@ def _spread(items: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str,
     return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _optional(path: Path, kind: type[Any]) -> dict[str, Any] | None:
+    return read_json(path, kind) if path.is_file() else None
 
 
 def _reference(reference: str | list[str]) -> str:

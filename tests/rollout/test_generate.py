@@ -89,7 +89,7 @@ def test_prompts_may_be_records(tmp_path):
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal():
-    from qswitch.console import printable
+    from qswitch.terminal import printable
 
     assert printable("a\x1b[2Jb\tc\n\x07\x9b") == "a\\x1b[2Jb\tc\n\\x07\\x9b"
 

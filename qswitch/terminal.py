@@ -1,0 +1,41 @@
+"""What of a text reaches a terminal: no control character, so that data, models and file names cannot give it orders.
+
+One filter for messages, progress, warnings and results. Cold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from typing import Any
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, tabs and line ends apart; what turns the direction of writing; halves of characters."""
+
+
+def printable(text: str) -> str:
+    """Text whose control characters, tabs and line ends apart, a terminal shows as escapes instead of obeying them."""
+    return _CONTROL.sub(lambda match: _escape(ord(match[0])), text)
+
+
+def printable_json(text: str) -> str:
+    """The same of a JSON text, which stays JSON: such characters stand inside of strings only."""
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def filter_log() -> None:
+    """Let every line that is logged in this process, by whatever library, go through `printable`."""
+    if logging.getLogRecordFactory() is not _clean_record:
+        logging.setLogRecordFactory(_clean_record)
+
+
+def _clean_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    record = logging.LogRecord(*args, **kwargs)
+    with contextlib.suppress(Exception):  # arguments that do not fit the text: logging says so, and where
+        record.msg, record.args = printable(record.getMessage()), ()
+    return record
+
+
+def _escape(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
