@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from qswitch.errors import ConfigError
 from qswitch.terminal import printable, printable_json
+from qswitch.units import MAX_TOKENS
 
 if TYPE_CHECKING:
     from qswitch.config import RunConfig
@@ -27,6 +28,13 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value, for example train.max_steps=100. Repeatable.")
 ]
 Vram = Annotated[str | None, typer.Option("--vram", help="Memory budget, for example 12GiB; default: what is free.")]
+Device = Annotated[
+    Literal["cuda", "cpu"] | None,
+    typer.Option("--device", help="Default: as the run, else what there is."),
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, max=MAX_TOKENS, help="Response limit, tokens; default: the run's.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the settings and print the plan; load nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program.")]
 

@@ -12,6 +12,8 @@ from qswitch.cli_options import (
     AsJson,
     Config,
     Data,
+    Device,
+    MaxNewTokens,
     Named,
     Overrides,
     Preset,
@@ -22,6 +24,7 @@ from qswitch.cli_options import (
     show,
 )
 from qswitch.errors import ConfigError
+from qswitch.units import MAX_TOKENS
 
 results_app = typer.Typer()
 
@@ -50,8 +53,10 @@ def evaluate(
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Comma-separated, one response a record each.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Response limit, tokens.")] = None,
-    max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longer prompts are left out.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, max=MAX_TOKENS, help="Response limit, tokens.")] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, max=MAX_TOKENS, help="Longer prompts are left out.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="First records of each set only.")] = None,
     columns: Annotated[
         list[str] | None, typer.Option("--column", help="Our field=column of the file, for example response=answer.")
@@ -61,7 +66,7 @@ def evaluate(
         int, typer.Option(min=1, help="Rows decoded together; speed only. Halved when memory runs out.")
     ] = 16,
     precision: Annotated[str, typer.Option(help="Of models that are no run: auto, nf4, int8, bf16, fp32.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: as the run, else what there is.")] = None,
+    device: Device = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the models.")] = False,
     lm_eval: Annotated[
         str | None, typer.Option(help="Comma-separated tasks of EleutherAI's harness; needs the extra lm-eval.")
@@ -128,10 +133,8 @@ def fidelity(
         list[str] | None, typer.Option("--precision", help="nf4, fp4 or int8. Repeatable; default: all three.")
     ] = None,
     num_prompts: Annotated[int, typer.Option("--prompts", min=1, help="Held-out prompts, the run's.")] = 32,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Response limit; default: the run's.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda or cpu; a bf16 teacher that does not fit the GPU needs cpu.")
-    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    device: Device = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="Where fidelity.json goes; default: the run, or fidelity/<preset>.")
     ] = None,

@@ -7,13 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from qswitch.cli_options import AsJson, show
+from qswitch.cli_options import AsJson, MaxNewTokens, show
 from qswitch.errors import ConfigError
 
 student_app = typer.Typer()
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
-MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Response limit, tokens; default: the run's.")]
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy. Default: the run's.")]
 Seed = Annotated[int, typer.Option(min=0, help="Another seed, another response.")]
 ShowWriters = Annotated[

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from qswitch import methods, rules
 from qswitch.errors import ConfigError
+from qswitch.units import MAX_COUNT, MAX_ROWS, MAX_TOKENS
 from qswitch.yaml_file import as_written
 
 ModelReference = str | list[str]
@@ -88,7 +89,7 @@ class TeacherSection(Section):
 class LoraSection(Section):
     """LoRA adapters of the student (peft LoraConfig)."""
 
-    r: int = Field(default=16, ge=1)
+    r: int = Field(default=16, ge=1, le=65_536)
     """Rank."""
     alpha: float = Field(default=32, gt=0)
     """Scale numerator: the update is scaled by alpha / r (alpha / sqrt(r) with use_rslora)."""
@@ -146,7 +147,7 @@ class StudentSection(Section):
     the run says at its start. 0 switches it off. The adapter's is lora.dropout."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    shrink_to_layers: int | None = Field(default=None, ge=1)
+    shrink_to_layers: int | None = Field(default=None, ge=1, le=10_000)
     """Cut the model to this many layers first, keeping those without which its output would change most."""
     shape: dict[str, Any] | None = None
     """config.json values of the model (before shrinking), so that it can be planned before any download."""
@@ -187,9 +188,9 @@ class DataSection(Section):
     """Further tokens that end a response, in rollouts, training and the exported model, for example <end_of_turn>."""
     allow_eos_mismatch: bool = False
     """Train although no end token of one model ends a response of the other; responses end at either's."""
-    max_prompt_tokens: int = Field(default=256, ge=1)
+    max_prompt_tokens: int = Field(default=256, ge=1, le=MAX_TOKENS)
     """Records with a longer prompt are dropped and counted."""
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     """Use only the first N training records; with data.weights, of each entry."""
     num_validation: int = Field(default=32, ge=1, le=100_000)
     """Number of held-out prompts that are scored."""
@@ -201,7 +202,7 @@ class DataSection(Section):
     """Rise of the loss on held-out responses at which the share grows by 0.1, nats per token."""
     lm_corpus: str | list[str] | None = None
     """Plain text for an added language-model loss; text, jsonl with `text`, or a hub id."""
-    lm_corpus_tokens: int = Field(default=20_000_000, ge=1)
+    lm_corpus_tokens: int = Field(default=20_000_000, ge=1, le=10**11)
     """Tokens read of lm_corpus, from its start, at most; they stay in host memory, 8 bytes each."""
 
     @field_validator("template_kwargs")
@@ -239,7 +240,7 @@ class RolloutSection(Section):
     relative_decay: float = Field(default=3.6, gt=0)
     """Over a response of the expected length: tau_0 * exp(-relative_decay * t / length). 3.6 is the paper's 0.1 per
     token over 36 tokens, the middle of the lengths that its shares of teacher tokens are of."""
-    expected_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    expected_tokens: Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_TOKENS)] = "auto"
     """Expected length of a response (schedule relative). auto: the mean of the teacher's answers to the held-out
     prompts, which it writes before the first step."""
     teacher_share: float | None = Field(default=None, gt=0, lt=1)
@@ -251,17 +252,17 @@ class RolloutSection(Section):
     """Share of tokens the teacher writes (policy random)."""
     mixture_teacher_weight: float = Field(default=0.2, ge=0, le=1)
     """w in w * p + (1 - w) * q (policy mixture)."""
-    skd_top_k: int = Field(default=25, ge=1)
+    skd_top_k: int = Field(default=25, ge=1, le=MAX_COUNT)
     """A student token outside the teacher's top k is redrawn from the teacher (policy skd)."""
     adaswitch_factor: float = Field(default=2.0, gt=0)
     """The teacher takes over for good at a divergence above this times the mean of the last ones (policy adaswitch)."""
-    adaswitch_window: int = Field(default=16, ge=1)
+    adaswitch_window: int = Field(default=16, ge=1, le=MAX_COUNT)
     """Number of earlier divergences in that mean, response tokens (policy adaswitch)."""
-    reuse: int = Field(default=1, ge=1)
+    reuse: int = Field(default=1, ge=1, le=10_000)
     """R: every rollout trains R times over the following steps, without either model writing again."""
-    replay_capacity: int = Field(default=1000, ge=1)
+    replay_capacity: int = Field(default=1000, ge=1, le=MAX_COUNT)
     """Rollouts held for reuse, or for data.adaptive_share; the oldest leave first."""
-    replay_max_age_steps: int = Field(default=50, ge=1)
+    replay_max_age_steps: int = Field(default=50, ge=1, le=MAX_COUNT)
     """Optimizer steps after which a rollout is too stale to train on again."""
     block_tokens: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = "auto"
     """Tokens the student drafts before the teacher scores them in one pass; changes speed, never the tokens. 0: the
@@ -271,9 +272,9 @@ class RolloutSection(Section):
     start finds them the same and faster. off: never."""
     temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature of both writers; 0 is greedy. The divergence is always measured at temperature 1."""
-    max_new_tokens: int = Field(default=256, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1, le=MAX_TOKENS)
     """Response limit, tokens."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=8, ge=1, le=MAX_ROWS)
     """Rows decoded together; changes speed and memory, never the tokens."""
     steps_at_once: int = Field(default=1, ge=1)
     """Optimizer steps whose rollouts are written at once; the last of them learns from responses that are
@@ -307,7 +308,7 @@ class LossSection(Section):
     """Weight of the language-model loss on data.lm_corpus."""
     lm_passage_tokens: int = Field(default=512, ge=8)
     """Length of one passage of data.lm_corpus; one passage per row of the batch."""
-    chunk_tokens: int = Field(default=128, ge=1)
+    chunk_tokens: int = Field(default=128, ge=1, le=MAX_TOKENS)
     """Loss positions projected to the vocabulary at a time; changes memory, not the value."""
 
     @property
@@ -322,36 +323,36 @@ class CacheSection(Section):
 
     format: Literal["hidden", "topk"] = "hidden"
     """hidden: final hidden states, exact and small. topk: k log-probabilities and the tail as one event."""
-    topk: int = Field(default=64, ge=1)
+    topk: int = Field(default=64, ge=1, le=MAX_TOKENS)
     """k of the topk format."""
-    device_budget_gib: float = Field(default=0.5, ge=0)
+    device_budget_gib: float = Field(default=0.5, ge=0, le=10**6)
     """Rows kept on the accelerator, GiB; more move to host memory."""
-    host_budget_gib: float = Field(default=4.0, ge=0)
+    host_budget_gib: float = Field(default=4.0, ge=0, le=10**6)
     """Rows kept in host memory, GiB; more move to a file in the run directory."""
 
 
 class TrainSection(Section):
     """The optimiser, its schedule, and how often to look and to save."""
 
-    max_steps: int = Field(default=200, ge=1)
+    max_steps: int = Field(default=200, ge=1, le=MAX_COUNT)
     """Optimizer steps."""
-    num_epochs: float | None = Field(default=None, gt=0)
+    num_epochs: float | None = Field(default=None, gt=0, le=10**6)
     """Instead of max_steps: how often the training prompts are gone through. Once the data is read, the config.yaml of
     the run says how many steps that is."""
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=10**15)
     """End with the step that reaches this many response tokens, generated or (ground-truth batches) read from the data;
     the learning rate follows the budget that is spent most."""
-    max_seconds: float | None = Field(default=None, gt=0)
+    max_seconds: float | None = Field(default=None, gt=0, le=10**10)
     """The same for seconds of training, validation apart; a resumed run is then not bit for bit the same."""
-    per_device_train_batch_size: int = Field(default=4, ge=1)
+    per_device_train_batch_size: int = Field(default=4, ge=1, le=MAX_ROWS)
     """Sequences in one forward and backward pass."""
-    gradient_accumulation_steps: int = Field(default=4, ge=1)
+    gradient_accumulation_steps: int = Field(default=4, ge=1, le=MAX_ROWS)
     """Micro-batches per optimizer step; the loss is the token mean over all of them."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after the warm-up; cosine and linear end at 0."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=MAX_COUNT)
     """Steps of linear warm-up."""
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     """paged_adamw_8bit: bitsandbytes, GPU only, a quarter of the state."""
@@ -359,14 +360,14 @@ class TrainSection(Section):
     """Decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradient norm clip."""
-    eval_steps: int = Field(default=50, ge=1)
+    eval_steps: int = Field(default=50, ge=1, le=MAX_COUNT)
     """Steps between validations; also before the first and after the last."""
-    eval_own_prompts: int = Field(default=8, ge=0)
+    eval_own_prompts: int = Field(default=8, ge=0, le=100_000)
     """Held-out prompts that the student answers at every validation, for the teacher to read: the distance on its own
     text, as `qswitch eval` measures it on a test set. 0: none."""
-    save_steps: int = Field(default=50, ge=1)
+    save_steps: int = Field(default=50, ge=1, le=MAX_COUNT)
     """Steps between checkpoints."""
-    save_total_limit: int = Field(default=2, ge=1)
+    save_total_limit: int = Field(default=2, ge=1, le=MAX_COUNT)
     """Checkpoints kept, besides the best."""
     compute_dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
     """Arithmetic of both models. auto: bf16 where the device has it natively, else fp32. fp64 is for tests."""

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import stat
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -83,7 +84,7 @@ def json_value(text: str, kind: type[T], where: str) -> T:
     except (ValueError, RecursionError) as error:
         raise FileError(f"{where} is not valid JSON ({error}). Restore it from a copy, or remove it.") from None
     try:
-        _adapter(kind).validate_python(value, strict=True)
+        _adapter(cast(Hashable, kind)).validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         entry = ".".join(map(str, first["loc"])) or "its content"
@@ -98,14 +99,14 @@ def is_kind(value: Any, kind: type[Any]) -> bool:
     from pydantic import ValidationError
 
     try:
-        _adapter(kind).validate_python(value, strict=True)
+        _adapter(cast(Hashable, kind)).validate_python(value, strict=True)
     except ValidationError:
         return False
     return True
 
 
 @functools.cache
-def _adapter(kind: Any) -> Any:
+def _adapter(kind: Hashable) -> Any:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(kind)
+    return TypeAdapter(cast(Any, kind))

@@ -209,7 +209,7 @@ def _files(config: RunConfig) -> Iterator[str]:
             except DataError as error:
                 yield f"data.{setting}: {error}"
     template = data.template
-    if template not in ("teacher", "student", "alpaca", "plain") and not Path(template).expanduser().is_file():
+    if template not in ("teacher", "student", "alpaca", "plain") and not Path(template).expanduser().exists():
         yield (
             f"data.template={template}: no such file. Use teacher, student, alpaca, plain, or the path of a Jinja file."
         )

@@ -56,7 +56,7 @@ def _refuse_bombs(events: Iterator[Any]) -> None:
         if isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in open_nodes):
                 raise ValueError(f"{line}*{event.anchor} stands inside itself")
-            nodes += sizes.get(event.anchor, 1)
+            nodes += sizes.get(str(event.anchor), 1)
         elif isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((event.anchor, nodes))
             nodes += 1

@@ -44,7 +44,7 @@ LAYERS = [
     ["methods"],
     ["yaml_file", "hub", "manifest"],
     ["outside", "aside"],
-    ["errors", "state_files", "terminal", "units", "divergence"],
+    ["errors", "state_files", "terminal", "time_limit", "units", "divergence"],
 ]
 COLD = [
     "__init__.py",
@@ -74,6 +74,7 @@ COLD = [
     "run_dir.py",
     "state_files.py",
     "terminal.py",
+    "time_limit.py",
     "units.py",
     "yaml_file.py",
     "distill/__init__.py",

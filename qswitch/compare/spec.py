@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from qswitch.config import RunConfig, Section
+from qswitch.config import DataSection, RunConfig, Section
 from qswitch.layers import build_config, by_section, flatten, stack
 from qswitch.data.sources import reference_path
 from qswitch.errors import ConfigError, DataError
 from qswitch.evaluate.figures import METRICS
 from qswitch.evaluate.protocol import PROTOCOLS, make_protocol
 from qswitch.presets import load_preset
+from qswitch.units import MAX_ROWS, MAX_TOKENS
 from qswitch.yaml_file import read_yaml
 
 SFT = "sft"
@@ -30,6 +31,8 @@ TEACHER = ("model", "revision", "precision", "adapter")
 """What makes a teacher another one."""
 NO_RESULT = ("about", "train.save_steps", "train.save_total_limit", "train.report_to")
 """Settings, or sections, of a run that change no figure."""
+MAX_PROBED = 20_000
+"""Records of a test set that are read before the first cell is trained."""
 MAX_STEPS = 1_000_000
 """train.max_steps where the budget is tokens or seconds."""
 
@@ -40,7 +43,7 @@ class BudgetSection(Section):
     unit: Literal["tokens", "steps", "seconds"] = "steps"
     """tokens: response tokens that were generated, or read from the data where a method generates none.
     steps: optimizer steps. seconds: of training, validation apart."""
-    amount: float = Field(gt=0)
+    amount: float = Field(gt=0, le=10**15)
     """How many; the step that reaches it is the last."""
 
 
@@ -58,7 +61,7 @@ class CellSection(Section):
 class EvaluateSection(Section):
     """How the cells are scored; names and meanings are those of `qswitch eval`."""
 
-    data: list[str]
+    data: list[str] = Field(min_length=1)
     """Test sets."""
     protocol: str = "greedy"
     """Named protocol."""
@@ -68,17 +71,17 @@ class EvaluateSection(Section):
     """Instead of the protocol's."""
     template: str | None = None
     """Instead of the protocol's; `own` is that of the run."""
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     """Instead of the protocol's."""
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     """Instead of the protocol's."""
-    limit: int | None = None
+    limit: int | None = Field(default=None, ge=1)
     """First records of each set."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our field -> column of the file."""
     split: str = "test"
     """Of a hub data set."""
-    batch_size: int = Field(default=16, ge=1)
+    batch_size: int = Field(default=16, ge=1, le=MAX_ROWS)
     """Rows decoded together; changes no figure."""
     device: Literal["cuda", "cpu"] | None = None
     """Instead of the run's."""
@@ -245,8 +248,8 @@ def _unlike_evaluations(cells: list[Cell], section: CompareSection) -> Iterator[
         ours, theirs = ([getattr(c.config.data, name) for name in shown] for c in (first, cell))
         if follows_runs and ours != theirs:
             yield (
-                f"cells.{cell.name} has another data.template, data.template_kwargs or data.system_prompt than {first.name}, but all answer "
-                "the same prompts. Name one in evaluate.template, or set it in settings: for every cell"
+                f"cells.{cell.name} has another data.template, data.template_kwargs or data.system_prompt than "
+                f"{first.name}, but all answer the same prompts. Name one in evaluate.template, or set it in settings: for every cell"
             )
 
 
@@ -260,11 +263,24 @@ def _bad_evaluation(section: CompareSection) -> Iterator[str]:
         )  # fmt: skip
     except ConfigError as error:
         yield f"evaluate: {error}"
+    from qswitch.data.fields import check_columns
+    from qswitch.evaluate.testset import clash_of_names, load_test_set
+
     for reference in evaluate.data:
         try:
-            reference_path(reference)
+            if reference_path(reference) is not None:  # a hub that does not answer costs minutes
+                data = DataSection(train=reference, columns=evaluate.columns, split=evaluate.split)
+                check_columns(data)
+                load_test_set(data, reference, limit=min(evaluate.limit or MAX_PROBED, MAX_PROBED))
         except DataError as error:
             yield f"evaluate.data: {error}"
+    clash = clash_of_names(evaluate.data)
+    if clash is not None:
+        yield f"evaluate.data: {clash}"
+    template = evaluate.template
+    named = template in (None, "own", "teacher", "student", "alpaca", "plain")
+    if not named and not Path(str(template)).expanduser().exists():
+        yield f"evaluate.template: {template} is no file. Use own, teacher, student, alpaca, plain, or a Jinja file"
 
 
 def _cell_config(run: Mapping[str, Any], cell: CellSection, seed: int, budget: BudgetSection) -> RunConfig:

@@ -18,14 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 from qswitch.data.records import Record
 from qswitch.data.turns import Message
-from qswitch.errors import DataError
+from qswitch.errors import DataError, FileError
 from qswitch.models.vocab import PROBES
+from qswitch.outside import read_text
+from qswitch.time_limit import time_limit
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
 
+RENDER_LIMIT_S = 5.0
+"""Of one record. A template is a program from outside, and takes about a millisecond."""
 ALPACA_INTRO = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 )
@@ -308,14 +312,15 @@ class PromptEncoder:
         if whole:
             turns.append(Message("assistant", record.response or "", record.response_extra).to_dict())
         try:
-            return self.tokenizer.apply_chat_template(
-                turns,
-                tools=list(record.tools) or None,
-                chat_template=self._jinja,
-                tokenize=False,
-                add_generation_prompt=not whole,
-                **{**self.template_kwargs, **record.template_kwargs},
-            )
+            with time_limit(RENDER_LIMIT_S, "one record"):
+                return self.tokenizer.apply_chat_template(
+                    turns,
+                    tools=list(record.tools) or None,
+                    chat_template=self._jinja,
+                    tokenize=False,
+                    add_generation_prompt=not whole,
+                    **{**self.template_kwargs, **record.template_kwargs},
+                )
         except Exception as error:  # jinja's own kinds, and whatever a template's filters raise
             system = any(m.role == "system" for m in record.messages)
             remedy = "Remove the system turn or data.system_prompt" if system else "Check the order of the turns"
@@ -424,27 +429,28 @@ def _chat_template(tokenizer: Any) -> str | None:
 
 
 def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not path.exists():
         raise DataError(
             f"data.template={path}: no such file. Use teacher, student, alpaca, plain, or the path of a Jinja file."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data.template={path}: cannot be read as UTF-8 text: {error}.") from None
+        )
+    try:
+        return read_text(path)
+    except FileError as error:
+        raise DataError(f"data.template: {error}") from None
 
 
 def _check_template(encoder: PromptEncoder, template: str) -> None:
     """Renders a probe, so that a broken template stops the run before any record does."""
     probe = "a probe of the template"
     try:
-        text = encoder.tokenizer.apply_chat_template(
-            [{"role": "user", "content": probe}],
-            chat_template=encoder._jinja,
-            tokenize=False,
-            add_generation_prompt=True,
-            **encoder.template_kwargs,
-        )
+        with time_limit(RENDER_LIMIT_S, "one message"):
+            text = encoder.tokenizer.apply_chat_template(
+                [{"role": "user", "content": probe}],
+                chat_template=encoder._jinja,
+                tokenize=False,
+                add_generation_prompt=True,
+                **encoder.template_kwargs,
+            )
     except Exception as error:
         raise DataError(f"data.template={template}: not a usable chat template: {error}. Mend the template.") from None
     if probe not in text:

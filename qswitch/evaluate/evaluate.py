@@ -26,7 +26,7 @@ from qswitch.evaluate.score_table import render
 from qswitch.evaluate.scores import SetScores, compare_positions, compare_scores, score_set
 from qswitch.evaluate.store import EvaluationDir, Lines
 from qswitch.evaluate.subjects import LoadedSubject, Subject
-from qswitch.evaluate.testset import TestSet, encode_test_set, load_test_set
+from qswitch.evaluate.testset import TestSet, clash_of_names, encode_test_set, load_test_set
 from qswitch.evaluate.versions import versions
 from qswitch.evaluate.write import YARDSTICK_SEED, write_responses
 from qswitch.models.language_model import output_rows
@@ -165,11 +165,9 @@ def _load_sets(settings: EvaluationSettings) -> list[TestSet]:
             system_prompt=settings.subjects[0].system_prompt,
         )
         sets.append(load_test_set(data, reference, limit=settings.limit))
-    names = {s.name for s in sets}
-    if any(f"{name}.{own}" in names for name in names for own in ("teacher", "own")):
-        raise ConfigError("One set's file name is another's with .teacher or .own, which name our files. Rename one.")
-    if len(names) < len(sets):
-        raise ConfigError("Two of the sets have the same file name. Evaluate them one after the other.")
+    clash = clash_of_names(settings.sets)
+    if clash is not None:
+        raise ConfigError(clash)
     return sets
 
 

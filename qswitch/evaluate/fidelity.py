@@ -32,7 +32,7 @@ from qswitch.evaluate.score_table import markdown_table
 from qswitch.evaluate.subjects import trained_weights
 from qswitch.evaluate.versions import versions
 from qswitch.models.language_model import Head, LanguageModel
-from qswitch.models.load import load_teacher
+from qswitch.models.load import context_tokens, load_teacher
 from qswitch.models.pair import TokenizerPair, load_pair_tokenizer
 from qswitch.models.references import resolve_reference
 from qswitch.models.runtime import Runtime, make_runtime
@@ -115,7 +115,7 @@ def fidelity(
     The student is the trained one of `run_dir`, else as the configuration starts it (a cut one is made in `work_dir`).
 
     Raises:
-        ConfigError: unknown precision.
+        ConfigError: unknown precision; responses that the context of the models does not hold.
         ModelError: the bf16 teacher or the student cannot be loaded, or does not fit the GPU. A precision that cannot
             is reported and left out.
     """
@@ -127,6 +127,13 @@ def fidelity(
     _, _, held_out = load_prompts(config, pair)
     prompts = held_out[:num_prompts]
     limit = max_new_tokens or config.rollout.max_new_tokens
+    longest = max((len(p.prompt_ids) for p in prompts), default=0)
+    context = min(context_tokens(config.teacher), context_tokens(config.student))
+    if longest + limit > context:
+        raise ConfigError(
+            f"--max-new-tokens {limit}: the longest of the prompts has {longest} tokens, and the context of the models "
+            f"is {context}. Give less."
+        )
     requests = [RolloutRequest(p.example_id, 0, p.prompt_ids, limit) for p in prompts]
 
     say(f"loading the teacher ({REFERENCE}) and the student")

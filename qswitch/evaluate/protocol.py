@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from qswitch.errors import ConfigError
+from qswitch.units import MAX_TOKENS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +64,11 @@ def make_protocol(name: str, **changes: Any) -> tuple[Protocol, list[str]]:
     protocol = replace(named, **given)
     if not protocol.seeds or len(set(protocol.seeds)) < len(protocol.seeds):
         raise ConfigError(f"The seeds {list(protocol.seeds)} must be at least one, all different.")
+    for limit in ("max_new_tokens", "max_prompt_tokens"):
+        if not 1 <= getattr(protocol, limit) <= MAX_TOKENS:
+            raise ConfigError(f"{limit} is {getattr(protocol, limit)}. Give a number from 1 to {MAX_TOKENS}.")
+    if any(seed < 0 for seed in protocol.seeds):
+        raise ConfigError(f"The seeds {list(protocol.seeds)}: seeds are from 0 on.")
     if not (math.isfinite(protocol.temperature) and protocol.temperature >= 0):
         raise ConfigError(f"The temperature is {protocol.temperature}. Give a number from 0 (greedy) on.")
     if protocol.temperature == 0 and len(protocol.seeds) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,16 @@ def _name(reference: str) -> str:
     for ending in (".gz", ".zst", ".xz", ".bz2", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"):
         name = name.removesuffix(ending)
     return name.replace(":", "-") or "set"
+
+
+def clash_of_names(references: Sequence[str]) -> str | None:
+    """Why sets cannot be evaluated together, whose files are named after them; None where they can."""
+    names = {_name(reference) for reference in references}
+    if any(f"{name}.{own}" in names for name in names for own in ("teacher", "own")):
+        return "One set's file name is another's with .teacher or .own, which name our files. Rename one."
+    if len(names) < len(references):
+        return "Two of the sets have the same file name. Evaluate them one after the other."
+    return None
 
 
 def encode_test_set(
