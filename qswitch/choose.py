@@ -8,17 +8,18 @@ nothing is measured. Cold: configurations and data files are read, no weights an
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from qswitch.config import DataSection, RunConfig, StudentSection, TeacherSection, reader
+from qswitch.config import DataSection, RunConfig, StudentSection, TeacherSection, TrainSection, reader
 from qswitch.data.records import iter_records
 from qswitch.data.sources import reference_path
 from qswitch.errors import ConfigError
-from qswitch.layers import Layer, build_config, by_section, flatten
+from qswitch.layers import Layer, build_config, by_section, flatten, stack
 from qswitch.plan.machine import describe_machine, find_budget
 from qswitch.plan.model_files import shape_for
 from qswitch.plan.scheduler import plan_run, with_choices
@@ -32,8 +33,9 @@ CHARACTERS_PER_TOKEN = 3
 """Of English text it is about 4, of code and other languages less; too low a figure only reserves more room."""
 TEMPLATE_TOKENS = 32
 """What a chat template puts around a prompt, roughly."""
-STEP_SEQUENCES = 16
 MIN_STEPS, MAX_STEPS, EPOCHS = 50, 1000, 3
+CUT_FROM_TEACHER = re.compile(r"shrink(?::(.*))?", re.DOTALL)
+"""`--student shrink` and `--student shrink:N`."""
 NAMED = {"teacher.model": "--teacher", "student.model": "--student", "data.train": "--data"}
 
 
@@ -80,6 +82,8 @@ def choose(own: Layer, *, vram: str | None = None, gpu: str | None = None) -> Ch
     missing = [setting for setting in NAMED if said.get(setting) is None]
     if missing:
         raise ConfigError(list(_missing(missing, said)))
+    own, cut = with_cut_student(own)
+    said = flatten(by_section(own))
     asked = build_config(own)  # what is wrong with it comes before what is missing in it
     shapes = {
         f"{role}.shape": block
@@ -88,12 +92,43 @@ def choose(own: Layer, *, vram: str | None = None, gpu: str | None = None) -> Ch
     }
     asked = build_config(shapes, own)
     teacher, student = shape_for(asked.teacher), shape_for(asked.student)
-    found = [*_of_the_data(asked, teacher, student), *_of_the_student(student)]
+    found = [*_of_the_data(asked, teacher, student), *_of_the_student(student, asked.train)]
     found.append(_teacher_precision(build_config(shapes, _layer(found), own), vram=vram, gpu=gpu))
     config = build_config(shapes, _layer(found), own)
     read = reader(config)
     choices = tuple(choice for choice in found if choice.setting not in said and read(choice.setting) == choice.value)
+    if cut is not None:
+        del said[cut.setting]
+        choices = (cut, *choices)
     return Chosen(config, choices, said)
+
+
+def with_cut_student(own: Layer, below: Layer | None = None) -> tuple[Layer, Choice | None]:
+    """`own` with the student `shrink` or `shrink:N` written out: the teacher, cut to N or two thirds of its layers.
+
+    `below` is what `own` is laid over, and may name the teacher. The choice says how many layers where nobody else does.
+
+    Raises:
+        ConfigError: N is no number of layers, or the settings are wrong.
+    """
+    values, below = by_section(own), by_section(below or {})
+    asked = flatten(values).get("student.model")
+    match = CUT_FROM_TEACHER.fullmatch(asked) if isinstance(asked, str) else None
+    if match is None:
+        return own, None
+    teacher = build_config(below, values).teacher
+    same = teacher.model_dump(include={"model", "revision", "trust_remote_code", "shape"}, exclude_unset=True)
+    student = {**values["student"], **same}
+    choice = None
+    if match[1] is not None:
+        if "shrink_to_layers" in student or not re.fullmatch(r"[1-9][0-9]{0,3}", match[1]):
+            raise ConfigError(f"--student {asked}: write shrink, or shrink:N with the number of layers to keep, once.")
+        student["shrink_to_layers"] = int(match[1])
+    elif "shrink_to_layers" not in student:
+        whole = shape_for(teacher.model_copy(update={"shape": teacher.shape or _published_shape(teacher)})).num_layers
+        choice = Choice("student.shrink_to_layers", max(1, whole * 2 // 3), f"two thirds of the teacher's {whole} layers")
+        student["shrink_to_layers"] = choice.value
+    return {**values, "student": student}, choice
 
 
 def _published_shape(section: TeacherSection | StudentSection) -> Mapping[str, Any] | None:
@@ -114,14 +149,18 @@ def _layer(choices: list[Choice]) -> dict[str, Any]:
     return by_section({choice.setting: choice.value for choice in choices})
 
 
-def _of_the_student(student: ModelShape) -> Iterator[Choice]:
+def _of_the_student(student: ModelShape, train: TrainSection) -> Iterator[Choice]:
     billions = student.num_parameters / 1e9
     rank, rate = (64, 1e-4) if billions >= 1 else (32, 2e-4) if billions >= 0.3 else (16, 5e-4)
     size = f"the student has {billions:.2f} billion parameters"
     yield Choice("student.lora.r", rank, size)
     yield Choice("student.lora.alpha", float(2 * rank), size)
     yield Choice("train.learning_rate", rate, size)
-    yield Choice("rollout.batch_size", STEP_SEQUENCES, "the sequences of a step; the plan lowers it to fit")
+    yield Choice("rollout.batch_size", _step_sequences(train), "the sequences of a step; the plan changes it to fit")
+
+
+def _step_sequences(train: TrainSection) -> int:
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps
 
 
 def _of_the_data(config: RunConfig, teacher: ModelShape, student: ModelShape) -> Iterator[Choice]:
@@ -140,7 +179,7 @@ def _of_the_data(config: RunConfig, teacher: ModelShape, student: ModelShape) ->
         many = f"{'at least ' if count == SAMPLED_RECORDS else ''}{count} records"
         because = f"{many}, of which 95 % have at most {_high(prompts)} prompt tokens by their characters"
         validation = max(2, min(64, count // 10))
-        steps = math.ceil(EPOCHS * max(1, count - validation) / STEP_SEQUENCES)
+        steps = math.ceil(EPOCHS * max(1, count - validation) / _step_sequences(config.train))
         steps = max(MIN_STEPS, min(MAX_STEPS, steps)) if count < SAMPLED_RECORDS else MAX_STEPS
     yield Choice("data.max_prompt_tokens", min(prompt, context // 2), because)
     yield Choice("rollout.max_new_tokens", min(response, context // 2), because)
@@ -206,12 +245,10 @@ def _students_for(said: Mapping[str, Any]) -> str:
     section = TeacherSection.model_validate({key: values[key] for key in ("model", "revision") if key in values})
     shape = shape_for(section.model_copy(update={"shape": _published_shape(section)}))
     known = dict.fromkeys(f"{name} (preset {preset})" for preset, name in _smaller(section, shape))
-    layers = max(1, shape.num_layers * 2 // 3)
-    cut = f"--student {_text(section.model)} --set student.shrink_to_layers={layers}"
     siblings = f"With the teacher's tokenizer the presets know {', '.join(known)}. " if known else ""
     return (
-        f"--student is missing. {siblings}{'Or cut' if known else 'Cut'} one from the teacher, here to {layers} of its "
-        f"{shape.num_layers} layers: {cut}."
+        f"--student is missing. {siblings}{'Or cut' if known else 'Cut'} one from the teacher: --student shrink keeps "
+        f"two thirds of its {shape.num_layers} layers, --student shrink:N keeps N."
     )
 
 

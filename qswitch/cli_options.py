@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Preset = Annotated[str | None, typer.Option("--preset", help="Name of a preset; `qswitch presets list` shows them.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file instead of a preset.")]
 Teacher = Annotated[str | None, typer.Option("--teacher", help="teacher.model: hub id, folder or GGUF file.")]
-Student = Annotated[str | None, typer.Option("--student", help="student.model: hub id, folder or GGUF file.")]
+Student = Annotated[str | None, typer.Option("--student", help="student.model, or `shrink`, `shrink:N`: the teacher cut to N layers.")]
 Data = Annotated[list[str] | None, typer.Option("--data", help="data.train: file, folder or hub id. Repeatable.")]
 Method = Annotated[str | None, typer.Option("--method", help="switch, gkd, kd, sft, ...; see docs/methods.md.")]
 Overrides = Annotated[
@@ -79,9 +79,9 @@ def load_settings(
                "data.train": data[0] if data and len(data) == 1 else data}  # fmt: skip
     own = set_layer(named.overrides or [], {key: value for key, value in options.items() if value})
     source = config if preset is None else preset
-    if source is None:
-        from qswitch.choose import choose
+    from qswitch.choose import choose, with_cut_student
 
+    if source is None:
         if not own:
             raise ConfigError(
                 "Name --preset NAME or --config FILE, or a pair and its data: --teacher MODEL --student MODEL --data "
@@ -96,7 +96,11 @@ def load_settings(
     from qswitch.layers import build_config
     from qswitch.presets import load_preset
 
-    return build_config(load_preset(source), own, where=f"{source} with --set" if own else str(source))
+    below = load_preset(source)
+    own, cut = with_cut_student(own, below)
+    if cut is not None:
+        say(f"{cut.setting}={cut.value}: {cut.because}")
+    return build_config(below, own, where=f"{source} with --set" if own else str(source))
 
 
 def show(result: Any, as_json: bool, render: Callable[[Any], object], *, coloured: bool = False) -> None:

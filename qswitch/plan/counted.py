@@ -7,9 +7,11 @@ Importing this module is cold, counting imports torch and transformers.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from qswitch.errors import ConfigError
@@ -27,10 +29,15 @@ def counted_shape(values: Mapping[str, Any], trust_remote_code: bool = False) ->
     Raises:
         ConfigError: transformers makes none of them, or it cannot be trained here; with the reason.
     """
+    return _counted(json.dumps(values, default=str), trust_remote_code)
+
+
+@lru_cache(maxsize=8)  # a plan asks for the shape of a model some hundred times
+def _counted(config_json: str, trust_remote_code: bool) -> ModelShape:
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = _configuration(values)
+    config = _configuration(json.loads(config_json))
     reason = unusable_because(config)
     if reason is not None:
         raise ConfigError(f"A {config.model_type} model cannot be distilled here: {reason}")

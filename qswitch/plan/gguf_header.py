@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,10 @@ class _Reader:
             return self._number(self._format(kind))
         inner, length = self._number("<I"), self._number("<Q")
         if inner == TEXT:
+            unpack, at = struct.Struct("<Q").unpack_from, self._at  # a vocabulary has up to 262,144 texts
             for _ in range(length):
-                text_length = self._number("<Q")
-                self._at += text_length
+                at += 8 + unpack(self._data, at)[0]
+            self._at = at
         else:
             self._at += length * struct.calcsize(self._format(inner))
         return range(length)
@@ -106,6 +108,15 @@ def config_of_gguf(path: Path) -> Mapping[str, Any]:
     Raises:
         ConfigError: the file cannot be read, or transformers makes no model of its architecture.
     """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from None
+    return _config_of_version(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)  # a plan asks for the shape of a model some hundred times
+def _config_of_version(path: Path, _size: int, _modified_ns: int) -> Mapping[str, Any]:
     values, tensors = read_header(path)
     architecture = str(values.get("general.architecture"))
     if architecture not in MODEL_TYPES:
