@@ -102,10 +102,33 @@ def test_a_missing_student_is_answered_with_those_that_would_do(pair: Path):
     with pytest.raises(ConfigError) as caught:
         choose(by_section({"teacher.model": "Qwen/Qwen2.5-7B-Instruct", "data.train": "faq.csv"}))
     assert "Qwen/Qwen2.5-0.5B-Instruct (preset qwen2.5-7b-to-0.5b)" in str(caught.value)
-    assert "--set student.shrink_to_layers=18" in str(caught.value)
+    assert "--student shrink keeps two thirds of its 28 layers" in str(caught.value)
     model(pair / "unknown", layers=12, width=1024, vocab=1234)
-    with pytest.raises(ConfigError, match=r"Cut one from the teacher, here to 8 of its 12 layers"):
+    with pytest.raises(ConfigError, match=r"Cut one from the teacher: --student shrink keeps two thirds of its 12 layers"):
         choose(by_section({"teacher.model": "unknown", "data.train": "faq.csv"}))
+
+
+@pytest.mark.parametrize(("student", "layers"), [("shrink", 21), ("shrink:9", 9)])
+def test_shrink_cuts_the_student_from_the_teacher(pair: Path, student: str, layers: int):
+    chosen = choose(named(**{"student.model": student, "teacher.precision": "int8"}), vram="24GiB")
+    assert (chosen.config.student.model, chosen.config.student.shrink_to_layers) == ("teacher", layers)
+    assert ("student.shrink_to_layers" in {choice.setting for choice in chosen.choices}) == (student == "shrink")
+    assert chosen.config.student.precision == "auto", "the cut is the teacher's, its precision is not"
+    again = named(**{"student.model": "teacher", "student.shrink_to_layers": layers, "teacher.precision": "int8"})
+    assert choose(again, vram="24GiB").config == chosen.config
+
+
+def test_shrink_over_a_preset_cuts_the_teacher_of_the_preset(pair: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = load_settings(Named(preset="qwen2.5-7b-to-0.5b", student="shrink"))
+    assert (config.student.model, config.student.shrink_to_layers) == (config.teacher.model, 18)
+    assert config.student.shape == config.teacher.shape
+
+
+def test_steps_are_counted_in_the_sequences_of_a_step(pair: Path):
+    config = choose(named(**{"train.gradient_accumulation_steps": 1}), vram="12GiB").config
+    assert config.train.max_steps == 270  # 3 x 360 / 4
+    assert config.rollout.batch_size == 4
 
 
 def test_a_model_of_a_preset_is_planned_without_the_hub(pair: Path, monkeypatch: pytest.MonkeyPatch):
@@ -131,6 +154,14 @@ BAD = [
     (["--preset", "smollm2-demo", "--config", "a.yaml"], "either --preset"),
     (["--teacher", "package:nothing/x.gguf", "--student", "student", "--data", "faq.csv"], "nothing"),
     (["--set", "data.train=faq.csv"], "--teacher is missing"),
+    (["--student", "shrink", "--data", "faq.csv"], "--teacher is missing"),
+    (["--teacher", "teacher", "--student", "shrink:", "--data", "faq.csv"], "shrink:N with the number of layers"),
+    (["--teacher", "teacher", "--student", "shrink:0", "--data", "faq.csv"], "shrink:N with the number of layers"),
+    (["--teacher", "teacher", "--student", "shrink:half", "--data", "faq.csv"], "shrink:N with the number of layers"),
+    (["--teacher", "teacher", "--student", "shrink:33", "--data", "faq.csv"], "the model has 32 layers"),
+    (["--teacher", "teacher", "--student", "shrink:9", "--data", "faq.csv", "--set", "student.shrink_to_layers=9"],
+     "once"),
+    (["--preset", "smollm2-demo", "--student", "shrink:-1"], "shrink:N with the number of layers"),
     (["--teacher", "teacher", "--student", "student", "--data", "faq.csv", "--set",
       "student.shrink_to_layers=99"], "has 22 layers"),
 ]  # fmt: skip

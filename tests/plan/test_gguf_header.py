@@ -63,3 +63,17 @@ def test_its_shape_has_the_parameters_of_the_file(tmp_path, tied):
     shape = shape_from_config(config_of_gguf(tmp_path / "model.gguf"))
     assert shape.num_parameters == sum(int(np.prod(s)) for s in shapes.values())
     assert shape.linears == shape_from_config({**CONFIGS["llama"], "tie_word_embeddings": tied}).linears
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    """A plan asks for the shape of a cut student at every candidate."""
+    from qswitch.plan import gguf_header
+
+    reads = []
+    read = gguf_header.read_header
+    monkeypatch.setattr(gguf_header, "read_header", lambda path: (reads.append(path), read(path))[1])
+    path = tmp_path / "model.gguf"
+    write(path)
+    assert config_of_gguf(path) == config_of_gguf(path) and len(reads) == 1
+    write(path, tied=False)
+    assert not config_of_gguf(path)["tie_word_embeddings"] and len(reads) == 2
