@@ -19,7 +19,7 @@ from qswitch.config import DataSection, RunConfig, StudentSection, TeacherSectio
 from qswitch.data.records import iter_records
 from qswitch.data.sources import reference_path
 from qswitch.errors import ConfigError
-from qswitch.layers import Layer, build_config, by_section, flatten, stack
+from qswitch.layers import Layer, build_config, by_section, flatten
 from qswitch.plan.machine import describe_machine, find_budget
 from qswitch.plan.model_files import shape_for
 from qswitch.plan.scheduler import plan_run, with_choices
@@ -106,7 +106,7 @@ def choose(own: Layer, *, vram: str | None = None, gpu: str | None = None) -> Ch
 def with_cut_student(own: Layer, below: Layer | None = None) -> tuple[Layer, Choice | None]:
     """`own` with the student `shrink` or `shrink:N` written out: the teacher, cut to N or two thirds of its layers.
 
-    `below` is what `own` is laid over, and may name the teacher. The choice says how many layers where nobody else does.
+    `below` is what `own` is laid over, and may name the teacher. The choice is the number of layers where it is ours.
 
     Raises:
         ConfigError: N is no number of layers, or the settings are wrong.
@@ -126,7 +126,8 @@ def with_cut_student(own: Layer, below: Layer | None = None) -> tuple[Layer, Cho
         student["shrink_to_layers"] = int(match[1])
     elif "shrink_to_layers" not in student:
         whole = shape_for(teacher.model_copy(update={"shape": teacher.shape or _published_shape(teacher)})).num_layers
-        choice = Choice("student.shrink_to_layers", max(1, whole * 2 // 3), f"two thirds of the teacher's {whole} layers")
+        because = f"two thirds of the teacher's {whole} layers"
+        choice = Choice("student.shrink_to_layers", max(1, whole * 2 // 3), because)
         student["shrink_to_layers"] = choice.value
     return {**values, "student": student}, choice
 

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 Preset = Annotated[str | None, typer.Option("--preset", help="Name of a preset; `qswitch presets list` shows them.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file instead of a preset.")]
 Teacher = Annotated[str | None, typer.Option("--teacher", help="teacher.model: hub id, folder or GGUF file.")]
-Student = Annotated[str | None, typer.Option("--student", help="student.model, or `shrink`, `shrink:N`: the teacher cut to N layers.")]
+Student = Annotated[
+    str | None, typer.Option("--student", help="student.model; or `shrink`, `shrink:N`: the teacher cut to N layers.")
+]
 Data = Annotated[list[str] | None, typer.Option("--data", help="data.train: file, folder or hub id. Repeatable.")]
 Method = Annotated[str | None, typer.Option("--method", help="switch, gkd, kd, sft, ...; see docs/methods.md.")]
 Overrides = Annotated[

@@ -144,7 +144,12 @@ def _unknown_targets(student: StudentSection, shape: ModelShape) -> Iterator[str
     }
     for setting, names in named.items():
         for name in names:
-            if name.rpartition(".")[2] not in (*known, *others):
+            if name.rpartition(".")[2] in shape.taken_for_experts:
+                yield (
+                    f"student.lora.{setting} names {name}, which peft takes for all experts of {_name(student)} at "
+                    "once. Remove it; all-linear means every linear module but those."
+                )
+            elif name.rpartition(".")[2] not in (*known, *others):
                 yield (
                     f"student.lora.{setting} names {name}, which {_name(student)} does not have. Its linear modules "
                     f"are {', '.join(dict.fromkeys(known))}."

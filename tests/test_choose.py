@@ -104,7 +104,7 @@ def test_a_missing_student_is_answered_with_those_that_would_do(pair: Path):
     assert "Qwen/Qwen2.5-0.5B-Instruct (preset qwen2.5-7b-to-0.5b)" in str(caught.value)
     assert "--student shrink keeps two thirds of its 28 layers" in str(caught.value)
     model(pair / "unknown", layers=12, width=1024, vocab=1234)
-    with pytest.raises(ConfigError, match=r"Cut one from the teacher: --student shrink keeps two thirds of its 12 layers"):
+    with pytest.raises(ConfigError, match=r"Cut one from the teacher: --student shrink keeps two thirds of its 12"):
         choose(by_section({"teacher.model": "unknown", "data.train": "faq.csv"}))
 
 

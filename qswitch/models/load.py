@@ -16,7 +16,7 @@ from qswitch.models.architecture import on_meta
 from qswitch.models.finite import require_finite
 from qswitch.models.language_model import LanguageModel, verify_head
 from qswitch.models.messages import explained, first_line, quiet, say_once
-from qswitch.models.quantise import QUANTISED, quantization_config, stored_quantization
+from qswitch.models.quantise import QUANTISED, keep_from_repacking, quantization_config, stored_quantization
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
 from qswitch.plan.adapters import find_adapter
@@ -193,6 +193,7 @@ def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_
         model.set_experts_implementation("eager")  # the grouped product of experts has no fp64
     if precision not in QUANTISED:
         model = model.to(runtime.device)
+    keep_from_repacking(model, trains=False)
     require_finite(model.named_parameters(), resolved.name, "Download or convert the model again.")
     return model
 

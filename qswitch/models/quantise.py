@@ -18,6 +18,22 @@ QUANT_BLOCK = 64
 """bitsandbytes on CPU reads 4-bit weights in blocks of this many inputs."""
 
 
+CPU_ROWS = 32
+"""The kernel of bitsandbytes for CPUs with AVX-512 BF16 packs so many outputs together."""
+
+
+def keep_from_repacking(model: nn.Module, *, trains: bool) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in no-grad CPU passes where that goes wrong.
+
+    On a CPU with AVX-512 BF16 the first such pass repacks the weight. In a model that `trains`, the next training pass
+    then gives no input gradient, without any error; and a layer whose number of outputs is no multiple of CPU_ROWS is
+    refused by an assertion (bitsandbytes 0.50).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu") and (trains or module.out_features % CPU_ROWS):
+            module.support_avx512bf16_for_cpu = False
+
+
 def stored_quantization(config: Any, resolved: ResolvedModel, precision: str) -> bool:
     """Whether the files themselves hold bitsandbytes weights of that very precision."""
     stored = getattr(config, "quantization_config", None)

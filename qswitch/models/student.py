@@ -22,8 +22,10 @@ from qswitch.models.finite import require_finite
 from qswitch.models.language_model import LanguageModel, verify_head
 from qswitch.models.load import load_base, resolve_precision
 from qswitch.models.messages import quiet
+from qswitch.models.quantise import keep_from_repacking
 from qswitch.models.runtime import Runtime
 from qswitch.outside import read_json
+from qswitch.plan.counted import names_of_experts
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def load_student(
     precision = resolve_precision(student.precision, runtime)
     # Trained in full, weights are kept in fp32 (bf16 loses small updates); `precision: bf16` only rounds the start.
     hf = load_base(student, runtime, precision, base_path=base)
-    disable_cpu_repacking(hf)
+    keep_from_repacking(hf, trains=True)
     if student.base_dropout is not None:
         set_dropout(hf, student.base_dropout)
     trainable_dtype = torch.float64 if runtime.compute_dtype == torch.float64 else torch.float32
@@ -70,16 +72,6 @@ def load_student(
     verify_head(model)
     model.train()
     return model
-
-
-def disable_cpu_repacking(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights in no-grad CPU passes.
-
-    A repacked weight gives no input gradient in the next training pass, without any error (CPUs with AVX-512 BF16).
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def attach_lora(hf: Any, lora: LoraSection, *, seed: int, dtype: torch.dtype = torch.float32) -> Any:
@@ -127,7 +119,8 @@ def attach_lora(hf: Any, lora: LoraSection, *, seed: int, dtype: torch.dtype = t
     }
     if lora.target_modules == "all-linear":
         # Spelled out rather than left to peft: layers_to_transform refuses the word, and the head must stay out.
-        options["target_modules"] = sorted(linear_suffixes(hf, excluded=set(head_names)))
+        names = linear_suffixes(hf, excluded=set(head_names))
+        options["target_modules"] = sorted(names - set(names_of_experts(hf, names)))
     kinds = _module_kinds(hf)
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     try:
@@ -141,13 +134,18 @@ def attach_lora(hf: Any, lora: LoraSection, *, seed: int, dtype: torch.dtype = t
         raise ModelError(
             f"student.lora does not fit {type(hf).__name__}: {text[:300]} Its linear modules are {', '.join(kinds)}."
         ) from error
+    if wrapped.peft_config["default"].target_parameters:
+        raise ModelError(
+            f"student.lora.target_modules names modules that peft takes for the experts of {type(hf).__name__}. "
+            f"Remove {', '.join(names_of_experts(hf, kinds))}."
+        )
     _refuse_idle_patterns(wrapped, lora)
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad:
             if not parameter.is_floating_point():
                 raise ModelError(f"{name} is stored quantised and cannot be trained. Remove it from modules_to_save.")
             parameter.data = parameter.data.to(dtype)
-    disable_cpu_repacking(wrapped)
+    keep_from_repacking(wrapped, trains=True)
     return wrapped
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -122,8 +122,9 @@ def _silent() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _kept_by_layer(model: Any, torch: Any) -> list[tuple[int, int]] | None:
-    """(numbers of keys and values kept of a token, bytes of states kept of a row), by layer, from a pass on meta.
+def _kept_by_layer(model: Any, torch: Any) -> list[tuple[int, int, int]] | None:
+    """By layer, from a pass in bf16 on meta: numbers of keys and values kept of a token; of a row, bytes of states in
+    fp32, and numbers of those in bf16.
 
     None where the pass does not run there.
 
@@ -144,18 +145,45 @@ def _kept_by_layer(model: Any, torch: Any) -> list[tuple[int, int]] | None:
     return [_kept(layer, torch) for layer in cache.layers]
 
 
-def _kept(layer: Any, torch: Any) -> tuple[int, int]:
+def _kept(layer: Any, torch: Any) -> tuple[int, int, int]:
     pair = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None]
     width = sum(t.shape[1] * t.shape[-1] for t in pair)
-    states = 0
+    fixed = numbers = 0
     for name, value in vars(layer).items():
         for tensor in value.values() if isinstance(value, dict) else [value]:
             if name not in ("keys", "values") and isinstance(tensor, torch.Tensor) and tensor.dim() > 1:
-                states += tensor.numel() * tensor.element_size()
-    return width, states
+                if tensor.dtype == torch.bfloat16:
+                    numbers += tensor.numel()
+                else:
+                    fixed += tensor.numel() * tensor.element_size()
+    return width, fixed, numbers
 
 
-def _shape_of(model: Any, config: Any, kept: list[tuple[int, int]] | None) -> ModelShape:
+def names_of_experts(hf: Any, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the names that peft takes for a model's experts, which are no linear modules but one tensor.
+
+    peft reads adapters of a time when every expert was linear layers, and so puts an adapter on all experts at once
+    where gate_proj of a dense layer, or of a shared expert, was meant: many times the parameters, and not on that.
+    """
+    if all(parameter.dim() < 3 for parameter in hf.parameters()):
+        return ()
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    taken = []
+    for name in names:
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model=hf, conversions=None)
+        except ValueError:  # half of what is one tensor
+            taken.append(name)
+        else:
+            if name not in config.target_modules:
+                taken.append(name)
+    return tuple(taken)
+
+
+def _shape_of(model: Any, config: Any, kept: list[tuple[int, int, int]] | None) -> ModelShape:
     text = config.get_text_config()
     text.allow_global_per_layer_attribute_access = True  # where layers differ, the caches have said how
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -185,7 +213,7 @@ def _shape_of(model: Any, config: Any, kept: list[tuple[int, int]] | None) -> Mo
         norms += index == 0 and "norm" in type(module).__name__.lower() and size >= text.hidden_size
     tied = head.weight is embedding.weight
     head_parameters = sum(p.numel() for p in head.parameters()) - (embedding.weight.numel() if tied else 0)
-    names = {m.name for layer in by_layer for m in layer}
+    names = {m.name for m in (*(m for layer in by_layer for m in layer), *outer)}
     gated = any("gate" in name for name in names) or _first(text, *EXPERTS_OF_A_TOKEN) is not None
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -217,8 +245,10 @@ def _shape_of(model: Any, config: Any, kept: list[tuple[int, int]] | None) -> Mo
         further_by_layer=tuple(further_by_layer),
         further_parameters=further_outside,
         largest_further_tensor=largest,
-        cached_widths=None if kept is None else tuple(width for width, _ in kept),
-        state_bytes_per_row=0 if kept is None else sum(states for _, states in kept),
+        cached_widths=None if kept is None else tuple(width for width, _, _ in kept),
+        state_bytes_per_row=0 if kept is None else sum(fixed for _, fixed, _ in kept),
+        state_values_per_row=0 if kept is None else sum(numbers for _, _, numbers in kept),
+        taken_for_experts=names_of_experts(model, sorted(names)),
     )
 
 

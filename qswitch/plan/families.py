@@ -267,8 +267,8 @@ def _qwen3_5(values: _Values, model_type: str) -> ModelShape:
     )
     delta_further = mixed * kernel + 2 * value_heads + value_dim + 2 * hidden
     attention_further = 2 * head_dim + 2 * hidden
-    # transformers keeps the state of the rule in fp32 and that of the convolution as the model computes, in bf16.
-    state_bytes = value_heads * key_dim * value_dim * 4 + mixed * kernel * 2
+    # transformers keeps the state of the rule in fp32 and that of the convolution as the model computes.
+    state_bytes = value_heads * key_dim * value_dim * 4
     tied = bool(values.optional("tie_word_embeddings", False))
     return ModelShape(
         model_type=model_type,
@@ -297,6 +297,7 @@ def _qwen3_5(values: _Values, model_type: str) -> ModelShape:
         largest_further_tensor=mixed * kernel,
         cached_widths=tuple(0 if is_state else 2 * kv_heads * head_dim for is_state in recurrent),
         state_bytes_per_row=sum(recurrent) * state_bytes,
+        state_values_per_row=sum(recurrent) * mixed * kernel,
     )
 
 

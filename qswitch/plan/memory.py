@@ -141,11 +141,11 @@ def load_buffer_bytes(shape: ModelShape, precision: Precision, compute_bytes: in
 # ------------------------------------------------------------------------------------------------- trainable weights
 
 
-def _is_target(module: LinearShape, lora: LoraSection) -> bool:
+def _is_target(module: LinearShape, shape: ModelShape, lora: LoraSection) -> bool:
     """Whether a module gets an adapter. A regular expression counts for each module whose name it spells out."""
     targets = lora.target_modules
     if targets == "all-linear":
-        return True
+        return module.name not in shape.taken_for_experts
     names = re.findall(r"\w+", targets) if isinstance(targets, str) else [t.rpartition(".")[2] for t in targets]
     return module.name in names
 
@@ -161,14 +161,14 @@ def _adapted_in_layers(shape: ModelShape, lora: LoraSection) -> tuple[Counter[Li
     """How often each module of the layers is adapted, in all, and in how many layers."""
     chosen = lora.layers_to_transform
     layers = shape.layers if chosen is None else [shape.layers[i] for i in set(chosen) if i < shape.num_layers]
-    return Counter(m for layer in layers for m in layer if _is_target(m, lora)), len(layers)
+    return Counter(m for layer in layers for m in layer if _is_target(m, shape, lora)), len(layers)
 
 
 def _adapted(shape: ModelShape, lora: LoraSection) -> Iterator[tuple[LinearShape, int]]:
     """(module, how many of it are adapted)."""
     yield from _adapted_in_layers(shape, lora)[0].items()
     if lora.layers_to_transform is None:
-        yield from Counter(m for m in shape.outer_linears if _is_target(m, lora)).items()
+        yield from Counter(m for m in shape.outer_linears if _is_target(m, shape, lora)).items()
 
 
 def lora_parameters(shape: ModelShape, lora: LoraSection) -> int:
@@ -244,8 +244,13 @@ def kv_cache_bytes(shape: ModelShape, rows: int, slots: int, compute_bytes: int,
     and the states of layers that keep some of a row instead, with `drafts` also as they were when the block began.
     """
     packing = rows * slots * (max(shape.kv_widths, default=0) // 2) * compute_bytes
-    states = rows * shape.state_bytes_per_row * (2 if drafts else 1)
+    states = state_bytes(shape, rows, compute_bytes) * (2 if drafts else 1)
     return kv_buffer_bytes(shape, rows, slots, compute_bytes) + packing + states
+
+
+def state_bytes(shape: ModelShape, rows: int, compute_bytes: int) -> int:
+    """What recurrent and convolution layers keep of R rows."""
+    return rows * (shape.state_bytes_per_row + shape.state_values_per_row * compute_bytes)
 
 
 def forward_bytes(shape: ModelShape, rows: int, tokens: int, compute_bytes: int, adapted: bool = False) -> int:

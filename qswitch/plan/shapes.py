@@ -79,7 +79,11 @@ class ModelShape:
     cached_widths: tuple[int, ...] | None = None
     """Keys and values of a token in each layer that keeps any, numbers; None: every layer keeps 2 * kv_width."""
     state_bytes_per_row: int = 0
-    """Recurrent and convolution states of a row, whatever its length, all layers."""
+    """Recurrent states of a row, whatever its length, all layers; in fp32 whatever the model computes in."""
+    state_values_per_row: int = 0
+    """The same of states in the type that the model computes in, those of convolutions: numbers."""
+    taken_for_experts: tuple[str, ...] = ()
+    """Linear modules whose names mean to peft the experts kept as one tensor, so that no adapter goes on them."""
 
     @cached_property
     def layers(self) -> tuple[tuple[LinearShape, ...], ...]:
@@ -147,4 +151,5 @@ class ModelShape:
             further_by_layer=self.further_by_layer[:num_layers],
             cached_widths=None if self.cached_widths is None else self.cached_widths[:num_layers],
             state_bytes_per_row=self.state_bytes_per_row * num_layers // self.num_layers,
+            state_values_per_row=self.state_values_per_row * num_layers // self.num_layers,
         )

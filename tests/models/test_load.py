@@ -69,6 +69,22 @@ def test_nf4_quantises_the_linears_only_and_stays_near(tmp_path, arch, monkeypat
     assert 0 < error < 0.6
 
 
+def test_layers_that_the_cpu_kernel_cannot_pack_are_kept_from_it(tmp_path, monkeypatch):
+    import bitsandbytes as bnb
+
+    # As on a CPU with AVX-512 BF16, whose kernel packs 32 outputs together and refuses 72 of them by an assertion.
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
+    packed = []
+    monkeypatch.setattr(
+        bnb.nn.modules,
+        "_convert_weight_packed_for_cpu",
+        lambda w, state: (packed.append(state.shape[0]), (w, state))[1],
+    )
+    folder = save_tiny(tmp_path / "m", "deepseek_v2")
+    logits(load_teacher(TeacherSection(model=str(folder)), FP32))
+    assert packed and all(rows % 32 == 0 for rows in packed)
+
+
 def test_bf16_rounds_weights_but_computes_in_the_compute_dtype(tmp_path, caplog):
     folder = save_tiny(tmp_path / "m")
     teacher = load_teacher(TeacherSection(model=str(folder), precision="bf16"), FP32)

@@ -209,3 +209,14 @@ def test_an_existing_base_path_is_read_instead_of_the_model(tmp_path):
     config = config_for(folder)
     assert load_student(config, FP32, base_path=base).config.num_hidden_layers == 1
     assert load_student(config, FP32, base_path=tmp_path / "absent").config.num_hidden_layers == 3
+
+
+def test_names_that_peft_takes_for_experts_get_no_adapter(tmp_path):
+    """One adapter on all experts is many times the parameters, and not on the dense layer that was meant."""
+    folder = save_tiny(tmp_path / "m", "glm4_moe")
+    model = load_student(config_for(folder), FP32)
+    adapted = {n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert not model.hf.peft_config["default"].target_parameters
+    with pytest.raises(ModelError, match=r"takes for the experts of .* Remove down_proj, gate_proj, up_proj"):
+        load_student(config_for(folder, lora={"r": 2, "target_modules": ["q_proj", "gate_proj", "up_proj"]}), FP32)

@@ -38,7 +38,8 @@ def test_what_the_table_knows_is_counted_the_same(name):
         assert memory.lora_parameters(table, lora) == memory.lora_parameters(found, lora)
     assert memory.kv_cache_bytes(table, 3, 40, 2) == memory.kv_cache_bytes(found, 3, 40, 2)
     assert (table.tied, table.eager_attention) == (found.tied, found.eager_attention)
-    assert (table.kv_widths, table.state_bytes_per_row) == (found.kv_widths, found.state_bytes_per_row)
+    assert table.kv_widths == found.kv_widths
+    assert memory.state_bytes(table, 3, 4) == memory.state_bytes(found, 3, 4)
     assert table.largest_tensor_parameters == found.largest_tensor_parameters and not table.counted
     assert table.with_layers(2).num_parameters == found.with_layers(2).num_parameters
 
@@ -59,7 +60,7 @@ def test_parameters_and_caches_are_those_of_the_class(name):
             kept += 0 if tensor is None else tensor.numel()
         for by_index in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
             states += sum(t.numel() * t.element_size() for t in by_index.values() if t is not None)
-    assert 2 * 11 * sum(shape.kv_widths) == kept and 2 * shape.state_bytes_per_row == states
+    assert 2 * 11 * sum(shape.kv_widths) == kept and memory.state_bytes(shape, 2, 2) == states
     assert bool(states) == (name in ("qwen3_5_text", "lfm2"))
 
 
