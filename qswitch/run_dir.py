@@ -28,7 +28,7 @@ LOCK = ".lock"
 """File whose lock the command that writes to a folder holds."""
 CHANGEABLE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "max_steps", "max_tokens", "max_seconds",
-    "eval_steps", "save_steps", "save_total_limit", "report_to",
+    "eval_steps", "eval_own_prompts", "save_steps", "save_total_limit", "report_to",
 )  # fmt: skip
 """Settings of the train section that a run may go on with otherwise than it began: rates, lengths, and when it looks,
 saves and reports."""
@@ -36,7 +36,7 @@ saves and reports."""
 
 class RunDir:
     """RUN/: config.yaml, plan.json, pass_times.json, student_graphs.json, metrics.jsonl, rollouts.jsonl, held_out.json,
-    summary.json, checkpoints/, adapter/, student/."""
+    threshold.json, summary.json, checkpoints/, adapter/, student/."""
 
     def __init__(self, path: Path, config: RunConfig, changes: Mapping[str, list[Any]] | None = None) -> None:
         self.path, self.config = path, config

@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu --output OUT                         # stages 0 to 6, at most eight minutes each
     python -m benchmarks.gpu --stage 0,3 --output OUT             # some of them, again or alone
+    python -m benchmarks.gpu --stage 7 --limit 14400 --output OUT # the second study, on a pair that was carried along
     python -m benchmarks.gpu --device cpu --tiny --output OUT     # tries the driver where there is no GPU
 
 Every stage is a process of its own and writes OUT/stage-N.json after each measurement. A measurement that fails is
@@ -31,8 +32,11 @@ STAGES = {
     4: ("speed", "How many tokens a second, against transformers' generate and TRL's DistillationTrainer?"),
     5: ("capped", "Do runs stay within 12, 8 and 6 GiB as planned?"),
     6: ("profile", "Where does the time of a round and of a learning step go?"),
+    7: ("recipe", "Which recipe wins on a trained pair? Hours; goes on where it was."),
 }
 """Number -> module of this package with `run(context, report)`, and the question it answers."""
+FIRST_HOUR = [n for n in STAGES if n != 7]
+"""The stages that run where none is named."""
 LIMIT_S = 450.0
 """Of one stage; the last measurement may run on until `GRACE_S` are over."""
 GRACE_S = 30.0
@@ -86,7 +90,7 @@ def run_apart(args: argparse.Namespace, stage: int) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", type=stages, default=list(STAGES), help="such as 0, 0-3 or 2,5; by default all")
+    parser.add_argument("--stage", type=stages, default=FIRST_HOUR, help="such as 0, 0-3 or 2,5; by default 0-6")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="small models: to try the driver")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")

@@ -1,11 +1,14 @@
-"""Write the study's data beside this file: Dolly without the training records that recur in the evaluation set.
+"""Write the studies' data beside this file: Dolly without the training records that recur in an evaluation set.
 
     python benchmarks/study/prepare.py --train dolly_train.jsonl --eval dolly_eval.jsonl \\
-        --teacher TEACHER_FOLDER --student STUDENT_FOLDER
+        --selfinst selfinst_eval.jsonl --vicuna vicuna_eval.jsonl --teacher TEACHER_FOLDER --student STUDENT_FOLDER
 
-Both files are JSON lines with instruction, input, output (databricks-dolly-15k, CC BY-SA 3.0). The models are linked,
-not copied; the student may come in a second call, since heal.yaml makes one from the teacher and the data. Everything
-goes to benchmarks/study/data/, which git ignores; docs/study.md says which pair it uses.
+All files are JSON lines with instruction, input, output (databricks-dolly-15k, CC BY-SA 3.0; Self-Instruct and Vicuna
+questions, Apache-2.0; the last two are needed by the second study's test alone). The evaluation records are divided:
+the first SEARCH_RECORDS are search.jsonl, from which the second study chooses, the rest test-dolly.jsonl, which nothing
+is chosen by. The models are linked, not copied; the student may come in a second call, since heal.yaml makes one from
+the teacher and the data. Everything goes to benchmarks/study/data/, which git ignores; docs/study.md says which pair it
+uses.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import json
 from pathlib import Path
 
 HERE = Path(__file__).parent
+SEARCH_RECORDS = 192
+"""Of the evaluation set, from its start: those that the first study was scored on, so nothing new is used up."""
 
 
 def key(record: dict) -> str:
@@ -34,22 +39,32 @@ def without_recurring(train: list[dict], held_out: list[dict]) -> list[dict]:
     return [record for record in train if key(record) not in seen]
 
 
+def write(path: Path, records: list[dict]) -> None:
+    """The records as JSON lines; says how many and which."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    path.write_text(text, encoding="utf-8")
+    print(f"{path.stem}: {len(records)} records, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("train", "eval", "teacher", "student"):
-        parser.add_argument(f"--{name}", type=Path, required=name != "student")
+    for name in ("train", "eval", "selfinst", "vicuna", "teacher", "student"):
+        parser.add_argument(f"--{name}", type=Path, required=name in ("train", "eval", "teacher"))
     parser.add_argument("--output-dir", type=Path, default=HERE / "data")
     arguments = parser.parse_args()
     out = arguments.output_dir
     out.mkdir(parents=True, exist_ok=True)
     train, held_out = read(arguments.train), read(arguments.eval)
-    kept = without_recurring(train, held_out)
-    for name, records in (("train", kept), ("eval", held_out)):
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        print(f"{name}: {len(records)} records, sha256 {digest}")
-    print(f"left out {len(train) - len(kept)} training records that recur in the evaluation set")
+    others = {name: read(getattr(arguments, name)) for name in ("selfinst", "vicuna") if getattr(arguments, name)}
+    kept = without_recurring(train, [*held_out, *(record for records in others.values() for record in records)])
+    write(out / "train.jsonl", kept)
+    write(out / "eval.jsonl", held_out)
+    write(out / "search.jsonl", held_out[:SEARCH_RECORDS])
+    # A question of the search that the test asks again would have been chosen by.
+    write(out / "test-dolly.jsonl", without_recurring(held_out[SEARCH_RECORDS:], held_out[:SEARCH_RECORDS]))
+    for name, records in others.items():
+        write(out / f"test-{name}.jsonl", records)
+    print(f"left out {len(train) - len(kept)} training records that recur in an evaluation set")
     for name in ("teacher", "student"):
         if getattr(arguments, name) is None:
             continue

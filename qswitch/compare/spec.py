@@ -29,7 +29,7 @@ START = ("model", "revision", "shrink_to_layers", "init_adapter")
 """Settings of the student that every cell shares."""
 TEACHER = ("model", "revision", "precision", "adapter")
 """What makes a teacher another one."""
-NO_RESULT = ("about", "train.save_steps", "train.save_total_limit", "train.report_to")
+NO_RESULT = ("about", "train.eval_own_prompts", "train.save_steps", "train.save_total_limit", "train.report_to")
 """Settings, or sections, of a run that change no figure."""
 MAX_PROBED = 20_000
 """Records of a test set that are read before the first cell is trained."""

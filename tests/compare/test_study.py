@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import yaml
 
 from qswitch.compare.spec import read_comparison
 from qswitch.presets import load_run_config
@@ -19,8 +25,18 @@ def prepared_data(tmp_path, monkeypatch):
     """The study's data is made by prepare.py and is not in the repository: its evaluation set, elsewhere and empty."""
     data = tmp_path / "benchmarks/study/data"
     data.mkdir(parents=True)
-    (data / "eval.jsonl").touch()
+    for name in ("eval", "search", "test-dolly", "test-selfinst", "test-vicuna"):
+        (data / f"{name}.jsonl").touch()
     monkeypatch.chdir(tmp_path)
+
+
+def script(name: str) -> ModuleType:
+    """A program of the study, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, STUDY / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_core_is_what_the_page_declares():
@@ -71,10 +87,109 @@ def test_the_recipe_of_the_student_makes_what_the_page_describes():
 
 
 def test_recurring_records_are_left_out_however_they_are_written():
-    spec = importlib.util.spec_from_file_location("prepare", STUDY / "prepare.py")
-    assert spec is not None and spec.loader is not None
-    prepare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prepare)
+    prepare = script("prepare")
     train = [{"instruction": text} for text in ("Why  is the sky Blue?", "why is the sky green?", "What?")]
     kept = prepare.without_recurring(train, [{"instruction": "why is the sky blue?\n"}])
     assert [record["instruction"] for record in kept] == ["why is the sky green?", "What?"]
+
+
+def test_search_and_test_share_no_prompt_and_training_has_none_of_either(tmp_path):
+    prepare = script("prepare")
+    records = [{"instruction": f"question {i}", "input": "", "output": "answer"} for i in range(200)]
+    evaluation = [*records, {"instruction": "Question  3"}]  # asked again after the search's part
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(r) + "\n" for r in evaluation))
+    (tmp_path / "vicuna.jsonl").write_text(json.dumps({"instruction": "from elsewhere"}) + "\n")
+    train = [{"instruction": text} for text in ("question 5", "question 199", "From elsewhere", "a new one")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in train))
+    out = tmp_path / "out"
+    arguments = ["--train", "train.jsonl", "--eval", "eval.jsonl", "--vicuna", "vicuna.jsonl", "--teacher", "."]
+    command = [sys.executable, str(STUDY / "prepare.py"), *arguments, "--output-dir", str(out)]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    keys = {p.stem: [prepare.key(r) for r in prepare.read(p)] for p in out.glob("*.jsonl")}
+    assert keys["search"] == [f"question {i}" for i in range(192)]
+    assert keys["test-dolly"] == [f"question {i}" for i in range(192, 200)]
+    assert keys["test-vicuna"] == ["from elsewhere"] and keys["train"] == ["a new one"]
+
+
+def test_the_second_study_is_what_the_page_declares():
+    search, test = read_comparison(STUDY / "search.yaml"), read_comparison(STUDY / "test.yaml")
+    page = (ROOT / "docs/study.md").read_text(encoding="utf-8")
+    assert {c.seed for c in search.cells} == {1, 2, 3} and {c.seed for c in test.cells} == {4, 5, 6}
+    for comparison in (search, test):
+        assert f"{comparison.section.budget.amount:,.0f} response tokens" in page
+    assert test.section.budget.amount >= 48_000 and test.section.evaluate.max_new_tokens == 512
+    declared = test.section.test
+    assert declared is not None and set(declared.against) == {"gkd", "kd", "seqkd", "skd", "distillm", "sft"}
+    for metric, unit in (("kl_nats", "nats of KL"), ("rouge_l_teacher", "points"), ("own_reverse_kl_nats", "nats of KL")):
+        assert f"{declared.margins[metric]:g} {unit}" in page
+    asked = [set(c.section.evaluate.data) for c in (search, test)]
+    assert not asked[0] & asked[1], "no set of the test is looked at by the search"
+    for method in declared.against:
+        rates = {c.config.train.learning_rate for c in search.cells if c.config.method == method}
+        assert rates == {3e-4, 1e-3, 3e-3}, method
+    assert {c.config.loss.beta for c in test.cells if c.name == "gkd"} == {0.1}
+
+
+def results_of(figures: dict[str, tuple[float, float, float]]) -> dict:
+    """results.json as far as the choice reads it: KL, ROUGE-L to the teacher and KL on the own text of every cell."""
+    names = ("kl_nats", "rouge_l_teacher", "own_reverse_kl_nats")
+    models = {
+        cell: {"metrics": {n: {"all": {"mean": v}} for n, v in zip(names, values, strict=True)}}
+        for cell, values in {**figures, "teacher": (0.0, 20.0, 0.0)}.items()
+    }
+    return {"cells": dict.fromkeys(figures, {}), "sets": {"search": {"models": models}}}
+
+
+def test_the_choice_follows_its_rule_and_its_files_are_comparisons(tmp_path):
+    search = yaml.safe_load((STUDY / "search.yaml").read_text())
+    figures = {name: (1.0, 11.0, 1.2) for name in search["cells"]}
+    figures["seqkd-3e-3"] = (0.94, 11.0, 1.2)  # three margins better than at its other rates
+    figures["share-0.25"] = (0.92, 12.5, 1.2)  # ahead by 1, 1.5 and 0 margins: the second best counts
+    figures["share-0.75"] = (0.80, 10.5, 1.2)  # better in one measure alone
+    figures["rank-64"] = (0.93, 11.8, 1.19)  # better than the base, less than share-0.25
+    figures["interventions"] = (0.85, 6.0, 0.9)  # far behind every rival in one measure
+    (tmp_path / "results.json").write_text(json.dumps(results_of(figures)))
+    command = [sys.executable, str(STUDY / "choose.py"), "finals", "--search", "results.json", "--output", "finals.yaml"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    finals = read_comparison(tmp_path / "finals.yaml")
+    configs = {c.name: c.config for c in finals.cells}
+    assert configs["seqkd"].train.learning_rate == 3e-3 and configs["gkd"].train.learning_rate == 1e-3
+    assert {n for n in configs if n.startswith("best")} == {"best-3e-4", "best-1e-3", "best-3e-3"}
+    assert configs["best-3e-4"].rollout.teacher_share == 0.25 and configs["best-3e-4"].student.lora.r == 16
+    both = configs["combined-3e-3"]
+    assert (both.rollout.teacher_share, both.student.lora.r, both.loss.scope) == (0.25, 64, "all")
+
+    last = {name: (1.0, 11.0, 1.2) for name in configs}
+    last["combined-3e-3"] = (0.9, 13.0, 1.1)
+    (tmp_path / "last.json").write_text(json.dumps(results_of(last)))
+    command[2:3] = ["test", "--finals", "last.json"]
+    subprocess.run([*command[:-1], "test.yaml"], check=True, cwd=tmp_path)
+    test = read_comparison(tmp_path / "test.yaml")
+    chosen = {c.name: c.config for c in test.cells}
+    recipe = chosen["recipe"]
+    assert (recipe.rollout.teacher_share, recipe.student.lora.r, recipe.train.learning_rate) == (0.25, 64, 3e-3)
+    assert recipe.loss.divergence_teacher_tokens == "forward_kl" and chosen["seqkd"].train.learning_rate == 3e-3
+    assert chosen["distillm"].train.eval_steps == 5 and test.section.test is not None
+
+
+def test_the_chain_stops_in_time_goes_on_and_repeats_no_choice(tmp_path, monkeypatch):
+    chain = script("chain")
+    with pytest.raises(chain.TimeIsUp):
+        started = time.monotonic()
+        chain.run([sys.executable, "-c", "import time; time.sleep(60)"], started + 0.5)
+    assert time.monotonic() - started < 30
+    ran: list[list[str]] = []
+
+    def remember(command: list[str], deadline: float | None) -> None:
+        ran.append(command)
+        if "--output" in command:
+            Path(command[command.index("--output") + 1]).write_text("chosen")
+
+    monkeypatch.setattr(chain, "run", remember)
+    chain.chain(tmp_path / "out", until="test", deadline=None)
+    assert [Path(c[1]).name if c[1] != "-m" else Path(c[4]).stem for c in ran] == [
+        "search", "choose.py", "finals", "choose.py", "test"
+    ]  # fmt: skip
+    ran.clear()
+    chain.chain(tmp_path / "out", until="finals", deadline=None)
+    assert [Path(c[4]).stem for c in ran] == ["search", "finals"], "what was chosen stays chosen"
