@@ -26,7 +26,7 @@ def compare(preset: str, overrides: list[str], vram: str | None, timeout_s: floa
     """Planned and measured peak of one short run, GiB."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        command = [sys.executable, "-m", "qswitch.cli", "distill", "--preset", preset, "--output-dir", str(run)]
+        command = [sys.executable, "-m", "qswitch", "distill", "--preset", preset, "--output-dir", str(run)]
         command += [part for override in overrides for part in ("--set", override)]
         command += ["--vram", vram] if vram else []
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)

@@ -99,7 +99,8 @@ def learning(context: Context, pair: list[LanguageModel]) -> dict[str, Any]:
         written, _ = trainer.supply.roll_out(trainer.supply.loader.next(4))
         sequences = trainer.supply.cache_teacher(written)
         with _profiled(context) as profiler:
-            loss, _ = trainer.learner.learn_step(sequences, 1)
+            learnt = trainer.learner.learn_step(sequences, 1)
+            loss = None if learnt is None else learnt[0]
             trainer.learner.update(loss)
             context.synchronise()
     length = max(len(s.response_ids) for s in sequences)

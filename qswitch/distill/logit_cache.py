@@ -23,6 +23,7 @@ from torch import Tensor
 from qswitch.distill.cache_format import FORMATS, LogitTargets, TopkTargets, encode_topk
 from qswitch.distill.sequence import TrainingSequence
 from qswitch.errors import TrainingError
+from qswitch.models.host_memory import host_buffer
 from qswitch.units import GIB
 
 logger = logging.getLogger(__name__)
@@ -313,8 +314,10 @@ class LogitCache:
 
     def _move(self, segment: _Segment, tier: str) -> None:
         if tier == "host":
-            pin = self._device.type == "cuda"
-            segment.fields = {n: t.cpu().pin_memory() if pin else t.cpu() for n, t in segment.fields.items()}
+            pinned = self._device.type == "cuda"
+            segment.fields = {
+                name: host_buffer(t.shape, t.dtype, pinned=pinned).copy_(t) for name, t in segment.fields.items()
+            }
         else:
             try:
                 segment.fields = {name: self._to_file(segment, name, t) for name, t in segment.fields.items()}

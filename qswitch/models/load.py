@@ -161,6 +161,8 @@ def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_
     meta = on_meta(config, resolved.name, trust_remote_code)
 
     options: dict[str, Any] = {"use_safetensors": True, "attn_implementation": attention_kind(config), **common}
+    if precision in QUANTISED or runtime.device.type == "cuda":
+        options["device_map"] = {"": runtime.device}  # tensor by tensor; a model never lies in host memory as a whole
     load_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision, runtime.compute_dtype)
     stored = stored_quantization(config, resolved, precision)
     if precision in QUANTISED:
@@ -168,7 +170,6 @@ def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_
             raise ModelError(f"precision={precision} cannot compute in fp64. Set precision=fp32.")
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ModelError(f"precision={precision} needs bitsandbytes: pip install bitsandbytes")
-        options["device_map"] = {"": runtime.device}
         if not stored:
             options["quantization_config"] = quantization_config(meta, resolved, precision, runtime)
     with quiet(), explained(resolved.name, "model"):

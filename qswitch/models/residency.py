@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qswitch.models.host_memory import host_buffer
 from qswitch.models.language_model import LanguageModel
 
 SLAB_BYTES = 256 * 2**20
@@ -107,7 +108,7 @@ def _host_slabs(num_bytes: int, *, pinned: bool) -> list[Tensor]:
     sizes = [SLAB_BYTES] * (num_bytes // SLAB_BYTES)
     if num_bytes % SLAB_BYTES:
         sizes.append(num_bytes % SLAB_BYTES)
-    return [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for size in sizes]
+    return [host_buffer([size], torch.uint8, pinned=pinned) for size in sizes]
 
 
 def _own_storages(model: nn.Module) -> list[torch.UntypedStorage]:

@@ -35,7 +35,7 @@ from qswitch.rollout.requests import Keep, Rollout, RolloutRequest, RolloutStats
 from qswitch.rollout.responses import Landing, Responses
 from qswitch.rollout.rows import Rows
 from qswitch.rollout.step_graph import StepGraphs
-from qswitch.rollout.transfer import to_device
+from qswitch.rollout.transfer import to_device, upload
 
 
 def log_probs(model: LanguageModel, hidden: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class Engine:
         reference = student if student is not None else teacher
         assert reference is not None
         self._device, self._vocab_size = reference.device, reference.vocab_size
-        self._eos = torch.tensor(sampling.eos_ids, dtype=torch.int64, device=self._device)
+        self._eos = to_device(sampling.eos_ids, self._device)
         longest = max((r.max_new_tokens for r in requests), default=0)
         longest_prompt = max((len(r.prompt_ids) for r in requests), default=0)
         self._responses = Responses(num_places, longest, self._device, keep=keep, keep_student=keep_student)
@@ -382,7 +382,7 @@ class Engine:
         if self._no_repeat is not None:
             self._no_repeat.open(rows.device.place, prompts)
         # The last token leads the first round, so the models read everything before it.
-        ids, mask = (x[:, :-1].to(self._device, non_blocking=True) for x in pad_left(prompts, self._sampling.pad_id))
+        ids, mask = (upload(x[:, :-1], self._device) for x in pad_left(prompts, self._sampling.pad_id))
         if ids.shape[1]:
             self.stats.prefill_passes += len(self._states)
         return Prompts(ids, mask.bool(), np.array([len(p) - 1 for p in prompts], dtype=np.int64))

@@ -10,13 +10,17 @@ from torch import Tensor
 
 
 def to_device(values: np.ndarray | Sequence[int] | Sequence[list[int]], device: torch.device) -> Tensor:
-    """Host values on the device, integers as int64 and truth values as bool. What is copied may change afterwards.
-
-    From pageable memory CUDA takes its own copy before it returns; to wait for the device as well, as a plain copy
-    does, would hold up every round.
-    """
+    """Host values on the device, integers as int64 and truth values as bool. What is copied may change afterwards."""
     array = np.asarray(values)
-    return torch.from_numpy(array if array.dtype == bool else array.astype(np.int64)).to(device, non_blocking=True)
+    return upload(torch.from_numpy(array if array.dtype == bool else array.astype(np.int64)), device)
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, through pinned memory.
+
+    From pageable memory CUDA may wait for the stream, that is for every pass that was launched before.
+    """
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def to_host(values: Tensor) -> Tensor:

@@ -50,6 +50,14 @@ def test_fp32_is_exact_and_frozen(tmp_path, arch):
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
+def test_nf4_layers_with_few_outputs_pass_on_any_cpu(tmp_path):
+    """bitsandbytes cannot repack them where the CPU has AVX-512 BF16, and asserts in their first pass."""
+    teacher = load_teacher(TeacherSection(model=str(save_tiny(tmp_path / "hybrid", "qwen3_5_text"))), FP32)
+    few = [m for m in teacher.modules() if hasattr(m, "support_avx512bf16_for_cpu") and m.out_features % 32]
+    assert few and not any(m.support_avx512bf16_for_cpu for m in few)
+    assert torch.isfinite(logits(teacher)).all()
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_nf4_quantises_the_linears_only_and_stays_near(tmp_path, arch, monkeypatch):
     import bitsandbytes as bnb

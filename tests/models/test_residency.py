@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from qswitch.config import TeacherSection
+from qswitch.models import messages
+from qswitch.models.host_memory import host_buffer
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import load_base
 from qswitch.models.residency import SLAB_BYTES, SwappedModel, _own_storages, _tensors
@@ -105,3 +107,19 @@ def test_the_plan_counts_pinned_memory_as_torch_rounds_it():
     assert PINNED_SLAB_BYTES == SLAB_BYTES
     assert pinned_bytes(SLAB_BYTES + 3 * 2**20) == SLAB_BYTES + 4 * 2**20
     assert pinned_bytes(0) == 0
+
+
+def test_memory_that_cannot_be_pinned_is_pageable_and_said_once(monkeypatch, caplog):
+    original = torch.empty
+
+    def refuse(*args, pin_memory=False, **kwargs):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    monkeypatch.setattr(messages, "_said", set())
+    buffers = [host_buffer([3, 5], torch.float16, pinned=True) for _ in range(2)]
+    assert [(b.shape, b.dtype) for b in buffers] == [(torch.Size([3, 5]), torch.float16)] * 2
+    said = [r.message for r in caplog.records if "cannot be pinned" in r.message]
+    assert len(said) == 1 and "CUDA error: out of memory" in said[0] and "ulimit -l" in said[0]

@@ -1,0 +1,365 @@
+"""A CUDA device that is pretended on a CPU, so that mixed devices and waits of the host are found without a card.
+
+Tensors that claim to lie on cuda:0 are CPU tensors whose storage is marked. A dispatch mode follows the marks through
+every operation: one that mixes marked and unmarked tensors raises `MixedDevicesError`, and every time the host would
+have to wait for the device (a copy that blocks, `item`, a boolean index) is counted by the line of qswitch that asked.
+While a pretended capture runs, such a wait, and any copy between the two sides, raises `CaptureError`.
+
+It knows what torch documents of these rules, not what a driver does: speed, streams and memory are not pretended.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+GIB = 2**30
+CUDA = torch.device("cuda", 0)
+_real_device = torch._C.TensorBase.device  # type: ignore[attr-defined]
+
+WAITING = {
+    "_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "_unique2",
+    "unique_consecutive", "bincount", "repeat_interleave",
+}  # fmt: skip
+"""Operations whose result the host, or the size of the next allocation, depends on."""
+VIEWS = {
+    "detach", "view", "t", "transpose", "permute", "slice", "select", "expand", "unsqueeze", "squeeze", "as_strided",
+    "alias", "_unsafe_view", "split", "unbind", "_reshape_alias", "split_with_sizes", "unfold", "lift_fresh",
+}  # fmt: skip
+"""Operations without a kernel."""
+
+
+class MixedDevicesError(AssertionError):
+    """An operation over tensors of both sides."""
+
+
+class CaptureError(RuntimeError):
+    """What CUDA refuses while a graph is captured."""
+
+
+@dataclass
+class Pretended:
+    """What happened on the pretended device."""
+
+    waits: collections.Counter[str] = field(default_factory=collections.Counter)
+    """By "kind at file:line", how often the host waited."""
+    uploads: collections.Counter[str] = field(default_factory=collections.Counter)
+    """The same of copies that nobody waits for."""
+    launches: collections.Counter[str] = field(default_factory=collections.Counter)
+    """Operations that start a kernel, by name; those of a replayed capture apart."""
+    replayed_launches: int = 0
+    captures: int = 0
+    capturing: bool = False
+    replaying: bool = False
+
+    @property
+    def num_waits(self) -> int:
+        return sum(self.waits.values())
+
+    @property
+    def num_launches(self) -> int:
+        return sum(self.launches.values())
+
+    def wait(self, what: str) -> None:
+        """Count a wait of the host, or refuse it within a capture."""
+        place = _place()
+        if self.capturing:
+            raise CaptureError(f"{what} at {place}: operation not permitted when stream is capturing")
+        self.waits[f"{what} at {place}"] += 1
+
+    def copy(self, source: str, target: str, blocks: bool) -> None:
+        """Count a copy between the sides; from or to memory that is not pinned, CUDA may wait for the stream."""
+        kind = f"copy {source} to {target}"
+        if blocks or self.capturing:
+            self.wait(kind)
+        else:
+            self.uploads[f"{kind} at {_place()}"] += 1
+
+    def record(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """In place of step_graph.CudaRecorder: captures a call, and repeats it over its fixed places."""
+        run()
+        self.captures += 1
+        self.capturing = True
+        try:
+            output = run()
+        finally:
+            self.capturing = False
+
+        def replay() -> Tensor:
+            self.replaying = True
+            try:
+                output.copy_(run())
+            finally:
+                self.replaying = False
+            return output
+
+        return replay
+
+
+def _place() -> str:
+    """The innermost line of qswitch on the stack; else of any installed package beside torch."""
+    frame: Any = sys._getframe(2)
+    other = "elsewhere"
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "/qswitch/" in name and "/site-packages/" not in name:
+            return f"{name.rpartition('/qswitch/')[2]}:{frame.f_lineno}"
+        if other == "elsewhere" and "site-packages/" in name and "site-packages/torch/" not in name:
+            other = f"{name.rpartition('site-packages/')[2]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return other
+
+
+class _Device(TorchDispatchMode):
+    """Follows the marks; see the module's docstring."""
+
+    def __init__(self, seen: Pretended) -> None:
+        super().__init__()
+        self.seen = seen
+        self.marked: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.pinned: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.inside = 0
+        self.moving = False
+
+    def side(self, tensor: Tensor) -> str:
+        """cuda or cpu; meta and others as they are."""
+        kind = _real_device.__get__(tensor).type
+        if kind != "cpu" or self.inside:
+            return str(kind)
+        return "cuda" if tensor.untyped_storage() in self.marked else "cpu"
+
+    def mark(self, tensor: Tensor) -> Tensor:
+        self.marked.add(tensor.untyped_storage())
+        return tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = dict(kwargs or {}), func._schema.name.partition("::")[2]
+        wanted = None
+        if kwargs.get("device") is not None:
+            wanted = torch.device(kwargs["device"]).type
+            if wanted == "cuda":
+                kwargs["device"] = torch.device("cpu")
+            elif wanted == "cpu" and name == "_to_copy" and not self.moving:
+                wanted = None  # a change of dtype inside autograd, which sees the real device
+        pinned = kwargs.get("pin_memory")
+        if pinned:
+            kwargs["pin_memory"] = False
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        sides = [self.side(t) for t in tensors]
+        self._check(func, name, args, kwargs, tensors, sides)
+        on_device = "cuda" in sides
+        in_backward = torch._C._current_graph_task_id() != -1
+        if on_device and wanted != "cpu":
+            self._count_waits(name, args)
+        self.inside += 1
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.inside -= 1
+        if pinned:
+            self.pinned.add(result.untyped_storage())
+        if name == "_to_copy" and wanted in ("cpu", "cuda") and sides[0] in ("cpu", "cuda") and wanted != sides[0]:
+            host_is_pinned = wanted == "cuda" and tensors[0].untyped_storage() in self.pinned
+            self.seen.copy(sides[0], wanted, not (kwargs.get("non_blocking") and host_is_pinned))
+        goes_to = wanted or ("cuda" if on_device else None)
+        if not tensors and in_backward and goes_to in (None, "cpu"):
+            goes_to = "cuda"  # autograd makes it like a tensor whose real device is the CPU
+        if goes_to == "cuda" and name not in ("copy_", "set_"):
+            for output in tree_leaves(result):
+                if isinstance(output, Tensor) and _real_device.__get__(output).type == "cpu":
+                    self.mark(output)
+            if name not in VIEWS:
+                if self.seen.replaying:
+                    self.seen.replayed_launches += 1
+                else:
+                    self.seen.launches[name] += 1
+        return result
+
+    def _check(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], sides: list[str]) -> None:
+        """Mixed devices raise, but for copies, numbers in tensors without dimensions, and an index of the host's."""
+        if not {"cpu", "cuda"} <= set(sides):
+            return
+        if name == "copy_":
+            non_blocking = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
+            on_host = args[0] if self.side(args[0]) == "cpu" else args[1]
+            blocks = not (non_blocking and on_host.untyped_storage() in self.pinned)
+            self.seen.copy(self.side(args[1]), self.side(args[0]), blocks)
+            return
+        if name in ("_to_copy", "set_"):
+            return
+        if name in ("index", "index_put_", "_index_put_impl_") and sides[0] == "cuda":
+            if any(isinstance(i, Tensor) and self.side(i) == "cpu" for i in args[1]):
+                self.seen.wait(f"upload of an index ({name})")
+            return  # a number that is written becomes a tensor on the device
+        with_dimensions = {side for tensor, side in zip(tensors, sides, strict=True) if tensor.dim()}
+        if {"cpu", "cuda"} <= with_dimensions:
+            if torch._C._current_graph_task_id() != -1:
+                for tensor in tensors:
+                    self.mark(tensor)  # as above: made by autograd itself
+                return
+            shapes = [(side, tuple(t.shape), str(t.dtype)) for t, side in zip(tensors, sides, strict=True)]
+            raise MixedDevicesError(f"{func} over {shapes} at {_place()}")
+
+    def _count_waits(self, name: str, args: Any) -> None:
+        if name in WAITING:
+            self.seen.wait(name)
+        elif name in ("index", "index_put_", "_index_put_impl_") and any(
+            isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]
+        ):
+            self.seen.wait("boolean index")
+
+    # ---------------------------------------------------------------- what torch's Python part decides by itself
+
+    def move(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`Tensor.to` between the sides."""
+        if self.inside:
+            return _to(tensor, *args, **kwargs)
+        if args and isinstance(args[0], Tensor):
+            return self.move(tensor, args[0].device, args[0].dtype)
+        parsed = {k: v for k, v in kwargs.items() if k != "copy"}
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **parsed)
+        here, copy = tensor.device.type, bool(kwargs.get("copy"))
+        if device is None or "meta" in (device.type, here):
+            if device is not None and device.type == "cuda":  # out of nothing
+                return torch.empty_like(tensor, dtype=dtype, device=CUDA)
+            return _to(tensor, *args, **kwargs)
+        if device.type == here:
+            return _to(tensor, dtype or tensor.dtype, copy=copy)
+        return _Moved.apply(tensor, self, device, dtype or tensor.dtype, bool(non_blocking))
+
+
+class _Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, mode: _Device, device: Any, dtype: Any, non_blocking: bool) -> Tensor:
+        ctx.source, ctx.dtype = tensor.device, tensor.dtype
+        mode.moving = True
+        try:
+            return torch.ops.aten._to_copy(tensor, dtype=dtype, device=device, non_blocking=non_blocking)
+        finally:
+            mode.moving = False
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient.to(ctx.source).to(ctx.dtype), None, None, None, None
+
+
+_to = Tensor.to
+PROPERTIES = types.SimpleNamespace(total_memory=12 * GIB, name="pretended", major=8, minor=6, multi_processor_count=28)
+
+
+@contextlib.contextmanager
+def pretended_cuda() -> Iterator[Pretended]:
+    """Within the block torch sees one card of 12 GiB, which is pretended; yields what happens on it."""
+    from qswitch.plan import machine
+    from qswitch.rollout import step_graph
+
+    seen = Pretended()
+    mode = _Device(seen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a dispatch mode belongs to one thread
+        _patch_tensors(patch, mode)
+        _patch_cuda(patch, seen)
+        card = machine._DetectedGpu(11 * GIB, "pretended", (8, 6))
+        patch.setattr(machine, "_detect_gpu", lambda: card)
+        patch.setattr(step_graph, "CudaRecorder", lambda: seen.record)
+        with mode:
+            yield seen
+
+
+def _patch_tensors(patch: pytest.MonkeyPatch, mode: _Device) -> None:
+    def device(tensor: Tensor) -> torch.device:
+        return CUDA if mode.side(tensor) == "cuda" else _real_device.__get__(tensor)
+
+    def read(name: str) -> Callable[..., Any]:
+        original = getattr(Tensor, name)
+
+        def reads(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if mode.side(tensor) == "cuda":
+                if name == "numpy":
+                    raise MixedDevicesError(f"numpy() of a tensor on the device at {_place()}")
+                mode.seen.wait(name)
+            return original(tensor, *args, **kwargs)
+
+        return reads
+
+    def pinned(tensor: Tensor, *_: Any) -> Tensor:
+        if mode.side(tensor) == "cuda":
+            raise MixedDevicesError(f"pin_memory() of a tensor on the device at {_place()}")
+        copy = tensor.clone()
+        mode.pinned.add(copy.untyped_storage())
+        return copy
+
+    storage_device = torch._C.StorageBase.device  # type: ignore[attr-defined]
+    patch.setattr(Tensor, "device", property(device), raising=False)
+    patch.setattr(Tensor, "is_cuda", property(lambda t: mode.side(t) == "cuda"), raising=False)
+    patch.setattr(
+        torch.UntypedStorage, "device",
+        property(lambda s: CUDA if s in mode.marked else storage_device.__get__(s)), raising=False,
+    )  # fmt: skip
+    patch.setattr(Tensor, "to", lambda t, *a, **k: mode.move(t, *a, **k))
+    patch.setattr(Tensor, "cpu", lambda t, *a, **k: mode.move(t, "cpu"))
+    patch.setattr(Tensor, "cuda", lambda t, *a, **k: mode.move(t, CUDA))
+    patch.setattr(Tensor, "pin_memory", pinned)
+    for name in ("tolist", "numpy"):
+        patch.setattr(Tensor, name, read(name))
+    for name in ("tensor", "as_tensor"):
+        patch.setattr(torch, name, _made_on_either_side(getattr(torch, name)))
+
+
+def _made_on_either_side(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.tensor and torch.as_tensor, which would ask the driver before any dispatch."""
+
+    def made(data: Any, *args: Any, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        if device is None and isinstance(data, Tensor):
+            device = data.device
+        if device is None or torch.device(device).type != "cuda":
+            return make(data, *args, device=device, **kwargs) if device is not None else make(data, *args, **kwargs)
+        host = data if isinstance(data, Tensor) else make(data, *args, **kwargs)
+        return host.to(CUDA, kwargs.get("dtype") or host.dtype)
+
+    return made
+
+
+def _patch_cuda(patch: pytest.MonkeyPatch, seen: Pretended) -> None:
+    """What qswitch and its libraries ask of torch.cuda; of random states there is only the CPU's."""
+
+    @contextlib.contextmanager
+    def nothing(*_: Any) -> Iterator[None]:
+        yield
+
+    answers: dict[str, Any] = {
+        "is_available": True, "device_count": 1, "current_device": 0, "is_initialized": True, "_is_in_bad_fork": False,
+        "set_device": None, "get_device_capability": (8, 6), "get_device_properties": PROPERTIES,
+        "get_device_name": "pretended", "max_memory_allocated": 0, "memory_allocated": 0, "memory_reserved": 0,
+        "max_memory_reserved": 0, "mem_get_info": (11 * GIB, 12 * GIB), "get_rng_state_all": [], "init": None,
+        "set_rng_state_all": None, "set_rng_state": None, "manual_seed": None, "manual_seed_all": None,
+        "set_per_process_memory_fraction": None, "_lazy_init": None, "is_bf16_supported": True,
+        "reset_peak_memory_stats": None, "empty_cache": None, "synchronize": None, "memory_stats": {},
+    }  # fmt: skip
+    for name, answer in answers.items():
+        patch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer, raising=False)
+    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: seen.capturing)
+    patch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
+    patch.setattr(torch.cuda, "device", nothing)
+    fork = torch.random.fork_rng
+    patch.setattr(torch.random, "fork_rng", lambda devices=(), enabled=True, **_: fork(devices=[], enabled=enabled))
+    made = torch.autocast.__init__
+    patch.setattr(
+        torch.autocast, "__init__",
+        lambda self, device_type, *a, **k: made(self, "cpu" if device_type == "cuda" else device_type, *a, **k),
+    )  # fmt: skip
+    for name in ("is_autocast_enabled", "get_autocast_dtype"):
+        original = getattr(torch, name)
+        patch.setattr(torch, name, lambda *_, original=original: original("cpu"))
