@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils._device
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -265,6 +267,7 @@ def pretended_cuda() -> Iterator[Pretended]:
     from qswitch.plan import machine
     from qswitch.rollout import step_graph
 
+    torch.utils._device._device_constructors()  # kept for the process: not to be read first while all is patched
     seen = Pretended()
     mode = _Device(seen)
     with pytest.MonkeyPatch.context() as patch:
@@ -274,8 +277,12 @@ def pretended_cuda() -> Iterator[Pretended]:
         card = machine._DetectedGpu(11 * GIB, "pretended", (8, 6))
         patch.setattr(machine, "_detect_gpu", lambda: card)
         patch.setattr(step_graph, "CudaRecorder", lambda: seen.record)
-        with mode:
-            yield seen
+        AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the device of the process
+        try:
+            with mode:
+                yield seen
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _patch_tensors(patch: pytest.MonkeyPatch, mode: _Device) -> None:
