@@ -22,8 +22,8 @@ from qswitch.distill.recovery import is_out_of_memory, limit_device_memory
 from qswitch.doctor import examine
 from qswitch.models.host_memory import release_memory
 from qswitch.models.language_model import LanguageModel
+from qswitch.models.quantise import keep_from_repacking
 from qswitch.models.residency import SLAB_BYTES
-from qswitch.models.student import disable_cpu_repacking
 from qswitch.plan import cost
 from qswitch.plan.machine import REFERENCE_GPU, Gpu, detect_budget_bytes
 from qswitch.plan.memory import CUDA_CONTEXT_BYTES
@@ -104,7 +104,7 @@ def nf4_layer(context: Context, inputs: int, outputs: int) -> dict[str, Any]:
                               compress_statistics=True)  # fmt: skip
     layer.load_state_dict(plain.state_dict())
     layer = layer.to(context.device)
-    disable_cpu_repacking(layer)
+    keep_from_repacking(layer, trains=True)
     unpacked = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
     rows = []
     with torch.no_grad():
