@@ -33,6 +33,7 @@ from datasets import Dataset
 
 from benchmarks.provenance import publish
 from benchmarks.rollout import numbers
+from qswitch.config import RunConfig
 from qswitch.data.gather import load_prompts
 from qswitch.data.template import pad_left
 from qswitch.distill.metrics import Counters, StepReport
@@ -136,6 +137,22 @@ def trl_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     }
 
 
+def make_trainer(config: RunConfig, path: Path) -> Trainer:
+    """A run at its start, in a folder of its own, with models of its own."""
+    pair = load_pair_tokenizer(config)
+    _, prompts, held_out = load_prompts(config, pair)
+    runtime = make_runtime(config.train)
+    return Trainer(
+        config,
+        RunDir.create(path, config),
+        teacher=load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size),
+        student=load_student(config, runtime, vocab_size=pair.vocab_size, base_path=None),
+        pair=pair,
+        prompts=prompts,
+        validation_prompts=held_out,
+    )
+
+
 def make_row(args: argparse.Namespace, folder: Path, name: str) -> Trainer:
     method, _, detail = name.partition(" ")
     reuse = int(detail) if detail.isdigit() else 1
@@ -158,19 +175,7 @@ def make_row(args: argparse.Namespace, folder: Path, name: str) -> Trainer:
             },
         }
     )  # fmt: skip
-    run_dir = RunDir.create(folder / name.replace(" ", "-"), config)
-    pair = load_pair_tokenizer(config)
-    _, prompts, held_out = load_prompts(config, pair)
-    runtime = make_runtime(config.train)
-    trainer = Trainer(
-        config,
-        run_dir,
-        teacher=load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size),
-        student=load_student(config, runtime, vocab_size=pair.vocab_size, base_path=None),
-        pair=pair,
-        prompts=prompts,
-        validation_prompts=held_out,
-    )
+    trainer = make_trainer(config, folder / name.replace(" ", "-"))
     if name == "gkd generate":
         trainer.supply.roll_out = partial(roll_out_with_generate, trainer)  # type: ignore[method-assign]
     return trainer

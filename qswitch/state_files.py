@@ -14,7 +14,7 @@ from typing_extensions import NotRequired, Required, TypedDict
 Number = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
-_BY_POSITION = Field(min_length=6, max_length=6)  # evaluate/metrics.py says which positions
+_BY_POSITION = Field(min_length=6, max_length=6)  # distill/own_text.py says which positions
 Writer = Literal["student", "teacher", "mixture"]
 
 
@@ -61,6 +61,16 @@ class ChangesLine(TypedDict):
     changes: dict[str, Any]
 
 
+class OwnFigures(TypedDict):
+    """What a run measured on the student's own responses, as far as it is read again."""
+
+    reverse_kl_nats: Number
+    responses: Count
+    length_ratio: Number
+    ended_share: Share
+    repeated_4grams: Share
+
+
 class SummaryFile(TypedDict, total=False):
     """summary.json, as far as it is read again."""
 
@@ -68,6 +78,8 @@ class SummaryFile(TypedDict, total=False):
     kl_after_nats: Number | None
     response_loss_before_nats: Number | None
     response_loss_after_nats: Number | None
+    own_before: OwnFigures | None
+    own_after: OwnFigures | None
     best_step: int
     steps: Count
     steps_without_loss: Count
@@ -127,6 +139,16 @@ class PassTimesFile(TypedDict):
     teacher: Annotated[list[Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2)]], Field(min_length=1)]
     student: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
     device: str
+
+
+class ThresholdFile(TypedDict):
+    """threshold.json: the state of a threshold that adapts."""
+
+    expected_tokens: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    log_factor: Annotated[float, Field(ge=-20, le=20, allow_inf_nan=False)]
+    sets: Count
+    tokens: Count
+    teacher_tokens: Count
 
 
 class GraphTrialFile(TypedDict):

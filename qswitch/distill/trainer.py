@@ -180,7 +180,7 @@ class Trainer:
             counters.before_nats = counters.last_nats = self.validate()
             counters.before_nats_by_prompt = self.validation.nats_by_prompt
             self._adapt_share()
-            counters.own_before = self._own_figures()
+            counters.own_before = self.own_figures()
             self.progress.validated(0, self.validation.what, counters.before_nats, counters.own_before)
         with self.progress:
             while not self.finished:
@@ -197,7 +197,7 @@ class Trainer:
                 improved = False
                 if self.step % train.eval_steps == 0 or self.finished:
                     counters.last_nats = nats = self.validate()
-                    by_prompt, own = self.validation.nats_by_prompt, self._own_figures()
+                    by_prompt, own = self.validation.nats_by_prompt, self.own_figures()
                     self.progress.validated(self.step, self.validation.what, nats, own)
                     line = {"step": self.step, self.validation.key: nats, **({"own": own} if own else {})}
                     self.run_dir.append_metrics({**line, **self._adapt_share()})
@@ -278,7 +278,7 @@ class Trainer:
             raise self._not_finite(f"The student's {held_out.what} is {nats} after step {self.step}.")
         return nats
 
-    def _own_figures(self) -> dict[str, Any] | None:
+    def own_figures(self) -> dict[str, Any] | None:
         """What the teacher makes of the student's own responses to a few held-out prompts; None where nobody asks."""
         if self.teacher is None or not self.config.train.eval_own_prompts:
             return None

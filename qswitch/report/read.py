@@ -124,6 +124,25 @@ def figures(summary: Mapping[str, Any], held_out: Mapping[str, Any]) -> list[Fig
         change = f"{(after - before) / before:+.0%}" if before else ""
         label = label.format(prompts=summary.get("validation_prompts", "the"))
         found.append(Figure(label, f"{before:.3f}", f"{after:.3f}", change, *_intervals(key, held_out)))
+    return found + own_figures(summary)
+
+
+def own_figures(summary: Mapping[str, Any]) -> list[Figure]:
+    """What the teacher made of the student's own responses, before and after; without intervals, they are few."""
+    before, after = summary.get("own_before"), summary.get("own_after")
+    if not before or not after:
+        return []
+    whose = f"the student's own responses to {after['responses']} of the prompts"
+    nats = [one["reverse_kl_nats"] for one in (before, after)]
+    change = f"{(nats[1] - nats[0]) / nats[0]:+.0%}" if nats[0] else ""
+    found = [Figure(f"KL(student ‖ teacher), nats per token, on {whose}", *(f"{n:.3f}" for n in nats), change)]
+    for key, label in (
+        ("length_ratio", "Length, of the teacher's"),
+        ("ended_share", "Ended before the limit"),
+        ("repeated_4grams", "Repeated 4-grams"),
+    ):
+        shares = [f"{one[key]:.0%}" for one in (before, after)]
+        found.append(Figure(f"{label}, of {whose}", *shares, ""))
     return found
 
 

@@ -10,16 +10,17 @@ state at the start of its set. Knows no model.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qswitch.config import RolloutSection
+from qswitch.outside import read_json
 from qswitch.rollout.policy import TEACHER
 from qswitch.rollout.requests import Rollout
 from qswitch.rollout.threshold import TAU_FLOOR_BITS, Threshold, make_threshold
+from qswitch.state_files import ThresholdFile
 
 GAIN = 2.0
 """How far the logarithm of the factor moves for an error of 1 in the share of a set of mean size. The share changes by
@@ -105,9 +106,10 @@ def threshold_of_run(rollout: RolloutSection, path: Path | None) -> Threshold:
 
     Raises:
         ConfigError: as `make_threshold`.
+        FileError: the file is not what belongs there.
     """
     if path is None or not path.is_file():
         return make_threshold(rollout)
     adaptive = AdaptiveThreshold(rollout)
-    adaptive.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+    adaptive.load_state_dict(dict(read_json(path, ThresholdFile)))
     return adaptive.threshold

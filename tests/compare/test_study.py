@@ -22,11 +22,11 @@ STUDY = ROOT / "benchmarks/study"
 
 @pytest.fixture(autouse=True)
 def prepared_data(tmp_path, monkeypatch):
-    """The study's data is made by prepare.py and is not in the repository: its evaluation set, elsewhere and empty."""
+    """The study's data is made by prepare.py and is not in the repository: its evaluation sets, elsewhere and short."""
     data = tmp_path / "benchmarks/study/data"
     data.mkdir(parents=True)
     for name in ("eval", "search", "test-dolly", "test-selfinst", "test-vicuna"):
-        (data / f"{name}.jsonl").touch()
+        (data / f"{name}.jsonl").write_text('{"instruction": "Why?", "input": "", "output": "So."}\n')
     monkeypatch.chdir(tmp_path)
 
 

@@ -16,6 +16,7 @@ from qswitch.cli import run
 from qswitch.errors import RunDirError
 from qswitch.layers import build_config
 from qswitch.report.page import write_report
+from qswitch.report.read import figures
 from qswitch.run_dir import RunDir
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -196,3 +197,15 @@ def test_fidelity_of_the_run_is_shown(tmp_path: Path):
 def test_the_curve_of_kl_starts_before_the_first_step(tmp_path: Path):
     source = write_report([make_run(tmp_path / "run").path]).read_text(encoding="utf-8")
     assert ": 2 at 0</title>" in source and ": 0.5 at 4</title>" in source
+
+
+def test_what_the_teacher_made_of_the_students_own_text_stands_below_the_other_figures():
+    own = {"reverse_kl_nats": 2.0, "responses": 8, "length_ratio": 1.5, "ended_share": 0.5, "repeated_4grams": 0.25}
+    after = {**own, "reverse_kl_nats": 1.5, "length_ratio": 1.02, "ended_share": 0.875}
+    summary = {"kl_before_nats": 1.0, "kl_after_nats": 0.5, "validation_prompts": 32, "own_before": own}
+    assert len(figures(summary, {})) == 1, "a run that has not ended has no figures to set beside"
+    found = figures({**summary, "own_after": after}, {})
+    assert [(one.before, one.after, one.change) for one in found[1:]] == [
+        ("2.000", "1.500", "-25%"), ("150%", "102%", ""), ("50%", "88%", ""), ("25%", "25%", "")
+    ]  # fmt: skip
+    assert "8 of the prompts" in found[1].label

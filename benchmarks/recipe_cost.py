@@ -1,0 +1,92 @@
+"""What a recipe costs: seconds per trained token of a study's cells, taking turns, and of what validation looks at.
+
+    python -m benchmarks.recipe_cost --cells recipe,switch-paper,gkd --output benchmarks/results/recipe_cost.json
+
+From the top of the checkout, after benchmarks/study/prepare.py. The cells are those of a study file (`--study`), and
+`default` is `method: switch` as it is without any setting. Their trainers take turns, step by step, so that a noisy
+machine disturbs all of them; seconds and tokens are summed over the counted steps, so a cell that trains several times
+on a rollout, or reads the data in some of its steps, has its mean. On a busy machine only the ratios say anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import publish
+from benchmarks.step import make_trainer
+from qswitch.compare.spec import read_comparison
+from qswitch.config import RunConfig
+from qswitch.layers import build_config
+from qswitch.presets import load_preset
+
+STUDY = Path(__file__).resolve().parent / "study"
+
+
+def configs(study: Path, names: list[str]) -> dict[str, RunConfig]:
+    """Name -> configuration, of `default` and of the first seed of the cells."""
+    found: dict[str, RunConfig] = {}
+    for cell in read_comparison(study).cells:
+        found.setdefault(cell.name, cell.config)
+    base = load_preset(STUDY / "base.yaml")
+    found["default"] = build_config(base, {"method": "switch"})
+    if unknown := [name for name in names if name not in found]:
+        raise SystemExit(f"{study} has no cell {unknown[0]}. Cells: {', '.join(found)}")
+    return {name: found[name] for name in ["default", *names]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", type=Path, default=STUDY / "test.yaml")
+    parser.add_argument("--cells", default="recipe,switch-paper,gkd")
+    parser.add_argument("--steps", type=int, default=6, help="counted steps of each cell, after one that is not")
+    parser.add_argument("--settings", action="append", default=[], help="section.key=value on top, for a quick try")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    changes = dict(setting.split("=", 1) for setting in args.settings)
+    seconds: dict[str, list[float]] = {}
+    tokens: dict[str, list[int]] = {}
+    validation: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {
+            name: make_trainer(build_config(config.model_dump(exclude_unset=True), changes), Path(folder) / name)
+            for name, config in configs(args.study, args.cells.split(",")).items()
+        }
+        for turn in range(args.steps + 1):
+            for name, trainer in trainers.items():
+                started = time.perf_counter()
+                report = trainer.train_step()
+                taken = time.perf_counter() - started
+                trainer.counters.step += 1
+                if turn:
+                    seconds.setdefault(name, []).append(taken)
+                    tokens.setdefault(name, []).append(report.loss_tokens)
+        looker = trainers["default"]
+        for what, look in (("teacher's text", looker.validate), ("own text", looker.own_figures)):
+            started = time.perf_counter()
+            look()
+            validation[what] = time.perf_counter() - started
+        device = looker.device.type
+    per_token = {name: sum(values) / max(1, sum(tokens[name])) for name, values in seconds.items()}
+    publish(
+        {
+            "benchmark": "recipe_cost",
+            "study": args.study.name,
+            "seconds_per_trained_token": per_token,
+            "times_default": {name: value / per_token["default"] for name, value in per_token.items()},
+            "median_step_seconds": {name: statistics.median(values) for name, values in seconds.items()},
+            "validation_seconds": validation,
+            "own_text_over_step": validation["own text"] / statistics.median(seconds["default"]),
+            "trained_tokens": tokens,
+        },
+        args.output,
+        device,
+    )
+
+
+if __name__ == "__main__":
+    main()
