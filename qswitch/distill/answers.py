@@ -1,8 +1,9 @@
-"""What the student answers to a few held-out prompts before and after training, for people: RUN/held_out.json.
+"""What student and teacher answer to a few held-out prompts before and after training, for people: RUN/held_out.json.
 
-The first held-out prompts are taken, none chosen. Student and teacher sample with the noise of the validation, so where
-they agree they write the same words. Beside the answers stand the validation's figures of every held-out prompt, from
-which the report computes intervals. Knows no command line and no page.
+The first held-out prompts are taken, none chosen. Both answer greedily, as most users will ask the student: at the
+temperature of training a small model's answer to one prompt says more about the draw than about the model. Beside the
+answers stand the validation's figures of every held-out prompt, from which the report computes intervals. Knows no
+command line and no page.
 """
 
 from __future__ import annotations
@@ -12,33 +13,40 @@ from typing import TYPE_CHECKING, Any
 
 from qswitch.data.records import Message, Record
 from qswitch.data.template import Prompt, PromptEncoder
-from qswitch.distill.validation import VALIDATION_SEED
 from qswitch.outside import read_json
 from qswitch.rollout.decode import RolloutRequest, rollout
-from qswitch.rollout.policy import StudentPolicy
+from qswitch.rollout.policy import Policy, StudentPolicy, TeacherPolicy
 from qswitch.state_files import HeldOutFile
 
 if TYPE_CHECKING:
     from qswitch.distill.trainer import Trainer
 
 NUM_ANSWERS = 6
-"""Prompts that are answered: one short batch of the student before training and one after."""
+"""Prompts that are answered: one short batch of the student before training and one after, and one of the teacher."""
 _PLACE = "\ue000"
 """Stands for the user's words, to find out what the template puts around them; no text holds it."""
 
 
 def keep_first_answers(trainer: Trainer, prompts: Sequence[Prompt], encoder: PromptEncoder) -> None:
-    """Write RUN/held_out.json with the prompts, the untrained student's answers and the references."""
+    """Write RUN/held_out.json with the prompts, the untrained student's answers, and the teacher's or the data's."""
     sequences = trainer.validation.sequences
+    if trainer.teacher is None:
+        references = [_answer(sequence.response_ids, trainer) for sequence in sequences[:NUM_ANSWERS]]
+    else:
+        trainer.supply.teacher_comes()
+        references = _answers(trainer, TeacherPolicy())
+        trainer.supply.teacher_leaves()
     texts = {p.example_id: p.text for p in prompts}
     answers = [
         {
             "prompt": _without_template(texts[sequence.example_id], encoder, trainer.config.data.system_prompt),
             "before": before,
             "after": None,
-            "reference": _answer(sequence.response_ids, trainer),
+            "reference": reference,
         }
-        for sequence, before in zip(sequences, _student_answers(trainer), strict=False)
+        for sequence, before, reference in zip(
+            sequences[:NUM_ANSWERS], _answers(trainer, StudentPolicy()), references, strict=True
+        )
     ]
     kept = {
         "figure": trainer.validation.key,
@@ -58,29 +66,29 @@ def keep_last_answers(trainer: Trainer) -> None:
     if not path.is_file():
         return
     kept: dict[str, Any] = dict(read_json(path, HeldOutFile))
-    for answer, after in zip(kept["answers"], _student_answers(trainer), strict=True):
+    for answer, after in zip(kept["answers"], _answers(trainer, StudentPolicy()), strict=True):
         answer["after"] = after
     kept["before_nats"] = trainer.counters.before_nats_by_prompt
     kept["after_nats"] = trainer.counters.best_nats_by_prompt
     trainer.run_dir.write_json(path.name, kept)
 
 
-def _student_answers(trainer: Trainer) -> list[dict[str, Any]]:
-    """The student's sampled answers to the first held-out prompts."""
+def _answers(trainer: Trainer, policy: Policy) -> list[dict[str, Any]]:
+    """The greedy answers of one model to the first held-out prompts."""
     config, pair = trainer.config, trainer.pair
     requests = [
         RolloutRequest(sequence.example_id, 0, sequence.prompt_ids, config.rollout.max_new_tokens)
         for sequence in trainer.validation.sequences[:NUM_ANSWERS]
     ]
 
-    def sample() -> list[dict[str, Any]]:
+    def write() -> list[dict[str, Any]]:
         written, _ = rollout(
             requests,
-            teacher=None,
-            student=trainer.student,
-            policy=StudentPolicy(),
-            seed=VALIDATION_SEED,
-            temperature=1.0,
+            teacher=trainer.teacher if policy.uses_teacher else None,
+            student=trainer.student if policy.uses_student else None,
+            policy=policy,
+            seed=0,
+            temperature=0.0,
             eos_ids=pair.eos_ids,
             pad_id=pair.pad_id,
             batch_size=trainer.recovery.sizes.rollout_rows,
@@ -88,7 +96,7 @@ def _student_answers(trainer: Trainer) -> list[dict[str, Any]]:
         )
         return [_answer(one.response_ids, trainer) for one in written]
 
-    return trainer.recovery.attempt("rollout", sample)
+    return trainer.recovery.attempt("rollout", write)
 
 
 def _answer(response_ids: Sequence[int], trainer: Trainer) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from typing import Any
 from transformers import GenerationConfig
 
 from qswitch.aside import folder_aside
-from qswitch.config import RunConfig
 from qswitch.data.template import PromptEncoder, template_source
+from qswitch.distill.adapter_card import adapter_card
 from qswitch.distill.answers import keep_first_answers, keep_last_answers
 from qswitch.distill.checkpoint import newest_whole, saved_part
 from qswitch.distill.metrics import peak_bytes
@@ -258,7 +258,7 @@ def _finish(
         # Responses ended at either model's token; another program that knows the base's alone would run on.
         eos_ids = pair.eos_ids[0] if len(pair.eos_ids) == 1 else list(pair.eos_ids)
         GenerationConfig(eos_token_id=eos_ids, pad_token_id=pair.pad_id).save_pretrained(folder)
-        (folder / "README.md").write_text(adapter_card(config, summary), encoding="utf-8")
+        (folder / "README.md").write_text(adapter_card(config, asdict(summary)), encoding="utf-8")
         shutil.rmtree(run_dir.adapter_path, ignore_errors=True)  # of a run that ended before its summary was written
     run_dir.write_json("summary.json", asdict(summary))
     return summary
@@ -267,45 +267,6 @@ def _finish(
 def _logged_peaks(run_dir: RunDir) -> list[float]:
     """Peaks that the steps logged, also those of processes that were stopped, GiB."""
     return [line["peak_gib"] for line in run_dir.read_metrics() if "peak_gib" in line] or [0.0]
-
-
-def adapter_card(config: RunConfig, summary: Summary) -> str:
-    """The model card of RUN/adapter, Hugging Face layout."""
-    licences = (
-        "\n".join(f"- {model}: {licence}" for model, licence in config.about.licences.items()) or "- see the models"
-    )
-    if config.needs_teacher:
-        made = f"distilled from {summary.teacher}"
-        figure, before, after = "KL(teacher \\|\\| student)", summary.kl_before_nats, summary.kl_after_nats
-    else:
-        made = "fine-tuned"
-        figure, before, after = (
-            "Cross-entropy of the responses", summary.response_loss_before_nats, summary.response_loss_after_nats
-        )  # fmt: skip
-    switches = config.writes_rollouts and config.rollout.policy == "switch"
-    credit = " SWITCH is by Koo et al., Findings of NAACL 2025." if switches else ""
-    responses = f"rollout policy `{config.rollout.policy}`, " if config.writes_rollouts else ""
-    imitates = config.loss.objective == "divergence"
-    loss = f"`{config.loss.divergence}` over `{config.loss.scope}`" if imitates else "`cross_entropy`"
-    return f"""---
-library_name: peft
-tags: [distillation, {config.method}, qswitch]
----
-# {summary.student}, {made}
-
-Trained with qswitch (preset `{config.about.name}`), method `{config.method}`, {responses}loss {loss}, {summary.steps}
-steps.{credit}
-
-| {figure}, nats per token, {summary.validation_prompts} held-out prompts | |
-|---|---|
-| before | {before:.4f} |
-| after | {after:.4f} |
-
-Trained on {summary.device} with {summary.peak_gib:.2f} GiB of memory at its peak ({summary.planned_gib:.2f} planned).
-
-Licences of the models it is made from:
-{licences}
-"""
 
 
 def _name(reference: str | list[str]) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from qswitch.config import RunConfig
+from qswitch.distill.adapter_card import how_trained, licence_lines
+from qswitch.hub import is_hub_id
 
 HUB_LICENCES = ("Apache-2.0", "MIT")
 """Licences of the presets that the hub knows by name; it refuses a card with another one in its license field."""
@@ -24,31 +26,32 @@ def model_card(config: RunConfig, name: str, summary: dict[str, Any], merge_erro
         header.append(f"license: {licence.lower()}")
     elif licence:
         header += ["license: other", f"license_name: {licence}"]
-    header += ["tags:", "- distillation", "- qswitch", "---", ""]
-    rollout, loss = config.rollout, config.loss
+    base = next((name for name in reference_names(config.student.model) if is_hub_id(name)), None)
+    if base is not None:
+        header.append(f"base_model: {base}")
+    header += ["tags:", "- distillation", f"- {config.method}", "- qswitch", "---", ""]
     cut = f", cut to {config.student.shrink_to_layers} layers" if config.student.shrink_to_layers else ""
-    unknown = "that of the student model; check it, and that of the teacher, before sharing"
     lines = [
         f"# {name}, distilled with qswitch",
         "",
         f"- Student: {student}{cut}",
-        f"- Teacher: {teacher} ({config.teacher.precision})",
-        f"- Licence: {licence or unknown}",
-        f"- Method: rollout policy `{rollout.policy}`"
-        + (f", schedule `{rollout.schedule}`" if rollout.policy == "switch" else "")
-        + f", loss `{loss.divergence}` over `{loss.scope}`, {config.train.max_steps} steps",
+        *([f"- Teacher: {teacher} ({config.teacher.precision})"] if config.needs_teacher else []),
+        f"- Training: {how_trained(config)}, {summary.get('steps', config.train.max_steps)} steps",
         f"- Adapter: {_adapter_line(config)}; weights saved in {dtype}",
         f"- Merge check: merging changed logits by at most {merge_error:.2g} against base + adapter",
     ]
     figures = {
-        "kl_before_nats": "KL(teacher || student) before, nats per token, held-out prompts",
+        "kl_before_nats": "KL(teacher \\|\\| student) before, nats per token, held-out prompts",
         "kl_after_nats": "the same after training",
-        "steps": "optimizer steps",
+        "response_loss_before_nats": "cross-entropy of held-out responses before, nats per token",
+        "response_loss_after_nats": "the same after training",
         "seconds": "seconds of training",
+        "peak_gib": "memory of the training at its peak, GiB",
     }
     known = [f"| {label} | {summary[key]:.4g} |" for key, label in figures.items() if _is_number(summary.get(key))]
     if known:
         lines += ["", "| figure | value |", "|---|---|", *known]
+    lines += ["", "Licences of what it is made from:", "", *licence_lines(config)]
     lines += [
         "",
         "## Use",
@@ -58,6 +61,11 @@ def model_card(config: RunConfig, name: str, summary: dict[str, Any], merge_erro
         "",
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        "",
+        'question = [{"role": "user", "content": "Why is the sky blue?"}]',
+        'inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", '
+        "return_dict=True)",
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200)[0]))",
         "```",
         "",
     ]

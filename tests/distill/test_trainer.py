@@ -238,6 +238,12 @@ def test_a_run_leaves_everything_and_loads_with_plain_peft(folders, tmp_path):
 
     base = AutoModelForCausalLM.from_pretrained(config.student.model)
     tokenizer = AutoTokenizer.from_pretrained(run_dir.adapter_path)
+    for answer in held_out["answers"]:
+        turns = [{"role": "user", "content": answer["prompt"]}]
+        asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        limits = {"max_new_tokens": config.rollout.max_new_tokens, "do_sample": False, "eos_token_id": 2}
+        written = base.generate(**asked, **limits)[0, asked["input_ids"].shape[1] :]
+        assert answer["before"]["text"] == tokenizer.decode(written, skip_special_tokens=True), "the likeliest tokens"
     before = base(torch.tensor([[5, 6, 7]])).logits
     adapted = PeftModel.from_pretrained(base, run_dir.adapter_path)
     assert not torch.allclose(adapted(torch.tensor([[5, 6, 7]])).logits, before)

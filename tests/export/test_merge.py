@@ -93,11 +93,14 @@ def test_every_kind_of_student_merges_into_plain_bf16(tmp_path, student):
 
 def test_template_and_card_come_along(tmp_path):
     run_dir, _ = trained_run(tmp_path)
-    run_dir.summary_path.write_text(json.dumps({"kl_before_nats": 1.5, "kl_after_nats": 0.75, "steps": 3}))
+    run_dir.summary_path.write_text(
+        json.dumps({"kl_before_nats": 1.5, "kl_after_nats": 0.75, "steps": 3, "peak_gib": 7.5})
+    )
     merge_run(run_dir.path, tmp_path / "out", prompts=TEXTS)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template.endswith("of the run")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: apache-2.0" in card and "| 1.5 |" in card and "| 0.75 |" in card
+    assert "at its peak, GiB | 7.5 |" in card and ", 3 steps" in card
     assert "AutoModelForCausalLM.from_pretrained" in card and str(tmp_path) not in card
 
 
@@ -106,8 +109,20 @@ def test_a_licence_the_hub_does_not_know_is_named_as_other(tmp_path):
     config = config.model_copy(
         update={"about": config.about.model_copy(update={"licences": {config.student.model: "Gemma Terms of Use"}})}
     )
-    header = yaml.safe_load(model_card(config, "base", {}, 0.0, "bf16").split("---")[1])
+    card = model_card(config, "base", {}, 0.0, "bf16")
+    header = yaml.safe_load(card.split("---")[1])
     assert header["license"] == "other" and header["license_name"] == "Gemma Terms of Use"
+    assert f"- {Path(config.student.model).name}: Gemma Terms of Use" in card
+
+
+def test_a_card_says_what_was_done_and_nothing_else():
+    pair = {"teacher": {"model": "big/teacher"}, "student": {"model": ["package:x/y.gguf", "small/student"]},
+            "data": {"train": "x.jsonl"}}  # fmt: skip
+    distilled, tuned = (model_card(build_config(pair, {"method": m}), "s", {}, 0.0, "bf16") for m in ("gkd", "sft"))
+    assert yaml.safe_load(distilled.split("---")[1])["base_model"] == "small/student"
+    assert "`big/teacher`" in distilled and "policy `student`" in distilled and "threshold" not in distilled
+    assert "big/teacher" not in tuned and "policy" not in tuned and "loss `cross_entropy`" in tuned
+    assert "Check those of the student, the teacher and the data" in tuned
 
 
 def test_the_base_cut_into_the_run_directory_is_merged(tmp_path):

@@ -34,6 +34,9 @@ def test_nothing_scrolls_sideways_in_either_scheme(report, width, scheme):
 def test_pointing_at_a_token_shows_what_is_known_of_it(report):
     with opened(report) as page:
         detail = page.locator("#run-1 .detail")
+        assert "JSD 0.800 > threshold 0.400 bits" in detail.inner_text(), (
+            "the first intervention is shown as an example"
+        )
         page.locator("#run-1 .rollout:visible .w").nth(1).hover()
         text = detail.inner_text()
         for piece in ("JSD 0.800 > threshold 0.400 bits", "friend", "there", "teacher"):
@@ -43,6 +46,12 @@ def test_pointing_at_a_token_shows_what_is_known_of_it(report):
         assert "0.100 ≤ threshold 0.900" in detail.inner_text()
         page.keyboard.press("ArrowRight")
         assert "0.800 > threshold 0.400" in detail.inner_text()
+
+
+def test_a_line_end_can_be_pointed_at(report):
+    with opened(report) as page:
+        page.locator("#run-1 .rollout:visible .w.break").hover()
+        assert "JSD 0.300 ≤ threshold 0.350" in page.locator("#run-1 .detail").inner_text()
 
 
 def test_rollouts_are_shown_one_at_a_time(report):

@@ -76,6 +76,7 @@ def make_run(folder: Path, *, hostile: str = "", finished: bool = True) -> RunDi
          "teacher": "Hi" + hostile},
         {"text": "there", "writer": "teacher", "jsd": 0.8, "tau": 0.4, "student": "friend", "teacher": "there"},
         {"text": ".", "writer": "teacher", "jsd": 0.7, "tau": None, "student": None, "teacher": "."},
+        {"text": "\n", "writer": "student", "jsd": 0.3, "tau": 0.35, "student": "\n", "teacher": None},
     ]  # fmt: skip
     one = {"text": hostile, "ended": True}
     after = one if finished else None
@@ -102,7 +103,7 @@ def test_the_page_shows_what_the_run_did(tmp_path: Path, capsys):
     text = " ".join("".join(page.text).split())
     pieces = [
         *("before2.000", "after0.500", "-75%", "4 of 200", "planned2.50", "measured peak2.40", "a note"),
-        *("teacher weights", "24 of the 30 rollouts", "67 % by the teacher", "abc123", "rollout12 s"),
+        *("teacher weights", "24 of the 30 rollouts", "50 % by the teacher", "abc123", "rollout12 s"),
     ]
     for piece in pieces:
         assert piece in text, piece

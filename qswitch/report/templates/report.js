@@ -69,14 +69,14 @@ for (const browser of document.querySelectorAll(".transcripts")) {
 
   const look = (token) => {
     browser.querySelector(".current")?.classList.remove("current");
-    if (!token) return detail.replaceChildren();
     token.classList.add("current");
     describe(token, detail);
   };
   const show = (index) => {
     choice.selectedIndex = (index + sections.length) % sections.length;
     sections.forEach((section, i) => { section.hidden = i !== choice.selectedIndex; });
-    look(null);
+    const shown = sections[choice.selectedIndex];
+    look(shown.querySelector(".w.teacher") ?? shown.querySelector(".w")); // the first intervention, as an example
   };
   choice.addEventListener("change", () => show(choice.selectedIndex));
   bar.querySelector(".previous").addEventListener("click", () => show(choice.selectedIndex - 1));
