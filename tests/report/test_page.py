@@ -108,7 +108,7 @@ def test_the_page_shows_what_the_run_did(tmp_path: Path, capsys):
     for piece in pieces:
         assert piece in text, piece
     writers = [value for name, value in page.attributes if name == "class" and value and value.startswith("w ")]
-    assert writers == ["w student", "w teacher", "w teacher"] * 24
+    assert writers == ["w student", "w teacher", "w teacher", "w student break"] * 24
     assert ("data-threshold", "0.900") in page.attributes and ("data-teacher", "there") in page.attributes
     assert text.index("Question 0") < text.index("-75%"), "answers lead the page"
     assert "3 more" in text and "reference 5 …" in text and "reference 0" in text
