@@ -8,7 +8,6 @@ progress of training, on stderr. Cold: torch is imported when something trains, 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qswitch.config import RunConfig
 from qswitch.layers import build_config, set_layer
+from qswitch.outside import read_json
 from qswitch.presets import load_preset
 from qswitch.run_dir import RunDir
+from qswitch.state_files import SummaryFile
 
 if TYPE_CHECKING:
     from qswitch.export.merge import MergeReport
@@ -130,7 +131,7 @@ class Run:
     def summary(self) -> dict[str, Any] | None:
         """RUN/summary.json, for instance `kl_before_nats` and `kl_after_nats`; None while the run has not ended."""
         path = RunDir(self.path, self.config).summary_path
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return dict(read_json(path, SummaryFile)) if path.exists() else None
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
