@@ -4,7 +4,7 @@
 #   make lint     ruff and mypy
 #   make wheel    build the package and use it in an empty environment; needs a registry, minutes
 #   make browser  the report and the documentation in a headless Chromium
-#   make presets  write presets/README.md anew
+#   make presets  write presets/README.md and presets/index.json anew
 #   make docs     write docs/reference/ anew and build the site into site/
 #   make clean    remove .venv and what tools left behind; runs/ stays
 
@@ -56,6 +56,7 @@ browser: $(STAMP)
 
 presets: $(STAMP)
 	$(BIN)/qswitch presets page > presets/README.md.new && mv presets/README.md.new presets/README.md
+	$(BIN)/qswitch presets page --json > presets/index.json.new && mv presets/index.json.new presets/index.json
 
 docs: $(STAMP)
 	$(BIN)/python docs/make_reference.py

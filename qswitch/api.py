@@ -67,7 +67,7 @@ def configure(
         return build_config(source.model_dump(exclude_unset=True), own) if own else source
     if isinstance(source, Mapping):
         return build_config(source, own)
-    return build_config(load_preset(source), own, source=str(source))
+    return build_config(load_preset(source), own, where=str(source))
 
 
 def plan(config: Source, *, vram: str | None = None, gpu: str | None = None) -> Plan:

@@ -285,9 +285,9 @@ def doctor(as_json: AsJson = False) -> None:
 @presets_app.command("list", epilog="Example: qswitch presets list")
 def presets_list(as_json: AsJson = False) -> None:
     """Every preset: what it is for, its card and planned memory, what it needs."""
-    from qswitch.preset_info import list_presets, render_list
+    from qswitch.preset_index import read_index, render_list
 
-    show(list_presets(), as_json, render_list)
+    show(read_index(), as_json, render_list)
 
 
 @presets_app.command("show", epilog="Example: qswitch presets show smollm2-demo")
@@ -302,11 +302,12 @@ def presets_show(name: Annotated[str, typer.Argument(help="Name of a preset.")],
 
 
 @presets_app.command("page", epilog="Example: qswitch presets page > presets/README.md")
-def presets_page() -> None:
-    """All presets as a Markdown page, for presets/README.md."""
-    from qswitch.preset_info import render_page
+def presets_page(as_json: AsJson = False) -> None:
+    """All presets planned anew, as a Markdown page for presets/README.md, or as JSON for presets/index.json."""
+    from qswitch.preset_index import render_index
+    from qswitch.preset_info import plan_presets, render_page
 
-    print(render_page(), end="")
+    print(render_index(plan_presets()) if as_json else render_page(), end="")
 
 
 @presets_app.command("copy", epilog="Example: qswitch presets copy smollm2-demo my.yaml")

@@ -1,11 +1,10 @@
-"""What each preset is for, needs and costs: the list, the head of `presets show`, and presets/README.md. Cold.
+"""What each preset is for, needs and costs: the head of `presets show`, presets/README.md and presets/index.json. Cold.
 
 Everything is read from the presets and computed by the planner, so nothing here can disagree with them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from qswitch.config import RunConfig
@@ -14,6 +13,7 @@ from qswitch.layers import dump_config
 from qswitch.plan.machine import parse_size
 from qswitch.plan.model_files import shape_for
 from qswitch.plan.scheduler import Plan, plan_run
+from qswitch.preset_index import PresetInfo
 from qswitch.presets import load_run_config, preset_names
 
 PAGE = """# Presets
@@ -41,28 +41,8 @@ licence and the shape of its original.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class PresetInfo:
-    """A preset as `qswitch presets list` shows it."""
-
-    name: str
-    description: str
-    vram: str | None
-    """The card it is planned for; None: a CPU."""
-    planned_gib: float
-    """Peak of the plan for that card, GiB."""
-    fits: bool
-    gated: bool
-    twin: str | None
-    """For a gated preset: the one that needs no token."""
-    paper: bool
-    """Whether the hyper-parameters are the paper's."""
-    licences: dict[str, str]
-    command: str
-
-
-def list_presets() -> list[PresetInfo]:
-    """Every preset, planned for its own card."""
+def plan_presets() -> list[PresetInfo]:
+    """Every preset, planned for its own card; what `presets/index.json` says."""
     return [describe(name) for name in preset_names()]
 
 
@@ -114,19 +94,6 @@ def copy_preset(name: str, target: Path) -> None:
         raise ConfigError(f"{target} cannot be written ({error.strerror}).") from error
 
 
-def render_list(infos: list[PresetInfo]) -> str:
-    """A line per preset: name, card, planned peak, purpose, access."""
-    width = max(len(i.name) for i in infos)
-    lines = [f"{'preset':<{width}}  {'card':>6}  {'peak GiB':>8}  purpose"]
-    for info in infos:
-        twin = f" Without one: {info.twin}." if info.twin else ""
-        paper = " Paper." if info.paper else ""
-        card = info.vram or "CPU"
-        lines.append(f"{info.name:<{width}}  {card:>6}  {info.planned_gib:>8.1f}  {info.description}{twin}{paper}")
-    lines += ["", "Peaks are planned, not measured. `qswitch presets show NAME` shows every setting."]
-    return "\n".join(lines)
-
-
 def render_head(info: PresetInfo) -> str:
     """YAML comments that say what `presets show` is about to print: purpose, card, access, licences, command."""
     access = f"gated, needs HF_TOKEN; without one: {info.twin}" if info.gated else "open"
@@ -144,7 +111,7 @@ def render_head(info: PresetInfo) -> str:
 def render_page() -> str:
     """presets/README.md: a table of the presets, and one of their models with licence, size and source of the shape."""
     return PAGE.format(
-        presets="\n".join(_preset_row(info) for info in list_presets()),
+        presets="\n".join(_preset_row(info) for info in plan_presets()),
         models="\n".join(
             f"| {model} | {parameters / 1e6:,.0f} M | {licence} | [{_file(source)}]({source}) |"
             for model, (parameters, licence, source) in sorted(_models().items())

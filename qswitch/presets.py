@@ -9,13 +9,8 @@ from typing import Any
 from qswitch.config import RunConfig
 from qswitch.errors import ConfigError
 from qswitch.layers import build_config, by_section, set_layer, stack
+from qswitch.preset_index import presets_folder
 from qswitch.yaml_file import read_yaml
-
-
-def presets_folder() -> Path:
-    """The folder of the YAML files: inside the installed package, or at the top of a source checkout."""
-    inside = Path(__file__).parent / "presets"
-    return inside if inside.is_dir() else Path(__file__).resolve().parents[1] / "presets"
 
 
 def preset_names() -> list[str]:

@@ -59,7 +59,7 @@ def test_an_interruption_ends_with_130_and_the_way_back(capsys, monkeypatch):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt("runs/x")
 
-    monkeypatch.setattr("qswitch.preset_info.list_presets", interrupted)
+    monkeypatch.setattr("qswitch.preset_index.read_index", interrupted)
     assert run(["presets", "list"]) == 130
     assert "qswitch distill --resume runs/x" in capsys.readouterr().err
 
@@ -82,7 +82,7 @@ def test_our_bugs_keep_their_traceback(monkeypatch):
     def broken():
         raise ZeroDivisionError
 
-    monkeypatch.setattr("qswitch.preset_info.list_presets", broken)
+    monkeypatch.setattr("qswitch.preset_index.read_index", broken)
     with pytest.raises(ZeroDivisionError):
         run(["presets", "list"])
 

@@ -10,7 +10,8 @@ import yaml
 from qswitch.cli import run
 from qswitch.errors import ConfigError
 from qswitch.layers import build_config
-from qswitch.preset_info import describe, render_page
+from qswitch.preset_index import render_index
+from qswitch.preset_info import describe, plan_presets, render_page
 from qswitch.presets import load_preset, load_run_config, preset_names
 from qswitch.yaml_file import read_yaml
 
@@ -109,6 +110,11 @@ def test_the_paper_s_pairs_have_the_paper_s_settings():
 def test_the_page_of_the_presets_is_current():
     page = ROOT / "presets" / "README.md"
     assert page.read_text(encoding="utf-8") == render_page(), "run `make presets` and commit presets/README.md"
+
+
+def test_the_index_of_the_presets_is_current():
+    index = (ROOT / "presets" / "index.json").read_text(encoding="utf-8")
+    assert index == render_index(plan_presets()), "run `make presets` and commit presets/index.json"
 
 
 def test_the_list_names_card_peak_and_access(capsys: pytest.CaptureFixture[str]):

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qswitch.config import RunConfig, StudentSection
+from qswitch.config import RunConfig
 from qswitch.plan import memory
 from qswitch.plan.machine import Machine
-from qswitch.plan.model_files import shape_for
 from qswitch.plan.shapes import ModelShape
 from qswitch.units import GIB
 
@@ -93,7 +92,7 @@ def break_down(config: RunConfig, teacher: ModelShape, student: ModelShape, mach
     load = {
         "load_buffer": max(
             memory.load_buffer_bytes(teacher, config.teacher.precision, b),
-            student_load + _cut_layers_bytes(section, student, b),
+            student_load + student.cut_parameters * b,
         )
     }
     round_steps = _round_steps(config, vocab)
@@ -110,7 +109,7 @@ def break_down(config: RunConfig, teacher: ModelShape, student: ModelShape, mach
         "autocast_copies": cast,
     }
     if not needed:
-        load["load_buffer"] = student_load + _cut_layers_bytes(section, student, b)
+        load["load_buffer"] = student_load + student.cut_parameters * b
         decode = dict.fromkeys(decode, 0)
     # The language-model loss runs over blocks of its own.
     corpus = config.data.lm_corpus is not None
@@ -185,14 +184,6 @@ def _held_sequences(config: RunConfig, per_step: int) -> int:
     elif rollout.reuse > 1:
         again = min(rollout.replay_capacity, per_step * (rollout.reuse - 1))
     return per_step * rollout.steps_at_once + again
-
-
-def _cut_layers_bytes(section: StudentSection, student: ModelShape, compute_bytes: int) -> int:
-    """Layers that are read with the base and then dropped: while loading, the model is still whole."""
-    if section.shrink_to_layers is None:
-        return 0
-    whole = shape_for(section.model_copy(update={"shrink_to_layers": None}))
-    return (whole.num_parameters - student.num_parameters) * compute_bytes
 
 
 def _checkpoint_bytes(config: RunConfig, trained_bytes: int, optimizer_bytes: int) -> int:

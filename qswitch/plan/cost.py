@@ -8,8 +8,6 @@ benchmarks/results/pass_times-cpu.json.
 
 from __future__ import annotations
 
-from collections import Counter
-
 from qswitch.config import RunConfig
 from qswitch.plan import memory
 from qswitch.plan.machine import Gpu, Machine
@@ -53,7 +51,7 @@ def pass_seconds(shape: ModelShape, precision: memory.Precision, tokens: int, kv
     if precision == "nf4":
         unpacked = sum(
             count * module.weight_parameters
-            for module, count in Counter(shape.linears).items()
+            for module, count in shape.counted_linears.items()
             if tokens > fused_tokens(module, machine.gpu, b)
         )
         traffic += 2 * unpacked * b

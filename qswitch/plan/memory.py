@@ -107,7 +107,7 @@ def other_bytes_per_parameter(precision: Precision, compute_bytes: int) -> int:
 @lru_cache(maxsize=64)
 def weight_bytes(shape: ModelShape, precision: Precision, compute_bytes: int, any_width: bool = True) -> int:
     """A whole model: linear layers in `precision`; embeddings, positions, norms and head never quantised."""
-    linears = sum(n * linear_bytes(m, precision, compute_bytes, any_width) for m, n in Counter(shape.linears).items())
+    linears = sum(n * linear_bytes(m, precision, compute_bytes, any_width) for m, n in shape.counted_linears.items())
     other = shape.other_parameters * other_bytes_per_parameter(precision, compute_bytes)
     return linears + other
 
@@ -157,11 +157,15 @@ def _rank(module: LinearShape, lora: LoraSection) -> int:
     return lora.r
 
 
-def _adapted_in_layers(shape: ModelShape, lora: LoraSection) -> tuple[Counter[LinearShape], int]:
+def _adapted_in_layers(shape: ModelShape, lora: LoraSection) -> tuple[dict[LinearShape, int], int]:
     """How often each module of the layers is adapted, in all, and in how many layers."""
     chosen = lora.layers_to_transform
-    layers = shape.layers if chosen is None else [shape.layers[i] for i in set(chosen) if i < shape.num_layers]
-    return Counter(m for layer in layers for m in layer if _is_target(m, shape, lora)), len(layers)
+    if chosen is None:
+        counts, num_layers = shape.modules_of_layers, shape.num_layers
+    else:
+        layers = [shape.layers[i] for i in set(chosen) if i < shape.num_layers]
+        counts, num_layers = Counter(m for layer in layers for m in layer), len(layers)
+    return {module: count for module, count in counts.items() if _is_target(module, shape, lora)}, num_layers
 
 
 def _adapted(shape: ModelShape, lora: LoraSection) -> Iterator[tuple[LinearShape, int]]:

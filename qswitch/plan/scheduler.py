@@ -159,10 +159,10 @@ def model_shapes(config: RunConfig) -> tuple[ModelShape, ModelShape]:
     return shapes[0], shapes[1]
 
 
-def _candidates(config: RunConfig) -> Iterator[list[RunConfig]]:
+def _candidates(config: RunConfig) -> Iterator[Iterator[RunConfig]]:
     """Every combination of sizes with the same effective batch: any number of rows, the rest at most as configured.
 
-    Those of one list differ in what costs little time, the fastest first: of them the first that fits will do.
+    Those of one group differ in what costs little time, the fastest first: of them the first that fits will do.
     """
     micro = config.train.per_device_train_batch_size
     effective = micro * config.train.gradient_accumulation_steps
@@ -185,7 +185,7 @@ def _candidates(config: RunConfig) -> Iterator[list[RunConfig]]:
             "train.gradient_accumulation_steps": effective // size,
             "student.gradient_checkpointing": recompute,
         })  # fmt: skip
-        yield [with_choices(large, choices) for choices in small]
+        yield (with_choices(large, choices) for choices in small)
 
 
 def _row_counts(sequences: int) -> list[int]:

@@ -5,6 +5,8 @@ The values come from a table of families (`families.py`), or are counted in tran
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -63,6 +65,8 @@ class ModelShape:
     eager_attention: bool = False
     """Scores are materialised (attention soft-cap), not fused."""
     max_positions: int = 0
+    cut_parameters: int = 0
+    """Parameters of layers that are read with the model and then dropped: while it is loaded it is still whole."""
 
     counted: bool = False
     """Whether the modules were counted in transformers' class, and activations follow from them roughly."""
@@ -91,9 +95,19 @@ class ModelShape:
         return self.unequal_layers or (self.layer_linears,) * self.num_layers
 
     @cached_property
+    def modules_of_layers(self) -> Mapping[LinearShape, int]:
+        """Each linear module of the layers -> how often it is there, in all."""
+        return Counter(module for layer in self.layers for module in layer)
+
+    @cached_property
     def linears(self) -> tuple[LinearShape, ...]:
         """Every linear module but the head."""
         return tuple(module for layer in self.layers for module in layer) + self.outer_linears
+
+    @cached_property
+    def counted_linears(self) -> Mapping[LinearShape, int]:
+        """Each linear module but the head -> how often it is there."""
+        return Counter(self.linears)
 
     @cached_property
     def linear_names(self) -> tuple[str, ...]:
@@ -142,14 +156,14 @@ class ModelShape:
 
     def with_layers(self, num_layers: int) -> ModelShape:
         """The same model cut to `num_layers` layers; where they differ, as if to the first."""
-        if not self.unequal_layers:
-            return replace(self, num_layers=num_layers)
-        return replace(
-            self,
-            num_layers=num_layers,
-            unequal_layers=self.layers[:num_layers],
-            further_by_layer=self.further_by_layer[:num_layers],
-            cached_widths=None if self.cached_widths is None else self.cached_widths[:num_layers],
-            state_bytes_per_row=self.state_bytes_per_row * num_layers // self.num_layers,
-            state_values_per_row=self.state_values_per_row * num_layers // self.num_layers,
-        )
+        cut = replace(self, num_layers=num_layers)
+        if self.unequal_layers:
+            cut = replace(
+                cut,
+                unequal_layers=self.layers[:num_layers],
+                further_by_layer=self.further_by_layer[:num_layers],
+                cached_widths=None if self.cached_widths is None else self.cached_widths[:num_layers],
+                state_bytes_per_row=self.state_bytes_per_row * num_layers // self.num_layers,
+                state_values_per_row=self.state_values_per_row * num_layers // self.num_layers,
+            )
+        return replace(cut, cut_parameters=self.num_parameters - cut.num_parameters)

@@ -243,7 +243,7 @@ def test_cache_rows_have_their_published_sizes():
 
 def test_the_longest_block_is_that_of_the_engine():
     from qswitch.layers import build_config
-    from qswitch.plan.breakdown import _steps_at_once
+    from qswitch.plan.breakdown import _round_steps
     from qswitch.rollout import block_length
 
     assert memory.MAX_AUTO_DRAFTS == block_length.MAX_BLOCK_TOKENS
@@ -253,7 +253,7 @@ def test_the_longest_block_is_that_of_the_engine():
                 "teacher": {"model": "a"}, "student": {"model": "b"}, "data": {"train": "c"},
                 "rollout": {"batch_size": rows},
             })  # fmt: skip
-            assert _steps_at_once(config, vocab) == block_length.drafts_within_scratch(rows, vocab) + 1
+            assert _round_steps(config, vocab) == block_length.drafts_within_scratch(rows, vocab) + 1
 
 
 size = st.integers(1, 64)
