@@ -46,7 +46,8 @@ def print_summary(run_dir: RunDir, summary: Summary) -> None:
         f"  memory: {summary.peak_gib:.2f} GiB measured, {summary.planned_gib:.2f} GiB planned\n"
         f"  adapter: {run_dir.adapter_path}\n"
         f"  report:  {run_dir.report_path}\n"
-        f"  next:    qswitch merge {run_dir.path} --output-dir merged"
+        f"  next:    qswitch chat {run_dir.path}\n"
+        f"           qswitch merge {run_dir.path}"
     )
 
 

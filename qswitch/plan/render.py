@@ -17,22 +17,55 @@ PHASE_TEXTS = {
     "train": "while the student learns",
     "validate": "while held-out prompts are scored",
 }
+PART_TEXTS = {
+    "process": "Python and its libraries",
+    "cuda_context": "CUDA itself",
+    "teacher_weights": "teacher's weights",
+    "teacher_adapter": "teacher's adapter",
+    "student_weights": "student's weights",
+    "adapters": "student's adapter",
+    "optimizer_state": "state of the optimizer",
+    "logit_cache": "cache of teacher outputs",
+    "load_buffer": "buffers of loading",
+    "teacher_kv_cache": "teacher's KV cache",
+    "student_kv_cache": "student's KV cache",
+    "rollout_logits": "logits of a round",
+    "kept_hidden": "teacher outputs of a round",
+    "prefill": "reading of the prompts",
+    "dequantisation": "one 4-bit layer, unpacked",
+    "autocast_copies": "weights cast for a pass",
+    "gradients": "gradients",
+    "activations": "activations",
+    "loss_chunk": "logits of a chunk of the loss",
+    "optimizer_step": "update of the weights",
+    "validation": "scoring of held-out prompts",
+    "fragmentation": "allowance for fragmentation",
+    "teacher_copy": "copy of the swapped teacher",
+    "held_out_teacher_outputs": "teacher outputs of held-out prompts",
+    "checkpoints": "checkpoints",
+    "student_base": "the cut student",
+}
+"""Name of a part in a plan's JSON -> what it is, for people."""
 
 
 def render(plan: Plan, advice: Sequence[str], budget_origin: str) -> str:
-    """A plan for people: the verdict, the time, the sizes, what would be faster, then the parts that take memory."""
-    lines = [_verdict(plan, budget_origin), _time(plan), "", "sizes"]
-    lines += _table({name: str(value) for name, value in plan.choices.items()})
+    """A plan for people: the verdict, the time, what would be faster, the sizes, then the parts that take memory."""
+    lines = [_verdict(plan, budget_origin)]
+    if plan.fits:
+        lines.append(_time(plan))
     if advice:
-        lines += ["", "what would be faster, or better", *(f"  {line}" for line in advice)]
+        lines += ["", "What would be faster, or better", *(f"  {line}" for line in advice)]
+    lines += ["", "Sizes, chosen for the budget (--set changes them)"]
+    lines += _table({name: str(value) for name, value in plan.choices.items()})
     breakdown = plan.breakdown
     for title, sizes in (
-        ("memory by part, GiB (not all at once)", plan.parts),
-        ("peak of each phase, GiB", plan.phases),
-        (f"host memory, GiB, {plan.host_bytes / GIB:.2f} in all", breakdown.host),
-        (f"disk, GiB, {plan.disk_bytes / GIB:.2f} in all", breakdown.disk),
+        ("Memory at the peak of each phase, GiB", {PHASE_TEXTS[name]: size for name, size in plan.phases.items()}),
+        ("Memory by part, GiB (not all at once)", _named(plan.parts)),
+        (f"Host memory, GiB, {plan.host_bytes / GIB:.2f} in all", _named(breakdown.host)),
+        (f"Disk, GiB, {plan.disk_bytes / GIB:.2f} in all", _named(breakdown.disk)),
     ):
-        shown = {name: f"{size / GIB:.2f}" for name, size in sizes.items() if size >= SHOWN_BYTES}
+        largest_first = sorted(sizes.items(), key=lambda part: -part[1])
+        shown = {name: f"{size / GIB:.2f}" for name, size in largest_first if size >= SHOWN_BYTES}
         if shown:
             lines += ["", title, *_table(shown)]
     return "\n".join([*lines, "", *(f"- {note}" for note in plan.notes)])
@@ -49,7 +82,7 @@ def _verdict(plan: Plan, budget_origin: str) -> str:
 
 def _time(plan: Plan) -> str:
     if plan.seconds is None:
-        return "Time: not known for a CPU beforehand; the run measures its passes first and then says what is left."
+        return "Time: not known for a CPU beforehand. A run says after its first step how long is left."
     card = next(name for name, gpu in GPUS.items() if gpu == plan.machine.gpu)
     train = plan.config.train
     epochs = "" if train.num_epochs is None else " (train.num_epochs sets how many, once the data is read)"
@@ -64,6 +97,10 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _named(parts: Mapping[str, int]) -> dict[str, int]:
+    return {PART_TEXTS[name]: size for name, size in parts.items()}
 
 
 def _table(values: Mapping[str, str]) -> list[str]:

@@ -223,7 +223,9 @@ def _notes(config: RunConfig, machine: Machine, teacher: ModelShape, student: Mo
             f"Generic: {family} is in no table of families. Its parameters and caches were counted in transformers' "
             "class; what its layers save for the backward pass is estimated from the names of their modules."
         )
-    notes.append("The cache is planned for a teacher that writes every token, an upper bound.")
+    notes.append(
+        "The cache of teacher outputs is planned as if the teacher wrote every token, which is the most that it can hold."
+    )
     if config.student.adapter == "lora" and config.student.lora.use_dora:
         notes.append("DoRA's norm computation is counted in the activations only.")
     return notes

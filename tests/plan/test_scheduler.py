@@ -13,7 +13,7 @@ from qswitch.layers import build_config
 from qswitch.plan import machine, scheduler
 from qswitch.plan.advice import explain_no_fit, faster, require_fit
 from qswitch.plan.machine import describe_machine, detect_budget_bytes, parse_size
-from qswitch.plan.render import render
+from qswitch.plan.render import PART_TEXTS, render
 from qswitch.plan.scheduler import model_shapes, plan_run
 from qswitch.units import GIB
 
@@ -131,7 +131,7 @@ def test_to_dict_is_json_with_the_documented_keys():
     assert values["choices"]["cache.format"] == "hidden"
 
 
-def test_people_read_the_verdict_first_then_hours_then_the_parts_that_are_not_zero():
+def test_people_read_the_verdict_first_then_hours_then_advice_then_the_parts_that_are_not_zero():
     plan = gpu_plan(config(), 12)
     verdict, time, *rest = render(plan, ["buy a card"], "the card's").splitlines()
     assert verdict.startswith("Fits: ") and "the budget is 12.00 (the card's)" in verdict and "while" in verdict
@@ -139,11 +139,18 @@ def test_people_read_the_verdict_first_then_hours_then_the_parts_that_are_not_ze
     table = [line.split() for line in rest if line.startswith("  ")]
     assert ["rollout.batch_size", str(plan.choices["rollout.batch_size"])] in table
     assert ["buy", "a", "card"] in table and not any("0.00" in row for row in table)
-    shown = {name for name, size in plan.parts.items() if size >= GIB // 200}
-    assert shown <= {row[0] for row in table}
+    assert rest.index("  buy a card") < rest.index("Sizes, chosen for the budget (--set changes them)")
+    for name, size in plan.parts.items():
+        assert (size >= GIB // 200) == any(line.startswith(f"  {PART_TEXTS[name]}  ") for line in rest), name
     no = gpu_plan(config(), 4)
-    assert render(no, [], "x").startswith("Does not fit: ")
-    assert "measures" in render(plan_run(config(train={"device": "cpu"})), [], "x").splitlines()[1]
+    assert render(no, [], "x").startswith("Does not fit: ") and "Time:" not in render(no, [], "x")
+    assert "first step" in render(plan_run(config(train={"device": "cpu"})), [], "x").splitlines()[1]
+
+
+def test_every_part_of_a_plan_has_words_for_people():
+    breakdown = gpu_plan(config(), 12).breakdown
+    assert {*breakdown.parts, *breakdown.host, *breakdown.disk} == set(PART_TEXTS)
+    assert len(set(PART_TEXTS.values())) == len(PART_TEXTS)
 
 
 def test_what_is_said_to_be_faster_is_and_fits():
