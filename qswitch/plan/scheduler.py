@@ -224,7 +224,7 @@ def _notes(config: RunConfig, machine: Machine, teacher: ModelShape, student: Mo
             "class; what its layers save for the backward pass is estimated from the names of their modules."
         )
     notes.append(
-        "The cache of teacher outputs is planned as if the teacher wrote every token, which is the most that it can hold."
+        "The cache of teacher outputs is planned as if the teacher wrote every token, the most that it can hold."
     )
     if config.student.adapter == "lora" and config.student.lora.use_dora:
         notes.append("DoRA's norm computation is counted in the activations only.")
