@@ -31,10 +31,10 @@ class Manifest(TypedDict):
     files: dict[str, Entry]
 
 
-def write_manifest(folder: Path, **head: Any) -> None:
-    """Write `head` and the size and SHA-256 of every file in `folder` into its manifest.json."""
+def write_manifest(folder: Path, *, pattern: str = "*", **head: Any) -> None:
+    """Write `head` and the size and SHA-256 of every file in `folder` that fits `pattern` into its manifest.json."""
     files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob(pattern) if p.is_file()):
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     (folder / MANIFEST).write_text(json.dumps({**head, "files": files}, indent=1) + "\n", encoding="utf-8")
 

@@ -18,6 +18,7 @@ from qswitch.aside import PARTIAL, file_aside
 from qswitch.config import RunConfig
 from qswitch.errors import ConfigError, RunDirError
 from qswitch.layers import Layer, build_config, by_section, dump_config, flatten
+from qswitch.manifest import MANIFEST, find_damage
 from qswitch.outside import is_kind
 from qswitch.state_files import MetricsLine, RolloutLine
 from qswitch.yaml_file import read_yaml
@@ -200,6 +201,33 @@ class RunDir:
     def checkpoints(self) -> list[Path]:
         """The checkpoints, oldest first; one that is being written, or was set aside as damaged, is none."""
         return sorted(p for p in self.checkpoints_path.glob("step-*") if p.is_dir())
+
+    def trained_weights(self) -> Path:
+        """RUN/adapter, else the adapter of the newest whole checkpoint: what a run has trained, as it was written.
+
+        Raises:
+            RunDirError: there is nothing yet, or it is damaged; says what to do.
+        """
+        if self.adapter_path.is_dir():
+            known = (self.adapter_path / MANIFEST).exists()  # older runs have none
+            if known and (damage := find_damage(self.adapter_path)) is not None:
+                raise RunDirError(
+                    f"{self.adapter_path} is not as it was written: {damage}. Remove that folder; `qswitch distill "
+                    f"--resume {self.path}` makes it again from the best checkpoint."
+                )
+            return self.adapter_path
+        found = self.checkpoints()
+        for folder in reversed(found):
+            damage = find_damage(folder)
+            if damage is None:
+                logger.warning("%s has not finished; the weights of %s are used", self.path, folder.name)
+                return folder / "adapter"
+            logger.warning("%s is damaged: %s", folder, damage)
+        if found:
+            raise RunDirError(
+                f"No checkpoint in {self.checkpoints_path} is as it was written. Restore one from a copy."
+            )
+        raise RunDirError(f"{self.path} holds no adapter yet. Wait for its first checkpoint, or resume the run.")
 
     def latest_checkpoint(self) -> Path | None:
         """The newest checkpoint; None where there is none."""

@@ -28,6 +28,7 @@ from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.recovery import Recovery, Sizes, limit_device_memory
 from qswitch.distill.trainer import Trainer
 from qswitch.errors import Interrupted, RunDirError
+from qswitch.manifest import write_manifest
 from qswitch.models.dropout import dropout_of
 from qswitch.models.host_memory import bound_kernel_cache, release_memory, return_freed_memory
 from qswitch.models.language_model import LanguageModel
@@ -155,6 +156,7 @@ def train(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool) -> 
         trainer.run()
     if not trainer.finished:
         raise Interrupted
+    trainer.replace_damaged_best()
     return _finish(run_dir, trainer, pair, prepared.encoder, plan, recovery.planned_bytes or plan.total_bytes)
 
 
@@ -259,6 +261,7 @@ def _finish(
         eos_ids = pair.eos_ids[0] if len(pair.eos_ids) == 1 else list(pair.eos_ids)
         GenerationConfig(eos_token_id=eos_ids, pad_token_id=pair.pad_id).save_pretrained(folder)
         (folder / "README.md").write_text(adapter_card(config, asdict(summary)), encoding="utf-8")
+        write_manifest(folder, pattern="*.safetensors")  # the rest is the user's to edit
         shutil.rmtree(run_dir.adapter_path, ignore_errors=True)  # of a run that ended before its summary was written
     run_dir.write_json("summary.json", asdict(summary))
     return summary

@@ -368,13 +368,21 @@ class Trainer:
         load_checkpoint(folder, student=self.student, parts=self.parts)
         self.run_dir.truncate_logs(self.step)
         self.progress.resumed(self.step)
-        if self.counters.best_step >= 0 and (damage := find_damage(self.best_checkpoint)) is not None:
-            self.progress.say(
-                f"the best checkpoint, {self.best_checkpoint.name}, is damaged: {damage}; {folder.name} takes its place"
-            )
-            self.counters.best_nats, self.counters.best_step = self.validate(), self.step
-            self.counters.best_nats_by_prompt, self.counters.own_best = self.validation.nats_by_prompt, None
+        self.replace_damaged_best()
         return True
+
+    def replace_damaged_best(self) -> None:
+        """Where the files of the best checkpoint are not as they were written, that of this step takes its place."""
+        if self.counters.best_step < 0 or (damage := find_damage(self.best_checkpoint)) is None:
+            return
+        self.progress.say(
+            f"the best checkpoint, {self.best_checkpoint.name}, is damaged: {damage}; "
+            f"{checkpoint_name(self.step)} takes its place"
+        )
+        self.counters.best_nats, self.counters.best_step = self.validate(), self.step
+        self.counters.best_nats_by_prompt, self.counters.own_best = self.validation.nats_by_prompt, None
+        if find_damage(self.best_checkpoint) is not None:
+            self.save()
 
 
 def teacher_at_fault(text: str, config: RunConfig) -> TrainingError:

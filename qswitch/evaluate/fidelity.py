@@ -29,7 +29,6 @@ from qswitch.divergence import divergence, jsd_bits
 from qswitch.errors import ConfigError, ModelError
 from qswitch.evaluate.intervals import Estimate, mean_interval
 from qswitch.evaluate.score_table import markdown_table
-from qswitch.evaluate.subjects import trained_weights
 from qswitch.evaluate.versions import versions
 from qswitch.models.language_model import Head, LanguageModel
 from qswitch.models.load import context_tokens, load_teacher
@@ -248,7 +247,7 @@ def _student(
         )
     student = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=base)
     if run_dir is not None:
-        load_adapter(student, trained_weights(run_dir))
+        load_adapter(student, run_dir.trained_weights())
     elif config.student.init_adapter is not None:
         load_adapter(student, find_adapter(config.student.init_adapter, "student.init_adapter"))
     return student.eval()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from qswitch.config import TrainSection
-from qswitch.errors import ModelError, RunDirError
+from qswitch.errors import ModelError
 from qswitch.models.finite import require_finite
 from qswitch.models.language_model import LanguageModel, verify_head
 from qswitch.models.load import (
@@ -147,7 +147,7 @@ class Subject:
             model = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=run_dir.student_base_path)
             start = config.student.init_adapter
             if self.part == "student":
-                load_adapter(model, trained_weights(run_dir))
+                load_adapter(model, run_dir.trained_weights())
             elif start is not None:
                 load_adapter(model, find_adapter(start, "student.init_adapter"))
         model.requires_grad_(False).eval()
@@ -234,22 +234,8 @@ def _is_path(reference: str) -> bool:
     return Path(reference).exists() or (part in PARTS and Path(whole).exists())
 
 
-def trained_weights(run_dir: RunDir) -> Path:
-    """RUN/adapter, else that of the newest checkpoint.
-
-    Raises:
-        RunDirError: neither exists.
-    """
-    if run_dir.adapter_path.is_dir():
-        return run_dir.adapter_path
-    latest = run_dir.latest_checkpoint()
-    if latest is None:
-        raise RunDirError(f"{run_dir.path} holds no adapter yet. Wait for its first checkpoint, or resume the run.")
-    return latest / "adapter"
-
-
 def _student_weights(run_dir: RunDir) -> str:
-    own = _folder_fingerprint(trained_weights(run_dir))
+    own = _folder_fingerprint(run_dir.trained_weights())
     return own if run_dir.config.student.adapter == "none" else f"{own}|{_untrained_weights(run_dir)}"
 
 

@@ -93,12 +93,12 @@ def merge_run(
 
     Raises:
         PlanError: the memory is not there; nothing was read.
-        RunDirError: run_path is no run directory.
-        ModelError: no adapter yet, output_dir is not empty, or merging changes the logits (then nothing is written).
+        RunDirError: run_path is no run directory, or holds no adapter that is as it was written.
+        ModelError: output_dir is not empty, or merging changes the logits (then nothing is written).
     """
     run_dir = RunDir.open(Path(run_path))
     config = run_dir.config
-    adapter = _adapter_folder(run_dir)
+    adapter = run_dir.trained_weights()
     output_dir = run_dir.path / MERGED_FOLDER if output_dir is None else Path(output_dir)
     adapter_sha256 = _sha256(adapter)
     done = read_merge_report(output_dir)
@@ -230,16 +230,6 @@ def _set_end_tokens(merged: Any, adapter: Path) -> None:
     """The tokens at which the run ended responses, the teacher's among them; a bare checkpoint has the base's."""
     if (adapter / "generation_config.json").is_file() and merged.generation_config is not None:
         merged.generation_config.eos_token_id = GenerationConfig.from_pretrained(adapter).eos_token_id
-
-
-def _adapter_folder(run_dir: RunDir) -> Path:
-    if run_dir.adapter_path.is_dir():
-        return run_dir.adapter_path
-    latest = run_dir.latest_checkpoint()
-    if latest is None:
-        raise ModelError(f"{run_dir.path} holds no adapter yet. Wait for its first checkpoint, or resume the run.")
-    logger.warning("The run has not finished; merging the adapter of %s", latest.name)
-    return latest / "adapter"
 
 
 def _base(config: RunConfig, run_dir: RunDir) -> ResolvedModel:

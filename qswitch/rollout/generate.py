@@ -17,7 +17,7 @@ from qswitch.config import DataSection
 from qswitch.data.gather import make_encoder
 from qswitch.data.records import Record, load_records
 from qswitch.data.turns import Message
-from qswitch.errors import ConfigError, RunDirError
+from qswitch.errors import ConfigError
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import context_tokens, load_teacher
 from qswitch.models.pair import load_pair_tokenizer
@@ -68,12 +68,7 @@ class Answerer:
             raise ConfigError(f"--temperature {temperature}: give a number from 0 (greedy) on.")
         run_dir = RunDir.open(run_path)
         self.config = run_dir.config
-        adapter = run_dir.adapter_path
-        if not adapter.exists():
-            latest = run_dir.latest_checkpoint()
-            if latest is None:
-                raise RunDirError(f"{run_path} holds no adapter yet. Wait for its first checkpoint, or resume the run.")
-            adapter = latest / "adapter"
+        adapter = run_dir.trained_weights()
         self._limit = self.config.rollout.max_new_tokens if max_new_tokens is None else max_new_tokens
         self.context_tokens = min(context_tokens(self.config.teacher), context_tokens(self.config.student))
         """The longest sequence that both models were made for, prompt and response."""

@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qswitch.config import RunConfig
-from qswitch.errors import ModelError, PlanError
+from qswitch.errors import ModelError, PlanError, RunDirError
 from qswitch.export.card import model_card
 from qswitch.export.merge import _exact_logits, _trained, merge_bytes, merge_run
 from qswitch.layers import build_config
@@ -154,7 +154,7 @@ def test_a_run_without_an_adapter_is_explained(tmp_path):
         {"teacher": {"model": str(folder)}, "student": {"model": str(folder)}, "data": {"train": "x.jsonl"}}
     )
     run_dir = RunDir.create(tmp_path / "run", config)
-    with pytest.raises(ModelError, match="no adapter yet"):
+    with pytest.raises(RunDirError, match="no adapter yet"):
         merge_run(run_dir.path, tmp_path / "out")
 
 
