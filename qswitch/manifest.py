@@ -35,7 +35,7 @@ def write_manifest(folder: Path, *, pattern: str = "*", **head: Any) -> None:
     """Write `head` and the size and SHA-256 of every file in `folder` that fits `pattern` into its manifest.json."""
     files = {}
     for path in sorted(p for p in folder.rglob(pattern) if p.is_file()):
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.relative_to(folder).as_posix()] = entry_of(path)
     (folder / MANIFEST).write_text(json.dumps({**head, "files": files}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -65,9 +65,24 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def entry_of(path: Path) -> Entry:
+    """Size and SHA-256 of a file as it is now."""
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def begins_as(path: Path, written: Entry) -> bool:
+    """Whether a file is there and begins with the bytes that it had once; a log may have grown since."""
+    try:
+        return path.stat().st_size >= written["bytes"] and _sha256(path, written["bytes"]) == written["sha256"]
+    except OSError:
+        return False
+
+
+def _sha256(path: Path, num_bytes: int | None = None) -> str:
+    """Of the whole file, or of its first bytes."""
+    digest, left = hashlib.sha256(), path.stat().st_size if num_bytes is None else num_bytes
     with path.open("rb") as handle:  # hashlib.file_digest came with Python 3.11
-        while block := handle.read(2**24):
+        while left > 0 and (block := handle.read(min(left, 2**24))):
             digest.update(block)
+            left -= len(block)
     return digest.hexdigest()

@@ -18,13 +18,23 @@ from qswitch.aside import PARTIAL, file_aside
 from qswitch.config import RunConfig
 from qswitch.errors import ConfigError, RunDirError
 from qswitch.layers import Layer, build_config, by_section, dump_config, flatten
-from qswitch.manifest import MANIFEST, find_damage
+from qswitch.manifest import MANIFEST, begins_as, entry_of, find_damage
 from qswitch.outside import is_kind
 from qswitch.state_files import MetricsLine, RolloutLine
 from qswitch.yaml_file import read_yaml
 
 logger = logging.getLogger(__name__)
 
+UNLEARNT = (
+    "about", "teacher.model", "teacher.adapter", "teacher.residency", "teacher.shape", "student.model",
+    "student.init_adapter", "student.gradient_checkpointing", "student.shape", "data.train", "data.validation",
+    "data.lm_corpus", "rollout.batch_size", "rollout.block_tokens", "rollout.student_graphs", "loss.chunk_tokens",
+    "cache.device_budget_gib", "cache.host_budget_gib", "train.device",
+)  # fmt: skip
+"""Settings and sections that say where something lies, or change speed and memory only; the data has a check of its
+own."""
+KEPT_FILES = ("metrics.jsonl", "rollouts.jsonl", "held_out.json", "pass_times.json", "student_graphs.json")
+"""What a run goes on with beside its checkpoints, and does not write anew."""
 LOCK = ".lock"
 """File whose lock the command that writes to a folder holds."""
 CHANGEABLE = (
@@ -202,6 +212,33 @@ class RunDir:
         """The checkpoints, oldest first; one that is being written, or was set aside as damaged, is none."""
         return sorted(p for p in self.checkpoints_path.glob("step-*") if p.is_dir())
 
+    def as_written(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the rest of the run: its settings, and the files that it has written so far."""
+        files = {name: entry_of(self.path / name) for name in KEPT_FILES if (self.path / name).is_file()}
+        return {"settings": _settings(self.config), "kept_files": files}
+
+    def changed_since(self, written: Mapping[str, Any]) -> list[str]:
+        """What differs from a checkpoint's `as_written`, for the user; nothing of an older checkpoint's.
+
+        Raises:
+            RunDirError: config.yaml has other settings than the checkpoint, of those that may not change.
+        """
+        before, now = written.get("settings", {}), _settings(self.config)
+        changed = [key for key in before if key in now and before[key] != now[key]]
+        allowed = (*(f"train.{name}" for name in CHANGEABLE), *UNLEARNT)
+        refused = [key for key in changed if not any(f"{key}.".startswith(f"{one}.") for one in allowed)]
+        if refused:
+            listed = ", ".join(f"{key} is {now[key]}, was {before[key]}" for key in refused[:5])
+            raise RunDirError(
+                f"{self.config_path} is not the one that the newest checkpoint was written with: {listed}. Write them "
+                "back; a run with other settings is a new run."
+            )
+        said = [f"{key} is {now[key]} now, it was {before[key]}" for key in changed]
+        for name, entry in written.get("kept_files", {}).items():
+            if not begins_as(self.path / name, entry):
+                said.append(f"{self.path / name} is not as it was written: what it says of earlier steps may be wrong")
+        return said
+
     def trained_weights(self) -> Path:
         """RUN/adapter, else the adapter of the newest whole checkpoint: what a run has trained, as it was written.
 
@@ -233,6 +270,11 @@ class RunDir:
         """The newest checkpoint; None where there is none."""
         found = self.checkpoints()
         return found[-1] if found else None
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Dotted setting -> value, as JSON has it."""
+    return {key: json.loads(json.dumps(value)) for key, value in flatten(config.model_dump(mode="json")).items()}
 
 
 def holds_something(path: Path) -> bool:

@@ -44,14 +44,24 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def save_checkpoint(checkpoints: Path, *, step: int, student: LanguageModel, parts: Mapping[str, Stateful]) -> Path:
-    """Write `checkpoints/step-NNNNNN` and return it; an existing one of the same step is replaced."""
+def save_checkpoint(
+    checkpoints: Path,
+    *,
+    step: int,
+    student: LanguageModel,
+    parts: Mapping[str, Stateful],
+    known: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `checkpoints/step-NNNNNN` and return it; an existing one of the same step is replaced.
+
+    `known` stands in the manifest too: what a resumed run compares itself with.
+    """
     final = checkpoints / checkpoint_name(step)
     with folder_aside(final) as folder:
         save_adapter(student, folder / "adapter")
         with (folder / _STATE).open("wb") as file:  # torch's own file would not say that the disk is full
             torch.save({name: part.state_dict() for name, part in parts.items()}, file)
-        write_manifest(folder, format=FORMAT, step=step)
+        write_manifest(folder, format=FORMAT, step=step, **(known or {}))
         shutil.rmtree(final, ignore_errors=True)  # of a run that went back and takes this step again
     return final
 

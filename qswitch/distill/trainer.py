@@ -40,7 +40,7 @@ from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes
 from qswitch.distill.supply import Supply
 from qswitch.distill.validation import ResponseLoss, Validation
 from qswitch.errors import NonFiniteError, TrainingError
-from qswitch.manifest import find_damage
+from qswitch.manifest import find_damage, read_manifest
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.pair import TokenizerPair
 from qswitch.rollout.adaptive_threshold import AdaptiveThreshold
@@ -338,7 +338,13 @@ class Trainer:
         """
         if not all(bool(torch.isfinite(p).all()) for p in self.learner.trainable):
             raise self._not_finite(f"The student's weights are NaN or infinite after step {self.step}.")
-        save_checkpoint(self.run_dir.checkpoints_path, step=self.step, student=self.student, parts=self.parts)
+        save_checkpoint(
+            self.run_dir.checkpoints_path,
+            step=self.step,
+            student=self.student,
+            parts=self.parts,
+            known=self.run_dir.as_written(),
+        )
         if self.supply.threshold is not None:
             self.run_dir.write_json(self.run_dir.threshold_path.name, self.supply.threshold.state_dict())
         rotate_checkpoints(
@@ -365,6 +371,8 @@ class Trainer:
         for other, reason in damaged.items():
             name = set_aside(other).name
             self.progress.say(f"checkpoint {other.name} is damaged: {reason}; it is now {name}, {folder.name} is used")
+        for difference in self.run_dir.changed_since(read_manifest(folder) or {}):
+            self.progress.say(difference)
         load_checkpoint(folder, student=self.student, parts=self.parts)
         self.run_dir.truncate_logs(self.step)
         self.progress.resumed(self.step)
