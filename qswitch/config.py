@@ -306,7 +306,7 @@ class LossSection(Section):
     """interventions: only tokens that the teacher wrote, teacher-free from the cache. all: every response token."""
     lm_coefficient: float = Field(default=1.0, gt=0)
     """Weight of the language-model loss on data.lm_corpus."""
-    lm_passage_tokens: int = Field(default=512, ge=8)
+    lm_passage_tokens: int = Field(default=512, ge=8, le=MAX_TOKENS)
     """Length of one passage of data.lm_corpus; one passage per row of the batch."""
     chunk_tokens: int = Field(default=128, ge=1, le=MAX_TOKENS)
     """Loss positions projected to the vocabulary at a time; changes memory, not the value."""

@@ -24,6 +24,20 @@ MAX_BYTES = 64 * 2**20
 T = TypeVar("T")
 
 
+def user_path(text: str | Path) -> Path:
+    """A path as a user writes it, `~` expanded; where it names a home that nobody has, the text as it is.
+
+    Raises:
+        FileError: it holds a null byte, which no file's name can.
+    """
+    if "\0" in str(text):
+        raise FileError(f"{str(text)!r} holds a null byte, which no file's name can. Remove it.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
 def read_text(path: Path, *, max_bytes: int = MAX_BYTES) -> str:
     """The text of a file.
 

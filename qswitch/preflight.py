@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qswitch.config import RunConfig, StudentSection, TeacherSection
 from qswitch.errors import ConfigError, DataError, ModelError, QSwitchError
+from qswitch.outside import user_path
 from qswitch.units import GIB
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def _files(config: RunConfig) -> Iterator[str]:
             except DataError as error:
                 yield f"data.{setting}: {error}"
     template = data.template
-    if template not in ("teacher", "student", "alpaca", "plain") and not Path(template).expanduser().exists():
+    if template not in ("teacher", "student", "alpaca", "plain") and not user_path(template).exists():
         yield (
             f"data.template={template}: no such file. Use teacher, student, alpaca, plain, or the path of a Jinja file."
         )
@@ -418,7 +419,7 @@ def _unreadable_data(config: RunConfig, num_records: int) -> list[str]:
     named = ((data.train, data.split, data.limit), (data.validation, data.validation_split or data.split, None))
     for references, split, limit in named:
         for reference in [references] if isinstance(references, str) else references or []:
-            if not Path(reference).expanduser().exists() or is_saved_dataset(Path(reference).expanduser()):
+            if not user_path(reference).exists() or is_saved_dataset(user_path(reference)):
                 continue
             try:
                 load_records(data, reference, limit=min(limit or num_records, num_records), split=split)

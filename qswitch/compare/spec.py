@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from qswitch.outside import user_path
 from qswitch.config import DataSection, RunConfig, Section
 from qswitch.layers import build_config, by_section, flatten, stack
 from qswitch.data.sources import reference_path
@@ -279,7 +280,7 @@ def _bad_evaluation(section: CompareSection) -> Iterator[str]:
         yield f"evaluate.data: {clash}"
     template = evaluate.template
     named = template in (None, "own", "teacher", "student", "alpaca", "plain")
-    if not named and not Path(str(template)).expanduser().exists():
+    if not named and not user_path(str(template)).exists():
         yield f"evaluate.template: {template} is no file. Use own, teacher, student, alpaca, plain, or a Jinja file"
 
 

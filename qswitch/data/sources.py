@@ -19,6 +19,7 @@ from typing import Any
 from qswitch.data.compression import data_suffix
 from qswitch.data.files import RECORD_SUFFIXES, TEXT_SUFFIXES, Row, first_line, from_arrow, rows_of_file
 from qswitch.errors import DataError
+from qswitch.outside import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def reference_path(reference: str, suffixes: tuple[str, ...] = RECORD_SUFFIXES) 
     """
     if not reference.strip():
         raise DataError("the name of a file is empty. Name a file, a folder or a hub id.")
-    path = _package_path(reference) if reference.startswith("package:") else Path(reference).expanduser()
+    path = _package_path(reference) if reference.startswith("package:") else user_path(reference)
     if path.exists():
         return path
     if _HUB_ID.fullmatch(reference) and data_suffix(path) not in suffixes:

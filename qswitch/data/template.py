@@ -20,7 +20,7 @@ from qswitch.data.records import Record
 from qswitch.data.turns import Message
 from qswitch.errors import DataError, FileError
 from qswitch.models.vocab import PROBES
-from qswitch.outside import read_text
+from qswitch.outside import read_text, user_path
 from qswitch.time_limit import time_limit
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class PromptEncoder:
                 )
                 self._kind = "alpaca"
         elif self._kind == "jinja":
-            self._jinja = _read_template(Path(template).expanduser())
+            self._jinja = _read_template(user_path(template))
         own_end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         self.end_token_ids = list(dict.fromkeys([*own_end, *map(int, end_token_ids)]))
         self._start_ids = _start_ids(tokenizer)

@@ -29,6 +29,7 @@ from qswitch.models.pair import load_pair_tokenizer, template_tokenizer
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime, make_runtime
 from qswitch.models.student import ADAPTER_CONFIG, load_adapter, load_student, read_adapter_config
+from qswitch.outside import user_path
 from qswitch.plan.adapters import find_adapter
 from qswitch.run_dir import RunDir
 
@@ -195,12 +196,12 @@ def find_subject(reference: str, *, precision: str = "auto", trust_remote_code: 
     if separator and re.fullmatch(r"[\w.-]+", given) and not _is_path(reference):
         name, reference = given, rest
     if reference.startswith("~"):  # the shell expands it only where a word begins
-        reference = str(Path(reference).expanduser())
+        reference = str(user_path(reference))
     path_text, _, part_text = reference.rpartition(":")
     part: Part = "student"
-    path = Path(reference).expanduser()
-    if part_text in PARTS and (Path(path_text).expanduser() / "config.yaml").is_file():
-        path, part = Path(path_text).expanduser(), cast(Part, part_text)
+    path = user_path(reference)
+    if part_text in PARTS and (user_path(path_text) / "config.yaml").is_file():
+        path, part = user_path(path_text), cast(Part, part_text)
     run_dir = None
     kind: Literal["run", "adapter", "model"] = "model"
     if (path / "config.yaml").is_file():

@@ -11,6 +11,7 @@ from typing import Any
 from qswitch.config import RunConfig
 from qswitch.distill.adapter_card import how_trained, licence_lines
 from qswitch.hub import is_hub_id
+from qswitch.outside import user_path
 
 HUB_LICENCES = ("Apache-2.0", "MIT")
 """Licences of the presets that the hub knows by name; it refuses a card with another one in its license field."""
@@ -90,5 +91,5 @@ def reference_names(reference: str | list[str]) -> list[str]:
 
 def _named(reference: str | list[str]) -> str:
     """References for people: a local folder by its last part only."""
-    shown = [Path(name).name if Path(name).expanduser().is_dir() else name for name in reference_names(reference)]
+    shown = [Path(name).name if user_path(name).is_dir() else name for name in reference_names(reference)]
     return " or ".join(f"`{name}`" for name in shown)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qswitch.errors import ModelError
 from qswitch.models.gguf_cache import cache_folder
+from qswitch.outside import user_path
 
 GgufType = Literal["f16", "q8_0", "q4_k_m"]
 GGUF_TYPES: tuple[GgufType, ...] = ("q4_k_m", "q8_0", "f16")
@@ -173,7 +174,7 @@ class Engine:
 
 def _folders() -> list[Path]:
     named = os.environ.get(FOLDER_VARIABLE)
-    return [*([Path(named).expanduser()] if named else []), _own_folder()]
+    return [*([user_path(named)] if named else []), _own_folder()]
 
 
 def _own_folder() -> Path:

@@ -18,6 +18,7 @@ import torch
 from qswitch.aside import folder_aside
 from qswitch.errors import ModelError
 from qswitch.models.messages import first_line, quiet
+from qswitch.outside import user_path
 from qswitch.units import GIB
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ PROGRESS_EVERY_S = 10.0
 def cache_folder() -> Path:
     """Where converted models are kept: $QSWITCH_CACHE, else ~/.cache/qswitch."""
     root = os.environ.get("QSWITCH_CACHE")
-    return Path(root).expanduser() if root else Path.home() / ".cache" / "qswitch"
+    return user_path(root) if root else Path.home() / ".cache" / "qswitch"
 
 
 def materialise_gguf(path: Path) -> Path:

@@ -14,6 +14,7 @@ from qswitch.config import ModelReference
 from qswitch.errors import ModelError
 from qswitch.hub import HUB_ID, package_file
 from qswitch.models.messages import say_once
+from qswitch.outside import user_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def _resolve_one(reference: str, revision: str | None) -> ResolvedModel:
             return _from_file(package_file(reference))
         except LookupError as error:
             raise _UnavailableError(error.args[0]) from None
-    path = Path(reference).expanduser()
+    path = user_path(reference)
     if path.is_file():
         return _from_file(path)
     if path.is_dir():

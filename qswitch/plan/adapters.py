@@ -7,7 +7,7 @@ from typing import Any
 
 from qswitch.config import LoraSection, StudentSection
 from qswitch.errors import ConfigError, FileError
-from qswitch.outside import read_json
+from qswitch.outside import read_json, user_path
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -18,7 +18,7 @@ def find_adapter(reference: str, setting: str) -> Path:
     Raises:
         ConfigError: there is none; says what is there instead.
     """
-    folder = Path(reference).expanduser()
+    folder = user_path(reference)
     for candidate in (folder, folder / "adapter"):
         if (candidate / ADAPTER_CONFIG).is_file():
             return candidate

@@ -14,7 +14,7 @@ from typing import Any
 from qswitch.config import StudentSection, TeacherSection
 from qswitch.errors import ConfigError, FileError
 from qswitch.hub import HUB_ID, hub_cache, is_hub_id, package_file
-from qswitch.outside import read_json, read_text
+from qswitch.outside import read_json, read_text, user_path
 from qswitch.plan.families import shape_from_config
 from qswitch.plan.gguf_header import config_of_gguf
 from qswitch.plan.shapes import ModelShape
@@ -87,7 +87,7 @@ def _gguf_file(reference: str) -> Path | None:
         except LookupError:
             return None
     else:
-        path = Path(reference).expanduser()
+        path = user_path(reference)
     return path if path.suffix == ".gguf" and path.is_file() else None
 
 
@@ -123,7 +123,7 @@ def _no_package_because(reference: str) -> str:
 
 
 def _no_model_because(reference: str) -> str:
-    path = Path(reference).expanduser()
+    path = user_path(reference)
     if not path.exists():
         return "there is no such folder"
     if path.is_file():
@@ -163,7 +163,7 @@ def _config_paths(reference: str, revision: str | None) -> list[Path]:
     """Where config.json of a reference may lie, best first."""
     if reference.startswith("package:"):
         return []
-    paths = [Path(reference).expanduser() / "config.json"]
+    paths = [user_path(reference) / "config.json"]
     if HUB_ID.fullmatch(reference) is None:
         return paths
     repository = hub_cache() / f"models--{reference.replace('/', '--')}"

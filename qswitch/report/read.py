@@ -15,7 +15,7 @@ import yaml
 
 from qswitch.evaluate.intervals import mean_interval
 from qswitch.evaluate.score_table import COLUMNS, estimate
-from qswitch.outside import read_json
+from qswitch.outside import read_json, user_path
 from qswitch.report.charts import Chart, run_charts
 from qswitch.run_dir import RunDir
 from qswitch.state_files import FidelityFile, HeldOutFile, PlanFile, ResultsFile, SummaryFile
@@ -313,7 +313,7 @@ def _optional(path: Path, kind: type[Any]) -> dict[str, Any] | None:
 def _reference(reference: str | list[str]) -> str:
     """A model for people: the first of its names, of a file or local folder the last part only."""
     name = reference if isinstance(reference, str) else reference[0]
-    return Path(name).name if name.startswith("package:") or Path(name).expanduser().is_dir() else name
+    return Path(name).name if name.startswith("package:") or user_path(name).is_dir() else name
 
 
 def duration(seconds: float) -> str:

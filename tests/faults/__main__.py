@@ -20,9 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from benchmarks.provenance import provenance
 from tests.faults import forked
@@ -199,7 +202,7 @@ def spoil(path: Path, way: str, draw: random.Random) -> None:
 
 
 def weights(place: Workplace, number: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Weights that turn NaN between a stop and the next start, and a checkpoint that is damaged while the run goes on."""
+    """Weights that turn NaN between a stop and the next start; checkpoints that are damaged while the run goes on."""
     from safetensors.torch import load_file, save_file
 
     whole = place.start("whole")
@@ -240,15 +243,16 @@ def weights(place: Workplace, number: int, seed: int) -> Iterator[dict[str, Any]
 
 
 def users(place: Workplace, number: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Every command by a user who may read nothing, or read but not write, what root has made."""
+    """Every command by a user who may read nothing, or read but not write, what belongs to another."""
     if os.geteuid() != 0:
         return
     whole = place.start("whole")
     assert whole.code == 0, whole.output
     place.stopped_run("stopped", before="step-000003")
+    for path in [place.folder, *place.folder.rglob("*")]:
+        os.chown(path, NOBODY, NOBODY)
     home = place.folder / "home"
-    home.mkdir()
-    os.chown(home, NOBODY, NOBODY)
+    home.mkdir()  # this one is the stranger's
     environment = {"HOME": str(home), "QSWITCH_CACHE": str(home / "cache")}
     commands = [
         ["distill", "--config", "run.yaml", "--output-dir", "mine"],
@@ -272,12 +276,9 @@ def users(place: Workplace, number: int, seed: int) -> Iterator[dict[str, Any]]:
 
     def all_of(what: str) -> Iterator[dict[str, Any]]:
         for words in commands:
-            ended = place.call(*words, user=NOBODY, environment=environment)
+            ended = place.call(*words, unprivileged=True, environment=environment)
             yield outcome(ended, good=ended.code in (0, 2), kind=what, command=" ".join(words))
 
-    above = [p for p in place.folder.parents if p != Path("/") and p != Path("/tmp")]
-    for parent in above:
-        parent.chmod(0o755)
     place.folder.chmod(0o755)
     yield from all_of("another user, who may read")
     for name in ("whole", "stopped", "teacher", "data.jsonl", "run.yaml"):
@@ -292,8 +293,33 @@ def users(place: Workplace, number: int, seed: int) -> Iterator[dict[str, Any]]:
     yield from all_of("another user, no cache")
 
 
+# ---------------------------------------------------------------------------------------------------------------- fuzz
+
+
+def fuzzed(place: Workplace, number: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Inputs by hypothesis, `number` in all: records and references mostly, configurations and states the rest."""
+    from tests.faults import fuzz
+
+    for words in (["distill", "--config", "run.yaml", "--output-dir", "run"],
+                  ["eval", "run", "--data", "eval.jsonl", "--max-new-tokens", "4"],
+                  ["merge", "run"]):  # fmt: skip
+        ended = place.call(*words)
+        assert ended.code == 0, ended.output
+    sound = yaml.safe_load((place.folder / "run.yaml").read_text())
+    files = fuzz.state_files(place.folder / "run")
+    shares = {"configuration": 0.15, "state": 0.15, "records": 0.35, "reference": 0.35}
+    for kind, share in shares.items():
+        tried, failure = 0, ""
+        try:
+            tried = fuzz.fuzz(kind, place.folder, round(number * share), sound=sound, files=files)
+        except Exception:
+            failure = traceback.format_exc()[-3000:]
+        yield {"kind": f"fuzzed {kind}", "inputs": tried, "passed": not failure, "output": failure}
+
+
 SECTIONS: dict[str, Callable[[Workplace, int, int], Iterator[dict[str, Any]]]] = {
     "kills": kills, "disks": disks, "damage": damage, "weights": weights, "users": users,
+    "fuzz": fuzzed,
 }  # fmt: skip
 
 
@@ -303,9 +329,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--damage", type=int, default=60)
     parser.add_argument("--disks", type=int, default=1000, help="events of each command at most")
+    parser.add_argument("--fuzz", type=int, default=20_000, help="inputs")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
     forked.preload()
     found: dict[str, list[dict[str, Any]]] = {}
     started, origin = time.monotonic(), provenance()

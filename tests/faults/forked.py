@@ -8,6 +8,7 @@ of them, or from there on every write fails. Knows nothing of what the commands 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import resource
@@ -113,7 +114,7 @@ def command(
     kill_after_s: float | None = None,
     signal_number: int = signal.SIGKILL,
     timeout_s: float = 600.0,
-    user: int | None = None,
+    unprivileged: bool = False,
     own_session: bool = True,
 ) -> Ended:
     """Run one command and wait for its end; what it started ends with it, where it has a session of its own.
@@ -121,7 +122,8 @@ def command(
     Args:
         fault: called in the child before the command.
         kill_after_s: send `signal_number` after so many seconds.
-        user: the number of another user to run as, which only root may.
+        unprivileged: give up root's right to read and write what belongs to others; the interpreter, which may lie in
+            root's home, stays readable.
 
     Raises:
         TimeoutError: it took longer than `timeout_s`, and was killed.
@@ -134,7 +136,7 @@ def command(
         os.close(reading)
         if own_session:
             os.setsid()
-        _become(arguments, cwd, fault, environment or {}, writing, user)
+        _become(arguments, cwd, fault, environment or {}, writing, unprivileged)
     os.close(writing)
     started, signalled, pieces = time.monotonic(), False, []
     while True:
@@ -168,7 +170,7 @@ def _become(
     fault: Callable[[], None] | None,
     environment: dict[str, str],
     output: int,
-    user: int | None,
+    unprivileged: bool,
 ) -> None:
     """The child; never returns."""
     code = 1
@@ -180,10 +182,9 @@ def _become(
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
         os.environ.update(environment)
         os.chdir(cwd)
-        if user is not None:
+        if unprivileged:
             os.setgroups([])
-            os.setgid(user)
-            os.setuid(user)
+            _drop_capabilities()
         from qswitch.__main__ import _interrupt
         from qswitch.cli import run
         from qswitch.compare import cells
@@ -200,6 +201,15 @@ def _become(
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
+
+
+def _drop_capabilities() -> None:
+    """capset(2) with empty sets: root without any privilege over the files of others."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    empty = (ctypes.c_uint32 * 6)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.capset(header, empty) != 0:
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def _relay(words: Sequence[str], cwd: Path) -> int:

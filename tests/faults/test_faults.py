@@ -1,4 +1,4 @@
-"""A short form of `make faults`: kills, a full disk and damaged files, over the command line, against a run undisturbed."""
+"""A short form of `make faults`: a kill, a full disk and damaged files, against an undisturbed run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder with a tiny pair, data and configurations, and what must be the same after a fault: the signature of a run."""
+"""A folder with a tiny pair, data and configurations; and what must be the same after a fault, a run's signature."""
 
 from __future__ import annotations
 
@@ -98,15 +98,18 @@ class Workplace:
 def signature(run: Path) -> dict[str, Any]:
     """All that a run has learnt and logged, times and memory apart."""
 
-    def lines(name: str) -> list[Any]:
-        return [_timeless(json.loads(line)) for line in (run / name).read_text(encoding="utf-8").splitlines()]
+    def lines(name: str, *, whole: bool = False) -> list[Any] | None:
+        if not (run / name).exists():
+            return None
+        text = (run / name).read_text(encoding="utf-8")
+        return [_timeless(json.loads(line)) for line in ([text] if whole else text.split("\n")) if line]
 
     return {
         "adapter": hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest(),
         "metrics": lines("metrics.jsonl"),
         "rollouts": lines("rollouts.jsonl"),
-        "held_out": json.loads((run / "held_out.json").read_text(encoding="utf-8")),
-        "summary": _timeless(json.loads((run / "summary.json").read_text(encoding="utf-8"))),
+        "held_out": lines("held_out.json", whole=True),
+        "summary": lines("summary.json", whole=True),
     }
 
 
