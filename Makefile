@@ -1,6 +1,7 @@
 # Starts from a bare Python 3.10 or later: every target makes .venv itself.
 #   make demo     distil SmolLM2-135M on the CPU, real weights, minutes
 #   make test     the tests that need neither a GPU nor a network, one process per core
+#   make faults   kill it, fill the disk, damage files, fuzz: what is lost? about an hour
 #   make lint     ruff and mypy
 #   make wheel    build the package and use it in an empty environment; needs a registry, minutes
 #   make browser  the report and the documentation in a headless Chromium
@@ -16,7 +17,7 @@ TEST_ARGS ?=
 # One file stays in one process, so that what its tests share is made once.
 WORKERS ?= auto
 
-.PHONY: install demo test lint format wheel browser presets docs clean
+.PHONY: install demo test faults lint format wheel browser presets docs clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -35,6 +36,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(TEST_ARGS)
+
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults --output benchmarks/results/faults.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check qswitch tests

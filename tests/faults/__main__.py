@@ -53,7 +53,7 @@ def kills(place: Workplace, number: int, seed: int) -> Iterator[dict[str, Any]]:
     seconds, reference = time.monotonic() - started, signature(place.folder / "whole")
     total = place.count(lambda **how: place.start("counted", **how))
     draw = random.Random(seed)
-    at_writes = [1 + i * total // max(1, number // 2) for i in range(number // 2)]
+    at_writes = [1 + (i * total // max(1, number // 2) + 7 * seed) % total for i in range(number // 2)]
     for at in at_writes:
         events = Events(place.folder, at=at, action=forked.kill_here)
         yield _killed(place, reference, {"kind": "kill at a write", "event": at, "of": total}, fault=events.watch)
