@@ -266,7 +266,8 @@ class RolloutSection(Section):
     """Optimizer steps after which a rollout is too stale to train on again."""
     block_tokens: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = "auto"
     """Tokens the student drafts before the teacher scores them in one pass; changes speed, never the tokens. 0: the
-    sequential engine. auto: chosen from measured pass times and the acceptance so far."""
+    sequential engine. auto: chosen from measured pass times and the acceptance so far; where rounding decides a near
+    tie, two runs may then differ, so a run that must repeat bit for bit names a number."""
     student_graphs: Literal["auto", "off"] = "auto"
     """auto: on a GPU, the student's one-token passes are recorded and replayed as CUDA graphs, where a trial at the
     start finds them the same and faster. off: never."""
@@ -276,7 +277,7 @@ class RolloutSection(Section):
     """Response limit, tokens."""
     batch_size: int = Field(default=8, ge=1, le=MAX_ROWS)
     """Rows decoded together; changes speed and memory, never the tokens."""
-    steps_at_once: int = Field(default=1, ge=1)
+    steps_at_once: int = Field(default=1, ge=1, le=10_000)
     """Optimizer steps whose rollouts are written at once; the last of them learns from responses that are
     steps_at_once - 1 updates old."""
 

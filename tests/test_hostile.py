@@ -1,0 +1,358 @@
+"""Nothing lost, nothing silent: full disks, hostile files and folders, two starts, interrupts; each was seen once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qswitch.aside import file_aside
+from qswitch.cli import run
+from qswitch.compare.cells import launch_process
+from qswitch.compare.spec import read_comparison
+from qswitch.config import known_keys
+from qswitch.errors import ConfigError, DataError, FileError, RunDirError, storage_problem
+from qswitch.evaluate.store import EvaluationDir
+from qswitch.layers import build_config, set_layer
+from qswitch.manifest import write_manifest
+from qswitch.outside import read_json, read_text, user_path
+from qswitch.run_dir import RunDir, locked, make_folder
+from qswitch.state_files import HeldOutFile, SummaryFile
+from qswitch.terminal import filter_log, printable, printable_json
+from qswitch.time_limit import TimeUp, time_limit
+from qswitch.yaml_file import parse_yaml, read_yaml
+
+BASE = {"teacher": {"model": "big"}, "student": {"model": "small"}, "data": {"train": "a.jsonl"}}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ----------------------------------------------------------------------------------------- what the system refuses (5)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device", "/run/a"), ("/run/a: No space left", "Free some space")),
+        (OSError(13, "Permission denied", "/run/a"), ("/run/a: Permission denied", "Change its permissions")),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), ("No space left",)),
+        (ValueError("a bug of ours"), None),
+    ],
+)
+def test_an_error_of_the_system_becomes_a_message_with_the_remedy(error, words):
+    problem = storage_problem(error)
+    assert problem is None if words is None else all(word in problem for word in words)
+    try:
+        raise KeyError("outer") from error
+    except KeyError as outer:
+        assert storage_problem(outer) == problem
+
+
+def test_what_a_library_could_not_write_names_the_file(tmp_path):
+    with pytest.raises(OSError, match="No space left") as caught, file_aside(tmp_path / "weights"):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    assert str(tmp_path / "weights") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["presets", "copy", "smollm2-demo", "a" * 300 + ".yaml"],
+        ["distill", "--resume", "a" * 300],
+        ["report", "a" * 300],
+        ["generate", "b" * 300, "--prompt", "x"],
+    ],
+)
+def test_a_name_that_is_too_long_is_a_message(arguments, here, capsys):
+    assert run(arguments) == 2
+    assert "name too long" in capsys.readouterr().err
+    assert list(here.iterdir()) == []
+
+
+def test_output_to_a_full_disk_is_a_message_and_a_closed_pipe_is_the_end():
+    command = [sys.executable, "-c", "from qswitch.cli import main; main()", "presets", "copy", "--help"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 2 and "error: No space left on device" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+# ------------------------------------------------------------------------------------------- files from outside (8, 10)
+
+
+def test_yaml_that_would_end_the_process_is_refused():
+    with pytest.raises(ValueError, match="nested deeper than 50"):
+        parse_yaml("[" * 100_000)
+    letters = "abcdefghij"
+    bomb = "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+    for before, name in itertools.pairwise(letters):
+        bomb += f"{name}: &{name} [{','.join([f'*{before}'] * 10)}]\n"
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="more than 100,000 values"):
+        parse_yaml(bomb)
+    with pytest.raises(ValueError, match=r"line 1: \*a stands inside itself"):
+        parse_yaml("a: &a [*a]")
+    assert time.monotonic() - started < 5
+    assert parse_yaml("a: &x {b: 1}\nc: *x") == {"a": {"b": 1}, "c": {"b": 1}}, "aliases themselves are fine"
+
+
+def test_a_pipe_is_not_waited_for(here):
+    os.mkfifo("c.yaml")
+    with pytest.raises(ConfigError, match=r"c\.yaml is a pipe or a device"):
+        read_yaml(Path("c.yaml"))
+    os.mkfifo("t.jinja")
+    with pytest.raises(FileError, match="is a pipe or a device"):
+        read_text(Path("t.jinja"))
+
+
+def test_files_from_outside_have_limits(here):
+    Path("large").write_bytes(b"x" * 100)
+    with pytest.raises(FileError, match="has 100 bytes; at most 99 are read"):
+        read_text(Path("large"), max_bytes=99)
+    Path("deep.json").write_text("[" * 100_000)
+    with pytest.raises(FileError, match="not valid JSON"):
+        read_json(Path("deep.json"), list)
+    with pytest.raises(FileError, match="null byte"):
+        user_path("a\0b")
+    assert user_path("~nobody-has-this-home/x") == Path("~nobody-has-this-home/x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "entry"),
+    [
+        (SummaryFile, {"kl_before_nats": "low"}, "kl_before_nats"),
+        (SummaryFile, [1], "its content"),
+        (HeldOutFile, {"answers": [{"prompt": 3}]}, "answers.0.prompt"),
+        (HeldOutFile, {"answers": [], "reference": "nobody"}, "reference"),
+    ],
+)
+def test_a_state_file_that_says_something_else_is_named_with_its_entry(here, kind, value, entry):
+    Path("state.json").write_text(json.dumps(value))
+    with pytest.raises(FileError, match=f"state.json is not what belongs there: {entry}"):
+        read_json(Path("state.json"), kind)
+
+
+def test_a_damaged_line_of_an_evaluation_is_written_again(here):
+    sets = {"protocol": {"seeds": [0]}, "sets": {}}
+    folder = EvaluationDir.open(here / "eval", sets)
+    good = {"id": 1, "seed": 0, "response": "yes", "tokens": 1, "ended": True}
+    folder.responses("m", "s", "weights").add([good])
+    path = here / "eval" / "models" / "m" / "s.jsonl"
+    path.write_text(path.read_text() + '{"id": "x"}\n{"id": 2, "se\n')
+    lines = folder.responses("m", "s", "weights")
+    assert lines.rows == {(1, 0): good} and path.read_text().count("\n") == 1
+    for text in ("[]", "{", '{"protocol": 3}'):
+        (here / "eval" / "eval.json").write_text(text)
+        with pytest.raises(FileError, match=r"eval\.json"):
+            EvaluationDir.open(here / "eval", sets)
+
+
+def test_a_template_that_never_ends_is_stopped():
+    started = time.monotonic()
+    with pytest.raises(TimeUp, match=r"a loop takes longer than 0\.2 s"), time_limit(0.2, "a loop"):
+        while True:
+            pass
+    assert time.monotonic() - started < 5
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_every_count_has_an_upper_bound():
+    unbounded = []
+    for key in known_keys():
+        try:
+            build_config(BASE, set_layer([f"{key}={10**21}"]))
+        except ConfigError as error:
+            assert "10**21" not in str(error)
+        else:
+            unbounded.append(key)
+    # Names, rates and scales may be any number; a count may not.
+    numbers = {"student.lora.alpha", "train.weight_decay", "train.max_grad_norm", "train.learning_rate"}
+    assert {k for k in unbounded if isinstance(_value(k), int)} <= numbers, unbounded
+
+
+def _value(key: str) -> object:
+    value: object = build_config(BASE)
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "x", "--prompt", "a", "--max-new-tokens", str(10**9)],
+        ["eval", "x", "--data", "a", "--max-new-tokens", str(10**9)],
+        ["fidelity", "x", "--device", "gpu"],
+        ["fidelity", "x", "--max-new-tokens", str(10**9)],
+    ],
+)
+def test_numbers_and_devices_that_nobody_means_are_refused(arguments, here, capsys):
+    assert run(arguments) == 2
+    assert f"Invalid value for '{arguments[-2]}'" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ comparisons (3, 6)
+
+
+def test_compare_runs_no_python_file_of_the_working_folder(here):
+    for name in ("typer", "filelock", "yaml", "qswitch"):
+        (here / f"{name}.py").write_text(f"open({str(here / 'executed')!r}, 'w').close()\n")
+    assert launch_process(["--version"]) == 0
+    assert not (here / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "words"),
+    [
+        ({"data": []}, "evaluate.data"),
+        ({"data": ["e.jsonl"], "limit": 0}, "evaluate.limit"),
+        ({"data": ["e.jsonl"], "columns": {"response": "antwort"}}, "names the column antwort"),
+        ({"data": ["e.jsonl"], "columns": {"answr": "response"}}, "data.columns.answr is not a field"),
+        ({"data": ["e.jsonl"], "max_new_tokens": -4}, "evaluate.max_new_tokens"),
+        ({"data": ["e.jsonl"], "template": "gone.jinja"}, "gone.jinja is no file"),
+        ({"data": ["e.jsonl", "deep/e.jsonl"]}, "the same file name"),
+        ({"data": ["broken.jsonl"]}, "broken.jsonl line 1: not valid JSON"),
+    ],
+)
+def test_a_comparison_that_could_not_be_scored_is_refused_before_it_trains(here, evaluate, words):
+    (here / "deep").mkdir()
+    for name in ("a.jsonl", "e.jsonl", "deep/e.jsonl"):
+        (here / name).write_text('{"prompt": "why", "response": "so"}\n' * 2)
+    (here / "broken.jsonl").write_text("{\n")
+    (here / "run.yaml").write_text(yaml.safe_dump(BASE))
+    study = {"run": "run.yaml", "budget": {"amount": 1}, "cells": {"switch": {}}, "evaluate": evaluate}
+    (here / "study.yaml").write_text(yaml.safe_dump(study))
+    with pytest.raises(ConfigError) as caught:
+        read_comparison(here / "study.yaml")
+    assert words in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ a run's folder (8, 9)
+
+
+def test_the_second_of_two_starts_leaves_the_first_alone(here):
+    config = build_config(BASE)
+    with locked(make_folder(here / "run")):
+        RunDir.create(here / "run", config)
+        with pytest.raises(RunDirError, match="Another qswitch command"), locked(make_folder(here / "run")):
+            pass
+    assert RunDir.open(here / "run").config == config
+
+
+def test_a_folder_whose_start_was_killed_is_taken(here):
+    (here / "run").mkdir()
+    for name in (".lock", ".config.yaml.0123abcd.partial"):
+        (here / "run" / name).touch()
+    with locked(make_folder(here / "run")):
+        RunDir.create(here / "run", build_config(BASE))
+    assert sorted(p.name for p in (here / "run").iterdir()) == [".lock", "config.yaml"]
+    (here / "run" / "config.yaml").rename(here / "run" / "thesis.txt")
+    with pytest.raises(RunDirError, match="is not empty"):
+        RunDir.create(here / "run", build_config(BASE))
+
+
+def test_an_interrupt_while_libraries_are_imported_is_one_line():
+    code = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "qswitch.cli_options":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from qswitch.__main__ import main
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr, ended.stdout) == (130, "interrupted.\n", "")
+
+
+def test_a_damaged_adapter_is_refused_and_an_edited_card_is_not(here):
+    run_dir = RunDir.create(here / "run", build_config(BASE))
+    run_dir.adapter_path.mkdir()
+    weights = run_dir.adapter_path / "adapter_model.safetensors"
+    weights.write_bytes(bytes(100))
+    (run_dir.adapter_path / "README.md").write_text("card")
+    write_manifest(run_dir.adapter_path, pattern="*.safetensors")
+    (run_dir.adapter_path / "README.md").write_text("my own words")
+    assert run_dir.trained_weights() == run_dir.adapter_path
+    weights.write_bytes(bytes(99) + b"\1")
+    with pytest.raises(RunDirError, match=r"not as it was written: the SHA-256 of adapter_model.*--resume"):
+        run_dir.trained_weights()
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(here, caplog):
+    run_dir = RunDir.create(here / "run", build_config(BASE))
+    for step in (1, 2):
+        folder = run_dir.checkpoints_path / f"step-00000{step}"
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "adapter" / "weights").write_bytes(bytes(10))
+        write_manifest(folder)
+    assert run_dir.trained_weights().parent.name == "step-000002"
+    (run_dir.checkpoints_path / "step-000002" / "adapter" / "weights").write_bytes(bytes(9))
+    assert run_dir.trained_weights().parent.name == "step-000001"
+    assert "step-000002 is damaged" in caplog.text
+
+
+def test_a_resumed_run_says_what_is_not_as_it_was(here):
+    run_dir = RunDir.create(here / "run", build_config(BASE))
+    run_dir.append_metrics({"step": 1, "loss": 0.5})
+    written = json.loads(json.dumps(run_dir.as_written()))
+    run_dir.append_metrics({"step": 2, "loss": 0.4})  # a log may grow
+    assert run_dir.changed_since(written) == [] and run_dir.changed_since({}) == []
+    run_dir.metrics_path.write_text(run_dir.metrics_path.read_text().replace("0.5", "0.3"))
+    (said,) = run_dir.changed_since(written)
+    assert "metrics.jsonl is not as it was written" in said
+    changed = RunDir(run_dir.path, build_config(BASE, {"train": {"learning_rate": 1e-3}, "seed": 7}))
+    with pytest.raises(RunDirError, match=r"newest checkpoint was written with: seed is 7, was 42\."):
+        changed.changed_since(written)
+    faster = RunDir(run_dir.path, build_config(BASE, {"train": {"learning_rate": 1e-3, "device": "cpu"}}))
+    assert "train.learning_rate is 0.001 now, it was 0.0001" in faster.changed_since(written)
+
+
+# --------------------------------------------------------------------------------------------------- the terminal (11)
+
+EVIL = "\x1b]0;owned\x07\x9b31m\u202etxt.exe"
+
+
+def test_no_escape_reaches_the_terminal(here, capsys):
+    assert printable(EVIL) == r"\x1b]0;owned\x07\x9b31m\u202etxt.exe"
+    assert printable("größer\n\t漢字") == "größer\n\t漢字"
+    assert json.loads(printable_json(json.dumps(EVIL, ensure_ascii=False))) == EVIL
+    Path("evil.yaml").write_text(f"{json.dumps('a' + EVIL)}: 3\n")
+    assert run(["plan", "--config", "evil.yaml"]) == 2
+    (here / "data.jsonl").write_text(json.dumps({f"pr{EVIL}": 1}) + "\n")
+    assert run(["distill", "--teacher", "a" + EVIL, "--student", EVIL, "--data", "data.jsonl"]) == 2
+    printed = capsys.readouterr()
+    assert not set("\x1b\x07\x9b\u202e") & set(printed.err + printed.out)
+
+
+def test_no_escape_reaches_the_log(caplog):
+    before = logging.getLogRecordFactory()
+    try:
+        filter_log()
+        logging.getLogger("qswitch.data").warning("column %s", EVIL)
+    finally:
+        logging.setLogRecordFactory(before)
+    assert caplog.records[0].getMessage() == f"column {printable(EVIL)}"
+
+
+def test_data_that_cannot_be_printed_can_still_be_refused(here, capsys):
+    (here / "d.jsonl").write_text('{"prompt": "\\ud800"}\n')
+    with pytest.raises(DataError, match="half a character"):
+        from qswitch.config import DataSection
+        from qswitch.data.records import load_records
+
+        load_records(DataSection(train="d.jsonl"), "d.jsonl")
