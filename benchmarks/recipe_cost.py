@@ -19,9 +19,10 @@ from typing import Any
 
 from benchmarks.provenance import publish
 from benchmarks.step import make_trainer
+from qswitch import rules
 from qswitch.compare.spec import read_comparison
-from qswitch.config import RunConfig
-from qswitch.layers import build_config
+from qswitch.config import RunConfig, reader
+from qswitch.layers import build_config, set_layer
 from qswitch.presets import load_preset
 
 STUDY = Path(__file__).resolve().parent / "study"
@@ -39,6 +40,13 @@ def configs(study: Path, names: list[str]) -> dict[str, RunConfig]:
     return {name: found[name] for name in ["default", *names]}
 
 
+def changed(config: RunConfig, changes: dict[str, str]) -> RunConfig:
+    """The configuration with those of the changes that it reads."""
+    unread = rules.unread(reader(config))
+    kept = {key: value for key, value in changes.items() if key not in unread}
+    return build_config(config.model_dump(exclude_unset=True), set_layer([f"{k}={v}" for k, v in kept.items()]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, default=STUDY / "test.yaml")
@@ -53,7 +61,7 @@ def main() -> None:
     validation: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         trainers = {
-            name: make_trainer(build_config(config.model_dump(exclude_unset=True), changes), Path(folder) / name)
+            name: make_trainer(changed(config, changes), Path(folder) / name)
             for name, config in configs(args.study, args.cells.split(",")).items()
         }
         for turn in range(args.steps + 1):
