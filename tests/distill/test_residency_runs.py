@@ -26,8 +26,15 @@ def run(folders: Any, path: Any, **changes: Any) -> tuple[bytes, list[Any]]:  # 
     return adapter_bytes(path), [r["response"] for r in run_dir.read_rollouts()]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "nf4"])
-@pytest.mark.parametrize("changes", [{}, {"rollout__steps_at_once": 3}, {**MIXED, "rollout__steps_at_once": 2}])
+@pytest.mark.parametrize(
+    ("precision", "changes"),
+    [
+        ("fp32", {}),
+        ("nf4", {}),
+        ("fp32", {"rollout__steps_at_once": 3}),
+        ("nf4", {**MIXED, "rollout__steps_at_once": 2}),
+    ],
+)
 def test_swap_and_resident_end_with_the_same_bytes(folders, tmp_path, precision, changes):  # noqa: F811
     results = [
         run(folders, tmp_path / kind, teacher__precision=precision, teacher__residency=kind, **changes)
