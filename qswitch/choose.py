@@ -24,6 +24,7 @@ from qswitch.plan.machine import describe_machine, find_budget
 from qswitch.plan.model_files import shape_for
 from qswitch.plan.scheduler import plan_run, with_choices
 from qswitch.plan.shapes import ModelShape
+from qswitch.plan.stored import GPU_ONLY
 from qswitch.presets import load_run_config, preset_names
 from qswitch.units import GIB
 
@@ -182,6 +183,8 @@ def _of_the_data(config: RunConfig, teacher: ModelShape, student: ModelShape) ->
         validation = max(2, min(64, count // 10))
         steps = math.ceil(EPOCHS * max(1, count - validation) / _step_sequences(config.train))
         steps = max(MIN_STEPS, min(MAX_STEPS, steps)) if count < SAMPLED_RECORDS else MAX_STEPS
+    if "max_steps" in config.train.model_fields_set:
+        steps = config.train.max_steps
     yield Choice("data.max_prompt_tokens", min(prompt, context // 2), because)
     yield Choice("rollout.max_new_tokens", min(response, context // 2), because)
     yield Choice("data.num_validation", validation, because)
@@ -218,6 +221,12 @@ def _teacher_precision(config: RunConfig, *, vram: str | None, gpu: str | None) 
     setting = "teacher.precision"
     if not config.needs_teacher:
         return Choice(setting, "bf16", "the method loads no teacher")
+    stored = shape_for(config.teacher).stored
+    if stored is not None:
+        device = "cuda" if gpu or vram else describe_machine(config.train).device
+        if stored.method in GPU_ONLY and device != "cuda":
+            return Choice(setting, "bf16", f"its weights are stored in {stored.method}, which a CPU has to unpack")
+        return Choice(setting, stored.precision, f"its weights are stored quantised ({stored.method})")
     budget = find_budget(config.train, vram=vram, gpu=gpu)
     exact = with_choices(config, {setting: "bf16"})
     plan = plan_run(exact, budget_bytes=budget.num_bytes, device=budget.device, gpu=budget.gpu)

@@ -99,10 +99,10 @@ def load_settings(
     from qswitch.presets import load_preset
 
     below = load_preset(source)
-    own, cut = with_cut_student(own, below)
+    above, cut = with_cut_student(own, below)
     if cut is not None:
         say(f"{cut.setting}={cut.value}: {cut.because}")
-    return build_config(below, own, where=f"{source} with --set" if own else str(source))
+    return build_config(below, above, where=f"{source} with --set" if own else str(source))
 
 
 def show(result: Any, as_json: bool, render: Callable[[Any], object], *, coloured: bool = False) -> None:

@@ -73,11 +73,12 @@ class TeacherSection(Section):
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model."""
-    precision: Literal["nf4", "int8", "bf16", "fp32"] = "nf4"
-    """How weights are stored: nf4 is 4-bit with double quantisation, about 0.52 byte per parameter. With a method that
-    loads no teacher, that of the teacher from which `qswitch eval` measures the distance of the run."""
+    precision: Literal["nf4", "int8", "bf16", "fp32", "stored"] = "nf4"
+    """How weights are stored: nf4 is 4-bit with double quantisation, about 0.52 byte per parameter; stored is as the
+    checkpoint has them (GPTQ, AWQ, FP8 and others). With a method that loads no teacher, that of the teacher from
+    which `qswitch eval` measures the distance of the run."""
     adapter: str | None = None
-    """A run of `qswitch sft --model teacher`, or a PEFT folder: attached to nf4 or int8 weights, merged into others.
+    """A run of `qswitch sft --model teacher`, or a PEFT folder: attached to quantised weights, merged into others.
     With a method that loads no teacher it is what `qswitch eval` measures the distance from."""
     residency: Literal["resident", "swap"] = "resident"
     """resident: always on the device. swap: it leaves while the student trains; one copy stays in host memory, and it

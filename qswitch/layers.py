@@ -190,8 +190,10 @@ def sft_config(config: RunConfig, model: Literal["teacher", "student"]) -> RunCo
     above: dict[str, Any] = {"method": "sft", "teacher": {"adapter": None}}
     if model == "teacher":
         teacher = config.teacher
-        if teacher.precision == "int8":
-            raise ConfigError("teacher.precision=int8 cannot be fine-tuned. Set teacher.precision=nf4 or bf16.")
+        if teacher.precision in ("int8", "stored"):
+            raise ConfigError(
+                f"teacher.precision={teacher.precision} cannot be fine-tuned. Set teacher.precision=nf4 or bf16."
+            )
         kept = {key: value for key, value in below["student"].items() if key in ("lora", "gradient_checkpointing")}
         same = {key: getattr(teacher, key) for key in ("model", "revision", "trust_remote_code", "shape", "precision")}
         below["student"] = kept

@@ -22,6 +22,7 @@ from qswitch.outside import user_path
 from qswitch.units import GIB
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from qswitch.data.gather import RunPrompts
@@ -94,6 +95,7 @@ def settings_problems(config: RunConfig, output_dir: Path | None = None, *, else
 def _shapes_and_context(config: RunConfig, elsewhere: bool) -> Iterator[str]:
     from qswitch.plan.machine import describe_machine
     from qswitch.plan.model_files import shape_for
+    from qswitch.plan.stored import problem_of
 
     tokens = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     for role, section in sections_to_load(config):
@@ -102,6 +104,10 @@ def _shapes_and_context(config: RunConfig, elsewhere: bool) -> Iterator[str]:
         except ConfigError as error:
             yield from error.problems
             continue
+        device = None if elsewhere else describe_machine(config.train).device
+        stored = problem_of(shape.stored, section.precision, device=device, trains=role == "student")
+        if stored is not None:
+            yield f"{role}.model: {_name(section)}: {stored}."
         if shape.max_positions and tokens > shape.max_positions:
             yield (
                 f"{role}.model {_name(section)} has a context of {shape.max_positions} tokens, but "
@@ -295,7 +301,7 @@ def prepare(
             return None
 
     runtime = attempt(make_runtime, config.train)
-    unreadable = _unreadable_models(config, known)
+    unreadable = _unreadable_models(config, known, None if runtime is None else runtime.device)
     problems += unreadable
     pair = encoder = None
     if not unreadable and not any(_names_model(p, role) for p in known for role in ("teacher", "student")):
@@ -337,7 +343,7 @@ def _corpus(config: RunConfig, pair: TokenizerPair) -> Tensor:
     return tokens
 
 
-def _unreadable_models(config: RunConfig, known: Sequence[str]) -> list[str]:
+def _unreadable_models(config: RunConfig, known: Sequence[str], device: torch.device | None) -> list[str]:
     """Models that are not there, gated, or of no use, by role; reads config.json and the weight files' headers.
 
     Those of which a `known` problem says so already are passed over.
@@ -345,7 +351,7 @@ def _unreadable_models(config: RunConfig, known: Sequence[str]) -> list[str]:
     from transformers import AutoConfig
 
     from qswitch.models.messages import explained, quiet
-    from qswitch.models.quantise import stored_quantization
+    from qswitch.models.quantise import check_stored
     from qswitch.models.references import resolve_reference
     from qswitch.models.weight_files import check_weight_files, check_whole
     from qswitch.plan.adapters import find_adapter
@@ -369,7 +375,8 @@ def _unreadable_models(config: RunConfig, known: Sequence[str]) -> list[str]:
             if reason is not None:
                 raise ModelError(f"{resolved.name} ({found.model_type}) cannot be distilled here: {reason}")
             if role in loaded:
-                stored_quantization(found, resolved, section.precision)
+                if device is not None:
+                    check_stored(found, resolved.name, section.precision, device)
                 check_weight_files(resolved)
             _refuse_another_shape(section.shape, found, resolved.name)
         except ModelError as error:

@@ -661,7 +661,7 @@ MODELS: dict[str, tuple[str, Break, tuple[str, ...]]] = {
     "already quantised": (
         "teacher",
         edited("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
-        ("teacher", "stored quantised (gptq)", "Use the unquantised model"),
+        ("teacher", "stored quantised (gptq)", "Set the precision to stored, or use the unquantised model"),
     ),
     "code of its own": (
         "teacher",

@@ -16,7 +16,7 @@ from qswitch.models.architecture import on_meta
 from qswitch.models.finite import require_finite
 from qswitch.models.language_model import LanguageModel, verify_head
 from qswitch.models.messages import explained, first_line, quiet, say_once
-from qswitch.models.quantise import QUANTISED, keep_from_repacking, quantization_config, stored_quantization
+from qswitch.models.quantise import QUANTISED, check_stored, keep_from_repacking, quantization_config
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
 from qswitch.plan.adapters import find_adapter
@@ -59,7 +59,9 @@ def load_teacher(teacher: TeacherSection, runtime: Runtime, *, vocab_size: int |
     hf = load_base(teacher, runtime, teacher.precision)
     if teacher.adapter is not None:
         folder = find_adapter(teacher.adapter, "teacher.adapter")
-        hf = with_adapter(hf, folder, merge=teacher.precision not in QUANTISED, dtype=runtime.compute_dtype)
+        hf = with_adapter(
+            hf, folder, merge=teacher.precision not in (*QUANTISED, "stored"), dtype=runtime.compute_dtype
+        )
     model = LanguageModel(hf, vocab_size=vocab_size, compute_dtype=runtime.compute_dtype)
     model.requires_grad_(False)
     model.eval()
@@ -120,7 +122,7 @@ def read_context_tokens(resolved: ResolvedModel, trust_remote_code: bool = False
 def load_base(
     section: ModelSection, runtime: Runtime, precision: str | None = None, *, base_path: Path | None = None
 ) -> Any:
-    """The transformers model of a section, on the device, in nf4, int8, bf16 or fp32 (default: section.precision).
+    """The transformers model of a section, on the device, in its or the given precision.
 
     `base_path` names a folder to read instead of `section.model`.
 
@@ -161,16 +163,19 @@ def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_
     meta = on_meta(config, resolved.name, trust_remote_code)
 
     options: dict[str, Any] = {"use_safetensors": True, "attn_implementation": attention_kind(config), **common}
-    if precision in QUANTISED or runtime.device.type == "cuda":
+    if precision in (*QUANTISED, "stored") or runtime.device.type == "cuda":
         options["device_map"] = {"": runtime.device}  # tensor by tensor; a model never lies in host memory as a whole
     load_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision, runtime.compute_dtype)
-    stored = stored_quantization(config, resolved, precision)
+    stored = check_stored(config, resolved.name, precision, runtime.device)
+    if stored is not None and precision == "bf16":
+        config.quantization_config = {**_as_mapping(config.quantization_config), "dequantize": True}
+        options["config"] = config
     if precision in QUANTISED:
         if runtime.compute_dtype == torch.float64:
             raise ModelError(f"precision={precision} cannot compute in fp64. Set precision=fp32.")
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ModelError(f"precision={precision} needs bitsandbytes: pip install bitsandbytes")
-        if not stored:
+        if stored is None:
             options["quantization_config"] = quantization_config(meta, resolved, precision, runtime)
     with quiet(), explained(resolved.name, "model"):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -192,11 +197,15 @@ def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_
     elif precision == "fp32" and runtime.compute_dtype == torch.float64:
         model = model.to(torch.float64)
         model.set_experts_implementation("eager")  # the grouped product of experts has no fp64
-    if precision not in QUANTISED:
+    if precision not in (*QUANTISED, "stored"):
         model = model.to(runtime.device)
     keep_from_repacking(model, trains=False)
     require_finite(model.named_parameters(), resolved.name, "Download or convert the model again.")
     return model
+
+
+def _as_mapping(values: Any) -> dict[str, Any]:
+    return dict(values if isinstance(values, dict) else values.to_dict())
 
 
 def attention_kind(config: Any) -> str | None:

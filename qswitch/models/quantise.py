@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from qswitch.errors import ModelError
-from qswitch.models.messages import say_once
+from qswitch.models.messages import first_line, quiet, say_once
 from qswitch.models.references import ResolvedModel
 from qswitch.models.runtime import Runtime
+from qswitch.plan.stored import GPU_ONLY, StoredQuantisation, problem_of, stored_quantisation
 
 QUANTISED = ("nf4", "fp4", "int8")
 """Precisions that bitsandbytes makes; fp4 is for comparing with nf4 (`qswitch fidelity`), no setting offers it."""
@@ -34,20 +36,35 @@ def keep_from_repacking(model: nn.Module, *, trains: bool) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def stored_quantization(config: Any, resolved: ResolvedModel, precision: str) -> bool:
-    """Whether the files themselves hold bitsandbytes weights of that very precision."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return False
-    values = stored if isinstance(stored, dict) else stored.to_dict()
-    if (values.get("load_in_4bit") and values.get("bnb_4bit_quant_type") == precision) or (
-        precision == "int8" and values.get("load_in_8bit")
-    ):
-        return True
-    raise ModelError(
-        f"{resolved.name} is stored quantised ({values.get('quant_method', 'unknown')}), but precision={precision} was "
-        "asked for. Use the unquantised model; qswitch quantises it while loading."
-    )
+def check_stored(config: Any, name: str, precision: str, device: torch.device) -> StoredQuantisation | None:
+    """How the files themselves are quantised, seen to be readable in `precision`; None where they are not.
+
+    Decided by the configuration: by our own table, then by what transformers says of this machine.
+
+    Raises:
+        ModelError: this precision is another one, a package is missing, or the device cannot compute with it.
+    """
+    from transformers.quantizers import AutoHfQuantizer
+
+    stored = stored_quantisation(config.to_dict())
+    problem = problem_of(stored, precision, device=device.type)
+    if problem is None and stored is not None and precision == "stored":
+        needed = GPU_ONLY.get(stored.method)
+        if needed is not None and torch.cuda.get_device_capability(device) < needed:
+            problem = (
+                f"this GPU cannot compute with weights in {stored.method} (compute capability {needed[0]}.{needed[1]} "
+                "is needed). Set the precision to bf16, which unpacks them"
+            )
+        else:
+            try:
+                with quiet():
+                    quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+                    quantizer.validate_environment(device_map={"": device})
+            except (ImportError, RuntimeError, ValueError) as error:
+                problem = f"transformers cannot read its weights ({stored.method}): {first_line(error).rstrip('.')}"
+    if problem is not None:
+        raise ModelError(f"{name}: {problem}.")
+    return stored
 
 
 def quantization_config(meta: Any, resolved: ResolvedModel, precision: str, runtime: Runtime) -> Any:

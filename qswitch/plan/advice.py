@@ -62,7 +62,7 @@ def _remedies(plan: Plan) -> Iterator[str]:
         changed = with_choices(config, changes)
         return measure(changed, *model_shapes(changed), machine).total_bytes <= budget
 
-    if config.teacher.precision != "nf4" and fits({"teacher.precision": "nf4"}):
+    if config.teacher.precision not in ("nf4", "stored") and fits({"teacher.precision": "nf4"}):
         yield f"set teacher.precision=nf4 (now {config.teacher.precision})"
     for key in ("rollout.max_new_tokens", "data.max_prompt_tokens"):
         section, _, field = key.partition(".")

@@ -7,10 +7,12 @@ are counted in their classes, which costs an import of torch (`counted.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from qswitch.errors import ConfigError
 from qswitch.plan.shapes import LinearShape, ModelShape
+from qswitch.plan.stored import stored_quantisation
 
 
 class _Values:
@@ -326,10 +328,11 @@ def shape_from_config(values: Mapping[str, Any], trust_remote_code: bool = False
     Raises:
         ConfigError: a value is missing, or the model is none that can be trained here, with the reason.
     """
+    stored = stored_quantisation(values)
     tower = values["text_config"] if isinstance(values.get("text_config"), Mapping) else values
     model_type = tower.get("model_type")
     if model_type in FAMILIES:
-        return FAMILIES[model_type](_Values(tower, model_type), model_type)
+        return replace(FAMILIES[model_type](_Values(tower, model_type), model_type), stored=stored)
     from qswitch.plan.counted import counted_shape
 
-    return counted_shape(values, trust_remote_code)
+    return replace(counted_shape(values, trust_remote_code), stored=stored)

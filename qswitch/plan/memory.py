@@ -63,7 +63,7 @@ LOSS_VOCABULARY_COPIES = 8
 """fp32-sized [chunk, V] tensors alive at once in the loss: logits and log-probabilities of teacher and student (4),
 the skewed mixture and its logarithm (2), the integrand (1), the gradient with respect to the student's logits (1)."""
 
-Precision = Literal["nf4", "int8", "bf16", "fp32"]
+Precision = Literal["nf4", "int8", "bf16", "fp32", "stored"]
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -106,10 +106,23 @@ def other_bytes_per_parameter(precision: Precision, compute_bytes: int) -> int:
 
 @lru_cache(maxsize=64)
 def weight_bytes(shape: ModelShape, precision: Precision, compute_bytes: int, any_width: bool = True) -> int:
-    """A whole model: linear layers in `precision`; embeddings, positions, norms and head never quantised."""
+    """A whole model: linear layers in `precision`; embeddings, positions, norms and head never quantised.
+
+    `stored` are weights as their checkpoint keeps them, by the bits that its config.json tells.
+    """
+    if precision == "stored":
+        return _stored_bytes(shape, compute_bytes)
     linears = sum(n * linear_bytes(m, precision, compute_bytes, any_width) for m, n in shape.counted_linears.items())
     other = shape.other_parameters * other_bytes_per_parameter(precision, compute_bytes)
     return linears + other
+
+
+def _stored_bytes(shape: ModelShape, compute_bytes: int) -> int:
+    weights, inside = shape.linear_weight_parameters, sum(shape.further_by_layer)
+    others = (shape.num_parameters - weights - inside) * compute_bytes
+    if shape.stored is None:
+        return (weights + inside) * compute_bytes + others
+    return math.ceil((weights * shape.stored.bits + inside * shape.stored.expert_bits) / 8) + others
 
 
 def head_bytes(shape: ModelShape, precision: Precision, compute_bytes: int) -> int:
@@ -129,12 +142,13 @@ def dequantisation_bytes(shape: ModelShape, precision: Precision, compute_bytes:
 
     Passes over several tokens unpack the whole weight first; one-token passes do not, and are covered by this bound.
     """
-    return shape.largest_linear_parameters * compute_bytes if precision in ("nf4", "int8") else 0
+    return shape.largest_linear_parameters * compute_bytes if precision in ("nf4", "int8", "stored") else 0
 
 
 def load_buffer_bytes(shape: ModelShape, precision: Precision, compute_bytes: int) -> int:
     """Beyond the finished weights while loading: the largest tensor as read, and its copy being cast or quantised."""
-    largest = shape.largest_linear_parameters if precision in ("nf4", "int8") else shape.largest_tensor_parameters
+    packed = precision in ("nf4", "int8", "stored")
+    largest = shape.largest_linear_parameters if packed else shape.largest_tensor_parameters
     return 2 * largest * compute_bytes
 
 
@@ -205,7 +219,7 @@ def trainable_parameters(shape: ModelShape, adapter: str, lora: LoraSection) -> 
 
 def attached_adapter_bytes(shape: ModelShape, teacher: TeacherSection, compute_bytes: int) -> int:
     """An adapter that stays beside quantised weights, in the compute dtype; one merged into others takes nothing."""
-    if teacher.adapter is None or teacher.precision not in ("nf4", "int8"):
+    if teacher.adapter is None or teacher.precision not in ("nf4", "int8", "stored"):
         return 0
     lora = adapter_settings(find_adapter(teacher.adapter, "teacher.adapter"))
     return lora_parameters(shape, lora) * compute_bytes

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from qswitch.plan.stored import StoredQuantisation
+
 
 @dataclass(frozen=True)
 class LinearShape:
@@ -86,6 +88,8 @@ class ModelShape:
     """Recurrent states of a row, whatever its length, all layers; in fp32 whatever the model computes in."""
     state_values_per_row: int = 0
     """The same of states in the type that the model computes in, those of convolutions: numbers."""
+    stored: StoredQuantisation | None = None
+    """How the checkpoint's weights are quantised already, by its config.json."""
     taken_for_experts: tuple[str, ...] = ()
     """Linear modules whose names mean to peft the experts kept as one tensor, so that no adapter goes on them."""
 

@@ -93,6 +93,41 @@ def test_layers_that_the_cpu_kernel_cannot_pack_are_kept_from_it(tmp_path, monke
     assert packed and all(rows % 32 == 0 for rows in packed)
 
 
+def fp8_folder(folder):
+    """A tiny model with its projections in FP8, one fp32 scale for each block of 128 x 128; and what they stand for."""
+    from safetensors.torch import load_file, save_file
+
+    save_tiny(folder, dtype=torch.bfloat16)
+    tensors, meant = load_file(folder / "model.safetensors"), {}
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        scale = tensors[name].float().abs().max() / 448  # the largest number of e4m3
+        packed = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
+        blocks = [-(-size // 128) for size in packed.shape]
+        tensors[name], tensors[f"{name}_scale_inv"] = packed, scale.expand(blocks).clone()
+        meant[name] = packed.float() * scale
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return meant
+
+
+def test_a_checkpoint_in_fp8_is_unpacked(tmp_path):
+    meant = fp8_folder(tmp_path)
+    teacher = load_teacher(TeacherSection(model=str(tmp_path), precision="bf16"), FP32)
+    weights = dict(teacher.hf.named_parameters())
+    for name, weight in meant.items():
+        torch.testing.assert_close(weights[name].float(), weight, rtol=2**-7, atol=0)
+    assert logits(teacher).isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["stored", "nf4"])
+def test_a_checkpoint_in_fp8_is_refused_where_it_cannot_be_read(tmp_path, precision):
+    fp8_folder(tmp_path)
+    with pytest.raises(ModelError, match="bf16, which unpacks"):
+        load_teacher(TeacherSection(model=str(tmp_path), precision=precision), FP32)
+
+
 def test_bf16_rounds_weights_but_computes_in_the_compute_dtype(tmp_path, caplog):
     folder = save_tiny(tmp_path / "m")
     teacher = load_teacher(TeacherSection(model=str(folder), precision="bf16"), FP32)
