@@ -99,10 +99,19 @@ def written_as_gguf(files: Sequence[GgufParity]) -> str:
     return "\n".join([*lines, f"Ollama: ollama create NAME -f {files[0].path.parent / 'Modelfile'}"])
 
 
+def _size(num_bytes: int) -> str:
+    """Bytes in the unit in which they have at least one digit before the point."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes} bytes"
+
+
 def pushed(push: Push) -> str:
     """The files that are on the hub, or would go there."""
-    lines = [f"{size / GIB:8.3f} GiB  {name}" for name, size in push.files.items()]
-    total = f"{len(push.files)} files, {sum(push.files.values()) / GIB:.2f} GiB,"
+    sizes = [_size(size) for size in push.files.values()]
+    lines = [f"{size:>10}  {name}" for size, name in zip(sizes, push.files, strict=True)]
+    total = f"{len(push.files)} files, {_size(sum(push.files.values()))},"
     access = "private" if push.private else "public"
     end = f"are in {push.url}" if push.url else f"would go to {push.repository}, {access} if it is new"
     return "\n".join([*lines, f"{total} {end}."])

@@ -15,7 +15,7 @@ from qswitch.config import RunConfig
 def how_trained(config: RunConfig) -> str:
     """The method, who wrote the responses, and the loss, in a line of Markdown."""
     rollout, loss = config.rollout, config.loss
-    schedule = f" with a threshold that is `{rollout.schedule}`" if rollout.policy == "switch" else ""
+    schedule = f" (schedule `{rollout.schedule}`)" if rollout.policy == "switch" else ""
     responses = f"responses by the policy `{rollout.policy}`{schedule}, " if config.writes_rollouts else ""
     imitates = loss.objective == "divergence"
     learnt = f"`{loss.divergence}` over `{loss.scope}`" if imitates else "`cross_entropy`"

@@ -120,7 +120,7 @@ def test_a_card_says_what_was_done_and_nothing_else():
             "data": {"train": "x.jsonl"}}  # fmt: skip
     distilled, tuned = (model_card(build_config(pair, {"method": m}), "s", {}, 0.0, "bf16") for m in ("gkd", "sft"))
     assert yaml.safe_load(distilled.split("---")[1])["base_model"] == "small/student"
-    assert "`big/teacher`" in distilled and "policy `student`" in distilled and "threshold" not in distilled
+    assert "`big/teacher`" in distilled and "policy `student`" in distilled and "schedule" not in distilled
     assert "big/teacher" not in tuned and "policy" not in tuned and "loss `cross_entropy`" in tuned
     assert "Check those of the student, the teacher and the data" in tuned
 
