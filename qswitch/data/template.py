@@ -1,6 +1,7 @@
 """Which token ids both models read for a record: the template, and the response that continues it.
 
 One template serves teacher and student. Knows nothing of files, order or models. Tensors are built in `pad_left` only.
+The file is long because the ids of a prompt, of its response and of every turn between must come from one rendering.
 """
 
 from __future__ import annotations

@@ -135,14 +135,15 @@ def own_figures(summary: Mapping[str, Any]) -> list[Figure]:
     whose = f"the student's own responses to {after['responses']} of the prompts"
     nats = [one["reverse_kl_nats"] for one in (before, after)]
     change = f"{(nats[1] - nats[0]) / nats[0]:+.0%}" if nats[0] else ""
-    found = [Figure(f"KL(student ‖ teacher), nats per token, on {whose}", *(f"{n:.3f}" for n in nats), change)]
+    label = f"KL(student ‖ teacher), nats per token, on {whose}"
+    found = [Figure(label, f"{nats[0]:.3f}", f"{nats[1]:.3f}", change)]
     for key, label in (
         ("length_ratio", "Length, of the teacher's"),
         ("ended_share", "Ended before the limit"),
         ("repeated_4grams", "Repeated 4-grams"),
     ):
         shares = [f"{one[key]:.0%}" for one in (before, after)]
-        found.append(Figure(f"{label}, of {whose}", *shares, ""))
+        found.append(Figure(f"{label}, of {whose}", shares[0], shares[1], ""))
     return found
 
 
