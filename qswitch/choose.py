@@ -219,7 +219,7 @@ def _rounded(num_tokens: int) -> int:
 def _teacher_precision(config: RunConfig, *, vram: str | None, gpu: str | None) -> Choice:
     """bf16 where it fits without giving up anything, else 4-bit, which a CPU reads in few shapes and slowly."""
     setting = "teacher.precision"
-    if not config.needs_teacher:
+    if not config.learns_from_teacher:
         return Choice(setting, "bf16", "the method loads no teacher")
     stored = shape_for(config.teacher).stored
     if stored is not None:

@@ -6,6 +6,7 @@ plan does not fit; 130 interrupted, resumable. Cold: heavy imports stand inside 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -33,7 +34,9 @@ from qswitch.cli_options import (
 )
 from qswitch.cli_results import results_app
 from qswitch.cli_student import student_app
+from qswitch.distill.processes import joined
 from qswitch.errors import ConfigError, QSwitchError, storage_problem
+from qswitch.launch import launched
 from qswitch.terminal import filter_log, printable
 
 
@@ -50,6 +53,9 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt as error:
             raise _Interrupted(*error.args) from error
 
+
+OF_SEVERAL_PROCESSES = ("distill", "sft")
+"""Commands that accelerate launch and torchrun may start several times at once."""
 
 app = typer.Typer(
     name="qswitch",
@@ -73,16 +79,22 @@ def run(arguments: list[str]) -> int:
     _silence_optional_kernels()
     filter_log()
     try:
+        if launched().rank:  # the first process says it all
+            logging.disable(logging.WARNING)
         result = app(arguments, standalone_mode=False)
         sys.stdout.flush()  # a full disk or a closed pipe is heard here, and not after the exit code
     except QSwitchError as error:
-        _complain(str(error))
+        if not error.said_elsewhere:
+            _complain(str(error))
         return error.exit_code
     except BrokenPipeError:  # `qswitch presets list | head -1` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (_Interrupted, KeyboardInterrupt) as error:
-        hint = f" Resume with: qswitch distill --resume {error.args[0]}" if error.args else ""
+        if launched().rank:
+            return 130
+        folder, command = (*error.args, "distill")[:2] if error.args else ("", "")
+        hint = f" Resume with: qswitch {command} --resume {folder}" if folder else ""
         print(printable(f"interrupted.{hint}"), file=sys.stderr)
         return 130
     except Exception as error:
@@ -118,8 +130,6 @@ def _out_of_memory(error: BaseException) -> str:
 
 def _silence_optional_kernels() -> None:
     """No advice to install an optional package: bitsandbytes gives it, while imported, on CPUs with AVX-512 BF16."""
-    import logging
-
     # One function, so that a second command of the process adds nothing.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_advice)
 
@@ -136,26 +146,37 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    launch = launched()
+    if launch.count > 1 and ctx.invoked_subcommand not in OF_SEVERAL_PROCESSES:
+        error = ConfigError(
+            f"qswitch {ctx.invoked_subcommand} runs in one process, and {launch.count} were started. Start it without "
+            "accelerate launch or torchrun."
+        )
+        error.said_elsewhere = launch.rank > 0
+        raise error
 
 
-def _print_plan(plan: Any, budget_origin: str, as_json: bool) -> None:
+def _print_plan(plan: Any, budget_origin: str, as_json: bool, *, shown: bool = True) -> None:
     """The plan, and where its budget is from; what does not fit ends with its error."""
     from qswitch.plan.advice import faster, require_fit
     from qswitch.plan.render import render
 
-    show(plan.to_dict(), as_json, lambda _: render(plan, faster(plan), budget_origin))
+    if shown:
+        show(plan.to_dict(), as_json, lambda _: render(plan, faster(plan), budget_origin))
     require_fit(plan)
 
 
-def _print_run(path: Path, summary: Any, as_json: bool) -> None:
+def _print_run(path: Path, summary: Any, as_json: bool, *, shown: bool) -> None:
     from qswitch.console import print_summary
     from qswitch.run_dir import RunDir
 
+    if not shown:
+        return
     run_dir = RunDir.open(path)
     if as_json:
         print(run_dir.summary_path.read_text(encoding="utf-8"), end="")
@@ -193,19 +214,25 @@ def distill(
     from qswitch.run_dir import RunDir
 
     named = Named(preset, config, overrides, teacher, student, data, method)
-    if resume is not None and (preset or config or teacher or student or data or method or output_dir):
-        raise ConfigError("--resume goes on with the run's own config.yaml; leave --preset, --config, --teacher, "
-                          "--student, --data, --method and --output-dir out. --set changes rates, lengths, and when it "
-                          "looks and saves.")  # fmt: skip
-    changes = set_layer(overrides or [])
-    if dry_run:
-        settings = load_settings(named, vram=vram) if resume is None else RunDir.open(resume, changes).config
-        _print_plan(*runs.rehearse(settings, vram=vram, resumes=resume is not None), as_json)
-    elif resume is not None:
-        _print_run(resume, runs.resume(resume, vram=vram, changes=changes), as_json)
-    else:
-        settings, path = load_settings(named, vram=vram), output_dir or _new_run(named.label)
-        _print_run(path, runs.distill(settings, path, vram=vram), as_json)
+    with joined() as processes:
+        if resume is not None and (preset or config or teacher or student or data or method or output_dir):
+            raise ConfigError(
+                "--resume goes on with the run's own config.yaml; leave --preset, --config, --teacher, --student, "
+                "--data, --method and --output-dir out. --set changes rates, lengths, and when it looks and saves."
+            )
+        changes = set_layer(overrides or [])
+        if dry_run and resume is not None:
+            settings = RunDir.open(resume, changes).config
+            _print_plan(*runs.rehearse(settings, vram=vram, resumes=True), as_json, shown=processes.is_first)
+        elif dry_run:
+            settings = processes.each(lambda: load_settings(named, vram=vram))
+            _print_plan(*runs.rehearse(settings, vram=vram), as_json, shown=processes.is_first)
+        elif resume is not None:
+            _print_run(resume, runs.resume(resume, vram=vram, changes=changes), as_json, shown=processes.is_first)
+        else:
+            settings = processes.each(lambda: load_settings(named, vram=vram))
+            path = processes.from_first(lambda: output_dir or _new_run(named.label))
+            _print_run(path, runs.distill(settings, path, vram=vram), as_json, shown=processes.is_first)
 
 
 @app.command(epilog="Example: qswitch sft --preset llama-7b-to-1b --model teacher --set data.train=my_data.jsonl")
@@ -233,15 +260,61 @@ def sft(
     if preset is None and config is None:  # one model is enough
         teacher, student = teacher or student, student or teacher
     named = Named(preset, config, overrides, teacher, student, data, None if preset or config else "sft")
-    settings = sft_config(load_settings(named, vram=vram, command=f"sft --model {model}"), model)
+    with joined() as processes:
+        settings = processes.each(
+            lambda: sft_config(load_settings(named, vram=vram, command=f"sft --model {model}"), model)
+        )
+        if dry_run:
+            _print_plan(*runs.rehearse(settings, vram=vram), as_json, shown=processes.is_first)
+            return
+        path = processes.from_first(lambda: output_dir or _new_run(f"{named.label}-sft-{model}"))
+        _print_run(path, runs.distill(settings, path, vram=vram), as_json, shown=processes.is_first)
+        if not as_json and processes.is_first:
+            setting = "teacher.adapter" if model == "teacher" else "student.init_adapter"
+            print(f"  or:      qswitch distill ... --set {setting}={path}")
+
+
+@app.command(epilog="Example: qswitch teach --preset llama-7b-to-1b --method kd --output-dir store, then: qswitch "
+             "distill --preset llama-7b-to-1b --method kd --set teacher.responses=store")  # fmt: skip
+def teach(
+    teacher: Teacher = None,
+    student: Student = None,
+    data: Data = None,
+    method: Method = None,
+    preset: Preset = None,
+    config: Config = None,
+    overrides: Overrides = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Folder to write; default: runs/<preset>-teacher-<date>-<time>.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="Write what is missing of this store.")] = None,
+    dry_run: DryRun = False,
+    vram: Vram = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let the teacher alone write or score the responses of a run, which then trains without it."""
+    from dataclasses import asdict
+
+    from qswitch import teach as teaching
+
+    named = Named(preset, config, overrides, teacher, student, data, method)
+    if resume is not None and (named or output_dir):
+        raise ConfigError("--resume goes on with the store's own config.yaml; leave the other options out.")
+    if resume is None:
+        settings = load_settings(named, vram=vram, command="teach")
+        path = output_dir or _new_run(f"{named.label}-teacher")
     if dry_run:
-        _print_plan(*runs.rehearse(settings, vram=vram), as_json)
+        if resume is not None:
+            raise ConfigError("--dry-run is for a new store. Leave --resume out.")
+        show(teaching.rehearse(settings, vram=vram).to_dict() if as_json else teaching.rehearse(settings, vram=vram),
+             as_json, lambda plan: plan.render())  # fmt: skip
         return
-    path = output_dir or _new_run(f"{named.label}-sft-{model}")
-    _print_run(path, runs.distill(settings, path, vram=vram), as_json)
-    if not as_json:
-        setting = "teacher.adapter" if model == "teacher" else "student.init_adapter"
-        print(f"  or:      qswitch distill ... --set {setting}={path}")
+    about = teaching.resume(resume, vram=vram) if resume is not None else teaching.teach(settings, path, vram=vram)
+    folder = resume or path
+    show(asdict(about), as_json, lambda _: (
+        f"{about.teacher} has worked for {about.seconds:.0f} s.\n"
+        f"next: the same qswitch distill, with --set teacher.responses={folder}"
+    ))  # fmt: skip
 
 
 @app.command(epilog="Example: qswitch plan --preset llama-7b-to-1b --gpu rtx3060-12gb")
@@ -257,6 +330,9 @@ def plan(
     gpu: Annotated[
         str | None, typer.Option("--gpu", help="Plan for what a card leaves free, for example rtx3060-12gb.")
     ] = None,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="Plan for so many processes, each with a GPU of its own.")
+    ] = 1,
     every: Annotated[bool, typer.Option("--all", help="Every preset against 6, 8, 12, 16 and 24 GiB.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -267,9 +343,10 @@ def plan(
 
     named = Named(preset, config, overrides, teacher, student, data, method)
     if not every:
-        _print_plan(*plan_for(load_settings(named, vram=vram, gpu=gpu), vram=vram, gpu=gpu), as_json)
+        settings = load_settings(named, vram=vram, gpu=gpu)
+        _print_plan(*plan_for(settings, vram=vram, gpu=gpu, processes=processes), as_json)
         return
-    if named or vram or gpu:
+    if named or vram or gpu or processes > 1:
         raise ConfigError("--all plans every preset against fixed budgets; leave the other options out.")
     show(plan_overview({name: load_run_config(name) for name in preset_names()}), as_json, render_overview)
 

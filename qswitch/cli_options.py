@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qswitch.errors import ConfigError
+from qswitch.launch import launched
 from qswitch.terminal import printable, printable_json
 from qswitch.units import MAX_TOKENS
 
@@ -122,5 +123,6 @@ def _plain(part: Any) -> Any:
 
 
 def say(text: str) -> None:
-    """A line about progress, beside the result."""
-    print(printable(text), file=sys.stderr, flush=True)
+    """A line about progress, beside the result; of several processes the first one says it."""
+    if not launched().rank:
+        print(printable(text), file=sys.stderr, flush=True)

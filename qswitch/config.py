@@ -83,6 +83,12 @@ class TeacherSection(Section):
     residency: Literal["resident", "swap"] = "resident"
     """resident: always on the device. swap: it leaves while the student trains; one copy stays in host memory, and it
     is uploaded each time before rollouts are written. Changes memory and time, never the tokens."""
+    placement: Literal["device", "spread"] = "device"
+    """device: on the device of its process. spread: layers that do not fit there go to the other GPUs that the process
+    sees and to host memory (accelerate's dispatch); slow, and for weights that are not quantised."""
+    responses: str | None = None
+    """A folder of `qswitch teach`: the teacher worked earlier, and is not loaded. For methods of which it writes every
+    response itself, or reads the data's."""
     shape: dict[str, Any] | None = None
     """config.json values of the model, so that it can be planned before any download."""
 
@@ -349,7 +355,7 @@ class TrainSection(Section):
     per_device_train_batch_size: int = Field(default=4, ge=1, le=MAX_ROWS)
     """Sequences in one forward and backward pass."""
     gradient_accumulation_steps: int = Field(default=4, ge=1, le=MAX_ROWS)
-    """Micro-batches per optimizer step; the loss is the token mean over all of them."""
+    """Micro-batches per optimizer step, those of all processes; the loss is the token mean over all of them."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
@@ -377,6 +383,11 @@ class TrainSection(Section):
     """Where to run."""
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     """Trackers beside metrics.jsonl; need the extra `tracking`: `pip install '.[tracking]'`."""
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Of all processes together: their number decides who learns from a sequence, never what is learnt."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
 class RunConfig(Section):
@@ -408,8 +419,13 @@ class RunConfig(Section):
         return rules.reads_responses(reader(self))
 
     @property
+    def learns_from_teacher(self) -> bool:
+        """Whether the teacher writes, is imitated, or both."""
+        return rules.learns_from_teacher(reader(self))
+
+    @property
     def needs_teacher(self) -> bool:
-        """Whether the teacher is loaded: to write, to be imitated, or both."""
+        """Whether the teacher is loaded: to write, to be imitated, or both, and not earlier."""
         return rules.needs_teacher(reader(self))
 
     @property

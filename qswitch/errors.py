@@ -10,13 +10,15 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 
 class QSwitchError(Exception):
     """A failure with a message for the user; exit code 2 unless a subclass says otherwise."""
 
     exit_code = 2
+    said_elsewhere = False
+    """Whether another process of the same run says it."""
 
 
 class ConfigError(QSwitchError):
@@ -57,12 +59,20 @@ class NonFiniteError(TrainingError):
     """A model computed NaN or infinity; `role` is the one to blame, teacher or student."""
 
     def __init__(self, role: Literal["teacher", "student"], what: str) -> None:
-        self.role = role
+        self.role, self._what = role, what
         super().__init__(f"The {role}'s {what} NaN or infinite.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.role, self._what)
+
+
+class ProcessLostError(TrainingError):
+    """Another process of the run has ended or failed, so that this one cannot go on; the last checkpoint is intact."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user stopped a run, which is no failure; it can be resumed. Its argument is the run directory."""
+    """The user stopped a run, which is no failure; it can be resumed. Its arguments are the folder and the command,
+    distill where none is named."""
 
 
 class FileError(QSwitchError):

@@ -57,9 +57,35 @@ def imitates(read: Read) -> bool:
     return read("loss.objective") != "cross_entropy"
 
 
-def needs_teacher(read: Read) -> bool:
-    """Whether the teacher is loaded: to write, to be imitated, or both."""
+def learns_from_teacher(read: Read) -> bool:
+    """Whether the teacher writes, is imitated, or both."""
     return imitates(read) or writes_rollouts(read)
+
+
+def needs_teacher(read: Read) -> bool:
+    """Whether the teacher is loaded: it writes or is imitated, and has not done so earlier."""
+    return learns_from_teacher(read) and not _stored(read)
+
+
+def _stored(read: Read) -> bool:
+    return read("teacher.responses") is not None
+
+
+def why_teacher_is_asked(read: Read) -> str | None:
+    """Why a teacher cannot have worked before the run, with the nearest method that allows it; None where it can."""
+    policy = read("rollout.policy")
+    if read("data.adaptive_share"):
+        what, near = "data.adaptive_share lets the student write, and the teacher read it", "method=kd"
+    elif writes_rollouts(read) and policy in ("student", "mixture"):
+        what, near = f"rollout.policy={policy} lets the student write, and the teacher read it", "method=kd"
+    elif writes_rollouts(read) and policy != "teacher":
+        what, near = f"rollout.policy={policy} asks the teacher about the student's tokens", "method=seqkd"
+    else:
+        return None
+    other = (
+        "the teacher's outputs for the data's responses" if near == "method=kd" else "responses of the teacher's own"
+    )
+    return f"{what} at every step of the run. {near} learns from {other}, which can be stored"
 
 
 def drafts_tokens(read: Read) -> bool:
@@ -134,8 +160,15 @@ UNREAD = (
         "with rollout.reuse=1, where every rollout trains once",
     ),
     Unread(
-        ("rollout.steps_at_once", "teacher.residency", "train.eval_own_prompts"), needs_teacher,
-        "with method={method}, which loads no teacher",
+        ("teacher.responses",), learns_from_teacher, "with method={method}, which learns from no teacher"
+    ),
+    Unread(
+        ("rollout.steps_at_once", "teacher.residency", "teacher.placement", "train.eval_own_prompts"), needs_teacher,
+        "where no teacher is loaded",
+    ),
+    Unread(
+        ("rollout.temperature", "rollout.reuse", "cache"), lambda read: not _stored(read),
+        "with teacher.responses={teacher.responses}, which was written earlier",
     ),
     Unread(
         ("loss.divergence", *_BY_WRITER, "loss.alpha", "loss.beta", "loss.temperature"), imitates,
@@ -201,6 +234,21 @@ def _num_entries(read: Read) -> int:
 
 
 CONFLICTS = (
+    Conflict(
+        lambda read: _stored(read) and learns_from_teacher(read) and why_teacher_is_asked(read) is not None,
+        lambda read: (
+            f"teacher.responses cannot be used: {why_teacher_is_asked(read)}. Set it, or leave teacher.responses out."
+        ),
+    ),
+    Conflict(
+        lambda read: read("teacher.placement") == "spread" and read("teacher.precision") in ("nf4", "int8"),
+        "teacher.placement=spread moves layers between devices, which quantised weights do not survive. Set "
+        "teacher.precision=bf16, or teacher.placement=device.",
+    ),
+    Conflict(
+        lambda read: read("teacher.placement") == "spread" and read("teacher.residency") == "swap",
+        "teacher.placement=spread and teacher.residency=swap both say where the teacher is. Set one of them.",
+    ),
     Conflict(
         lambda read: methods.writes_rollouts(read("method")) and not writes_rollouts(read),
         "data.ground_truth_mix=1 contradicts method={method}: no rollout is written. Set it below 1.",

@@ -2,21 +2,28 @@
 
 `distill` begins a run and `resume` goes on with one; `rehearse` says what either would do and loads nothing. The plan
 is made here, once, with the lengths of the data that was read, and handed down: nothing below chooses sizes but the
-recovery from an out-of-memory error, which says so. Cold until data and models are read.
+recovery from an out-of-memory error, which says so. Started as several processes, each one comes through here, in step
+with the others (`distill/processes.py`). Cold until data and models are read.
 """
 
 from __future__ import annotations
 
+import platform
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qswitch.config import RunConfig
-from qswitch.errors import ConfigError, Interrupted, QSwitchError, StorageError, storage_problem
+from qswitch.config import RunConfig, known_keys, reader
+from qswitch.distill.processes import Processes, joined
+from qswitch.errors import ConfigError, Interrupted, QSwitchError, RunDirError, StorageError, storage_problem
+from qswitch.launch import launched
 from qswitch.layers import Layer
 from qswitch.plan.advice import require_fit, require_own_sizes_fit
-from qswitch.plan.machine import Machine, describe_machine, find_budget
+from qswitch.plan.machine import Budget, Machine, describe_machine, find_budget
 from qswitch.plan.run_plan import Plan
-from qswitch.plan.scheduler import plan_for, plan_run, with_choices
+from qswitch.plan.scheduler import plan_for, plan_run, unequal_shares, with_choices
 from qswitch.preflight import check_settings, prepare, settings_problems
 from qswitch.run_dir import RunDir, locked, make_folder
 
@@ -28,17 +35,20 @@ if TYPE_CHECKING:
 def rehearse(config: RunConfig, *, vram: str | None = None, resumes: bool = False) -> tuple[Plan, str]:
     """The plan of a run from its settings alone, and where its budget is from; of the data the first rows.
 
+    Started as several processes it is the plan of so many.
+
     Raises:
         PreflightError: what would stop the run on this machine, or with `vram` on any.
     """
     check_settings(config, elsewhere=vram is not None)
-    return plan_for(config, vram=vram, keep_sizes=resumes)
+    return plan_for(config, vram=vram, keep_sizes=resumes, processes=launched().count)
 
 
 def distill(config: RunConfig, path: Path, *, vram: str | None = None) -> Summary:
     """Train a student in a new folder and write its report.
 
-    A user's mistake that stops the run before its first step leaves no folder behind.
+    A user's mistake that stops the run before its first step leaves no folder behind. Started as several processes,
+    each calls this, and the first one's `path` is the run's.
 
     Raises:
         PreflightError: what would stop the run, all in one list.
@@ -46,19 +56,26 @@ def distill(config: RunConfig, path: Path, *, vram: str | None = None) -> Summar
         DataError, ModelError, TrainingError: as their messages say.
         Interrupted: stopped by SIGINT or SIGTERM; `resume` goes on. Its argument is the folder.
     """
-    RunDir.refuse_existing(path)
-    budget = find_budget(config.train, vram=vram)  # before torch and the data take their share of a CPU's memory
-    prepared = _prepare(config, settings_problems(config, path))
-    config = _with_steps(config, prepared.prompts.report.training_prompts)
-    machine, longest = _machine(config, prepared, vram), prepared.prompts.report.longest_prompt_tokens
-    plan = plan_run(config, budget_bytes=budget.num_bytes, machine=machine, longest_prompt_tokens=longest)
-    require_fit(plan)
-    with locked(make_folder(path)):  # first, so that of two starts on one folder the second finds the first
-        run_dir = RunDir.create(path, plan.config)
-        try:
-            return _carry_out(run_dir, prepared, plan, resumes=False)
-        except QSwitchError:
-            run_dir.discard_unstarted()
+    with joined() as processes:
+        path = processes.from_first(lambda: _free_path(path))
+        # Before the data, and in one process before torch, take their share of a CPU's memory.
+        budget = _smallest_budget(config, vram, processes)
+        problems = settings_problems(config, path) if processes.is_first else []
+        if (unequal := unequal_shares(config, processes.count)) is not None:
+            problems.append(unequal)
+        prepared = processes.in_turn(lambda: _prepare(config, problems, processes))
+        config = with_steps(config, prepared.prompts.report.training_prompts)
+        _require_same(config, prepared, processes)
+        _require_store(config, prepared, processes)
+        plan = processes.from_first(lambda: _first_plan(config, prepared, budget, vram, processes))
+        with _locked(path, processes):  # first, so that of two starts on one folder the second finds the first
+            run_dir = processes.from_first(lambda: RunDir.create(path, plan.config))
+            run_dir = RunDir(run_dir.path, run_dir.config, writes=processes.is_first)
+            try:
+                return _carry_out(run_dir, prepared, plan, resumes=False, processes=processes)
+            except QSwitchError:
+                if processes.is_first:
+                    run_dir.discard_unstarted()
             raise
 
 
@@ -66,17 +83,56 @@ def resume(path: Path, *, vram: str | None = None, changes: Layer | None = None)
     """Go on with a run from its newest checkpoint, with its own sizes and configuration, `changes` to it apart.
 
     A budget that was named and does not hold them refuses the run; where memory is only short now, that is said, and
-    sizes are lowered when it runs out.
+    sizes are lowered when it runs out. The number of processes may be another one than before.
 
     Raises:
         RunDirError: there is no such run, or another command writes to it.
         ConfigError: a setting of `changes` may not change in a run that has begun.
         and what `distill` raises.
     """
-    run_dir = RunDir.open(path, changes)
-    budget = find_budget(run_dir.config.train, vram=vram)
-    prepared = _prepare(run_dir.config, [])
+    with joined() as processes:
+        path = processes.from_first(lambda: path)
+        run_dir = processes.each(lambda: RunDir.open(path, changes, writes=processes.is_first))
+        config = run_dir.config
+        budget = _smallest_budget(config, vram, processes)
+        unequal = unequal_shares(config, processes.count)
+        problems = [] if unequal is None else [unequal]
+        prepared = processes.in_turn(lambda: _prepare(config, problems, processes))
+        _require_same(config, prepared, processes)
+        _require_store(config, prepared, processes)
+        plan = processes.from_first(lambda: _plan_as_it_is(run_dir, prepared, budget, vram, processes))
+        with _locked(path, processes):
+            return _carry_out(run_dir, prepared, plan, resumes=True, processes=processes)
 
+
+@contextmanager
+def _locked(path: Path, processes: Processes) -> Iterator[None]:
+    """The first process holds the lock of the folder for all."""
+    with ExitStack() as held:
+        processes.from_first(lambda: held.enter_context(locked(make_folder(path))))
+        yield
+
+
+def _free_path(path: Path) -> Path:
+    RunDir.refuse_existing(path)
+    return path
+
+
+def _first_plan(config: RunConfig, prepared: Prepared, budget: Budget, vram: str | None, processes: Processes) -> Plan:
+    """The plan of a new run, which fits."""
+    plan = plan_run(
+        config,
+        budget_bytes=budget.num_bytes,
+        machine=_machine(config, prepared, vram),
+        longest_prompt_tokens=prepared.prompts.report.longest_prompt_tokens,
+        processes=processes.count,
+    )
+    require_fit(plan)
+    return plan
+
+
+def _plan_as_it_is(run_dir: RunDir, prepared: Prepared, budget: Budget, vram: str | None, processes: Processes) -> Plan:
+    """The plan of a run that has begun, with the sizes that its newest checkpoint was written with."""
     from qswitch.distill.session import saved_sizes
 
     sizes = saved_sizes(run_dir)
@@ -86,18 +142,55 @@ def resume(path: Path, *, vram: str | None = None, changes: Layer | None = None)
         machine=_machine(run_dir.config, prepared, vram),
         longest_prompt_tokens=prepared.prompts.report.longest_prompt_tokens,
         keep_sizes=True,
+        processes=processes.count,
     )
     if vram is not None:
         require_own_sizes_fit(plan)
-    with locked(path):
-        return _carry_out(run_dir, prepared, plan, resumes=True)
+    return plan
 
 
-def _prepare(config: RunConfig, problems: list[str]) -> Prepared:
+def _smallest_budget(config: RunConfig, vram: str | None, processes: Processes) -> Budget:
+    """One plan serves every process, so it is made for the one that has least."""
+    return min(processes.everyone(lambda: find_budget(config.train, vram=vram)), key=lambda budget: budget.num_bytes)
+
+
+def _require_same(config: RunConfig, prepared: Prepared, processes: Processes) -> None:
+    """Nothing, or an error where the processes have read different settings or data.
+
+    Raises:
+        ConfigError: names the process and what differs.
+    """
+    if processes.count == 1:
+        return
+    from qswitch.data.loader import PromptLoader
+
+    read = reader(config)
+    mine = {key: read(key) for key in known_keys()}
+    data = {
+        "the training prompts": PromptLoader(prepared.prompts.train, config.seed).state_dict(),
+        "the held-out prompts": [(p.example_id, p.prompt_ids, p.response_ids) for p in prepared.prompts.held_out],
+        "the vocabulary": (prepared.pair.vocab_size, prepared.pair.eos_ids, prepared.pair.pad_id),
+        "data.lm_corpus": None if prepared.corpus is None else (len(prepared.corpus), int(prepared.corpus.sum())),
+    }
+    own = (mine, {name: zlib.crc32(repr(value).encode()) for name, value in data.items()})
+    found = processes.gather(own)
+    for rank, (settings, facts) in enumerate(found):
+        different = [f"{key} is {value!r} there and {found[0][0][key]!r} in process 0"
+                     for key, value in settings.items() if value != found[0][0][key]]  # fmt: skip
+        different += [f"{name} are others there" for name, value in facts.items() if value != found[0][1][name]]
+        if different:
+            raise ConfigError(
+                f"Process {rank} would do another run than process 0: {'; '.join(different[:3])}. Start every process "
+                "with the same options, the same files and the same version of the data."
+            )
+
+
+def _prepare(config: RunConfig, problems: list[str], processes: Processes) -> Prepared:
     """Tokenizers and data; or `problems`, and what models and data add to them, raised."""
     from qswitch.distill.progress import Progress, total_steps
 
-    return prepare(config, notify=Progress(total_steps(config.train)).loading, known=problems)
+    progress = Progress(total_steps(config.train), quiet=not processes.is_first)
+    return prepare(config, notify=progress.loading, known=problems)
 
 
 def _machine(config: RunConfig, prepared: Prepared, vram: str | None) -> Machine:
@@ -117,7 +210,7 @@ def _machine(config: RunConfig, prepared: Prepared, vram: str | None) -> Machine
     return describe_machine(config.train, prepared.device)
 
 
-def _with_steps(config: RunConfig, num_prompts: int) -> RunConfig:
+def with_steps(config: RunConfig, num_prompts: int) -> RunConfig:
     """The configuration with train.num_epochs turned into steps, so that a resumed run has the same."""
     if config.train.num_epochs is None:
         return config
@@ -132,16 +225,26 @@ def _with_steps(config: RunConfig, num_prompts: int) -> RunConfig:
     return with_choices(config, {"train.max_steps": steps, "train.num_epochs": None})
 
 
-def _carry_out(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool) -> Summary:
+def _require_store(config: RunConfig, prepared: Prepared, processes: Processes) -> None:
+    """The responses of a teacher that worked earlier are there, whole, and for this run."""
+    if config.teacher.responses is None or not config.learns_from_teacher:
+        return
+    from qswitch.distill.teaching import require_store
+
+    processes.in_turn(lambda: require_store(config, prepared))
+
+
+def _carry_out(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool, processes: Processes) -> Summary:
     from qswitch.distill.session import train
     from qswitch.report.page import write_report
 
     try:
+        processes.everyone(lambda: _require_folder(run_dir, processes))
         run_dir.record_changes()
         run_dir.write_json("data.json", prepared.prompts.report.to_dict())
         run_dir.write_json("plan.json", plan.to_dict())
-        summary = train(run_dir, prepared, plan, resumes=resumes)
-        write_report([run_dir.path])
+        summary = train(run_dir, prepared, plan, resumes=resumes, processes=processes)
+        processes.from_first(lambda: str(write_report([run_dir.path])))
     except KeyboardInterrupt:
         raise Interrupted(str(run_dir.path)) from None
     except Exception as error:
@@ -151,3 +254,12 @@ def _carry_out(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool
         go_on = f" What was trained is kept: qswitch distill --resume {run_dir.path}" if run_dir.has_begun else ""
         raise StorageError(f"{problem}{go_on}") from error
     return summary
+
+
+def _require_folder(run_dir: RunDir, processes: Processes) -> None:
+    """All processes read checkpoints from one folder, so all must see it."""
+    if not run_dir.config_path.is_file():
+        raise RunDirError(
+            f"Process {processes.rank} on {platform.node()} does not see {run_dir.path}. Name an --output-dir on a "
+            "file system that all machines share, by its whole path."
+        )

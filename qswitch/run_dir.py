@@ -49,8 +49,17 @@ class RunDir:
     """RUN/: config.yaml, plan.json, pass_times.json, student_graphs.json, metrics.jsonl, rollouts.jsonl, held_out.json,
     threshold.json, summary.json, checkpoints/, adapter/, student/."""
 
-    def __init__(self, path: Path, config: RunConfig, changes: Mapping[str, list[Any]] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: RunConfig,
+        changes: Mapping[str, list[Any]] | None = None,
+        *,
+        writes: bool = True,
+    ) -> None:
         self.path, self.config = path, config
+        self.writes = writes
+        """Whether logs and JSON files are this process's to write; else the methods that write do nothing."""
         self.changes = dict(changes or {})
         """Settings that differ from RUN/config.yaml: [there, here]."""
 
@@ -88,7 +97,7 @@ class RunDir:
             shutil.rmtree(self.path, ignore_errors=True)
 
     @classmethod
-    def open(cls, path: Path, changes: Layer | None = None) -> RunDir:
+    def open(cls, path: Path, changes: Layer | None = None, *, writes: bool = True) -> RunDir:
         """Open an existing run, to go on with its settings changed by `changes`.
 
         Raises:
@@ -102,7 +111,7 @@ class RunDir:
         written = read_yaml(config_path)
         config = build_config(written, where=str(config_path))
         if not changes:
-            return cls(path, config)
+            return cls(path, config, writes=writes)
         allowed = [f"train.{name}" for name in CHANGEABLE]
         refused = sorted(flatten(by_section(changes)).keys() - set(allowed))
         if refused:
@@ -112,11 +121,12 @@ class RunDir:
             )
         changed = build_config(written, changes, where="--set")
         pairs = {f"train.{n}": [getattr(config.train, n), getattr(changed.train, n)] for n in CHANGEABLE}
-        return cls(path, changed, {name: pair for name, pair in pairs.items() if pair[0] != pair[1]})
+        differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        return cls(path, changed, differing, writes=writes)
 
     def record_changes(self) -> None:
         """Make the changes those of the run: its config.yaml, and a line of changes.jsonl that says from where on."""
-        if self.changes:
+        if self.changes and self.writes:
             newest = self.latest_checkpoint()
             at = None if newest is None else newest.name
             _append_lines(self.path / "changes.jsonl", [{"resumed_from": at, "changes": self.changes}])
@@ -183,14 +193,18 @@ class RunDir:
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""
-        _append_lines(self.metrics_path, [metrics])
+        if self.writes:
+            _append_lines(self.metrics_path, [metrics])
 
     def append_rollouts(self, rollouts: Iterable[Mapping[str, Any]]) -> None:
         """Lines of rollouts.jsonl."""
-        _append_lines(self.rollouts_path, rollouts)
+        if self.writes:
+            _append_lines(self.rollouts_path, rollouts)
 
     def write_json(self, name: str, value: Any) -> None:
         """RUN/name, whole or not at all."""
+        if not self.writes:
+            return
         write_atomically(self.path / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -203,6 +217,8 @@ class RunDir:
 
     def truncate_logs(self, step: int) -> None:
         """Drop log lines after `step`, which a resumed run writes again."""
+        if not self.writes:
+            return
         for path, kind in ((self.metrics_path, MetricsLine), (self.rollouts_path, RolloutLine)):
             if path.exists():
                 kept = [line for line in read_lines(path, kind) if line["step"] <= step]

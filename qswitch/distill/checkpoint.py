@@ -49,18 +49,19 @@ def save_checkpoint(
     *,
     step: int,
     student: LanguageModel,
-    parts: Mapping[str, Stateful],
+    states: Mapping[str, Any],
     known: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write `checkpoints/step-NNNNNN` and return it; an existing one of the same step is replaced.
 
-    `known` stands in the manifest too: what a resumed run compares itself with.
+    `states` are the `state_dict` of each part, by name. `known` stands in the manifest too: what a resumed run compares
+    itself with.
     """
     final = checkpoints / checkpoint_name(step)
     with folder_aside(final) as folder:
         save_adapter(student, folder / "adapter")
         with (folder / _STATE).open("wb") as file:  # torch's own file would not say that the disk is full
-            torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+            torch.save(dict(states), file)
         write_manifest(folder, format=FORMAT, step=step, **(known or {}))
         shutil.rmtree(final, ignore_errors=True)  # of a run that went back and takes this step again
     return final

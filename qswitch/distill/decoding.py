@@ -13,6 +13,7 @@ import torch
 
 from qswitch.aside import file_aside
 from qswitch.config import RunConfig
+from qswitch.distill.processes import Processes
 from qswitch.distill.progress import Progress
 from qswitch.models.gguf_cache import cache_folder
 from qswitch.models.host_memory import freed_memory_kept
@@ -45,13 +46,15 @@ class Decoding:
         student: LanguageModel,
         num_rows: int,
         progress: Progress,
+        processes: Processes | None = None,
     ) -> None:
-        """`teacher` is None where the policy asks none; `num_rows` are decoded together."""
+        """`teacher` is None where the policy asks none; `num_rows` are decoded together. The first process measures."""
         self._config, self._run_dir, self._progress = config, run_dir, progress
+        processes = processes or Processes()
         self._teacher, self._student = teacher, student
         self.acceptance = Acceptance()
-        self.uses_graphs = self._try_graphs(num_rows)
-        self.blocks = self._make_blocks()
+        self.uses_graphs = processes.from_first(lambda: self._try_graphs(num_rows))
+        self.blocks = self._make_blocks(processes)
 
     def graphs(self) -> StepGraphs | None:
         """What replays the student's passes in one call; None where that is off, not possible or of no use."""
@@ -68,19 +71,24 @@ class Decoding:
             self._progress.say(f"CUDA graphs for the student: {'on' if trial.used else 'off'}, {trial.reason}")
         return read_json(path, GraphTrialFile)["used"]
 
-    def _make_blocks(self) -> BlockLength:
+    def _make_blocks(self, processes: Processes) -> BlockLength:
         config, settings = self._config, self._config.rollout
         if settings.block_tokens != "auto":
             return FixedBlock(settings.block_tokens)
-        if self._teacher is None or not config.writes_rollouts:
+        teacher = self._teacher
+        if teacher is None or not config.writes_rollouts:
             return FixedBlock(0)
+        times = PassTimes.from_dict(processes.from_first(lambda: self._kept_times(teacher).to_dict()))
+        return AutoBlock(times, self.acceptance, drafts_within_scratch(settings.batch_size, self._student.vocab_size))
+
+    def _kept_times(self, teacher: LanguageModel) -> PassTimes:
+        """Those of this run, measured where it has none yet."""
         path = self._run_dir.pass_times_path
         if path.exists():
-            times = _read(path)
-        else:
-            times = self._times_of_this_machine(self._teacher)
-            self._run_dir.write_json(path.name, times.to_dict())
-        return AutoBlock(times, self.acceptance, drafts_within_scratch(settings.batch_size, self._student.vocab_size))
+            return _read(path)
+        times = self._times_of_this_machine(teacher)
+        self._run_dir.write_json(path.name, times.to_dict())
+        return times
 
     def _times_of_this_machine(self, teacher: LanguageModel) -> PassTimes:
         """Pass times of this pair, measured once on a machine and kept; not where it was too busy to measure all."""

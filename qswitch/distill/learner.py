@@ -19,8 +19,10 @@ from qswitch.data.loader import PassageLoader
 from qswitch.distill.logit_cache import LogitCache, Targets
 from qswitch.distill.objective import StudentObjective, collate, collate_with_labels
 from qswitch.distill.optimizer import Schedule, make_optimizer
+from qswitch.distill.processes import Processes
 from qswitch.distill.recovery import Recovery
 from qswitch.distill.sequence import TrainingSequence
+from qswitch.distill.stored_teacher import StoredTeacher
 from qswitch.errors import NonFiniteError
 from qswitch.models.language_model import LanguageModel
 
@@ -49,32 +51,39 @@ class Learner:
         config: RunConfig,
         *,
         student: LanguageModel,
-        cache: LogitCache,
+        cache: LogitCache | StoredTeacher,
         pad_id: int,
         corpus: PassageLoader | None,
         accelerator: Accelerator,
         recovery: Recovery,
         spent: Callable[[], float],
+        processes: Processes | None = None,
     ) -> None:
         self.config, self._pad_id = config, pad_id
+        self._processes = processes or Processes()
         self.corpus, self._cache, self._accelerator, self._recovery = corpus, cache, accelerator, recovery
         self._device = student.device
         self._imitates = config.loss.objective == "divergence"
         self.objective = StudentObjective(student, config.loss)
         self.trainable = [p for p in student.parameters() if p.requires_grad]
         optimizer = make_optimizer(config.train, self.trainable)
-        self._wrapped, self.optimizer = accelerator.prepare(self.objective, optimizer)
+        # evaluation_mode leaves out the wrapper that adds up gradients in every backward pass; `Processes` says why.
+        self._wrapped = accelerator.prepare_model(self.objective, evaluation_mode=True)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.schedule = Schedule(config.train, optimizer, spent)
 
     def learn_step(self, sequences: Sequence[TrainingSequence], step: int) -> Learnt | None:
         """Loss and gradient of a step; None for one that has no loss token.
 
-        The gradients are left for `update`. Where memory runs out the step is undone and repeated, smaller.
+        `sequences` are those of all processes; this one learns from its own. The gradients are left for `update`, the
+        same in each process. Where memory runs out the step is undone and repeated, smaller.
 
         Raises:
             NonFiniteError: the loss or the gradient is not finite; no weight has moved.
             MemoryFloorError: nothing is left to shrink.
         """
+        if not sequences and self.corpus is None:
+            return None
         cursor = self.corpus.state_dict() if self.corpus is not None else None
 
         def undo() -> None:
@@ -82,7 +91,17 @@ class Learner:
             if self.corpus is not None and cursor is not None:
                 self.corpus.load_state_dict(cursor)
 
-        return self._recovery.attempt("loss", lambda: self._gradients(sequences, step), undo=undo)
+        def learn_share() -> tuple[float, float | None]:
+            return self._recovery.attempt("loss", lambda: self._gradients(sequences, step), undo=undo)
+
+        shares = self._processes.everyone(learn_share)
+        self._processes.sum_gradients(self.trainable)
+        norm = float(self._accelerator.clip_grad_norm_(self.trainable, self.config.train.max_grad_norm))
+        if not math.isfinite(norm):
+            raise NonFiniteError("student", "gradient norm is")
+        own, lm_loss = (sum(part or 0.0 for part in parts) for parts in zip(*shares, strict=True))
+        loss = own + self.config.loss.lm_coefficient * lm_loss
+        return Learnt(loss, None if self.corpus is None else lm_loss, norm)
 
     def update(self, loss: float | None) -> None:
         """Step the optimizer with the gradients of a step that had a loss, and the schedule always."""
@@ -91,18 +110,19 @@ class Learner:
         self.optimizer.zero_grad()
         self.schedule.step()
 
-    def accumulate(self, sequences: Sequence[TrainingSequence]) -> float | None:
-        """Accumulate gradients over all micro-batches; the token mean of the loss in nats, None without any sequence.
+    def accumulate(self, sequences: Sequence[TrainingSequence]) -> float:
+        """Accumulate gradients over all micro-batches of this process; its part of the loss's token mean, nats.
 
-        Every micro-batch is divided by the tokens of the whole step, so the split into micro-batches does not change
-        the gradient.
+        `sequences` are those of all processes: every micro-batch is divided by the tokens of the whole step, so the
+        split into micro-batches, and over processes, does not change the sum of the gradients.
         """
         self._wrapped.train()
         size = self._recovery.sizes.micro_batch
         num_tokens = float(sum(len(s.loss_steps) for s in sequences))
         total = 0.0
         # Similar lengths share a micro-batch: less padding, and the token mean does not see the order.
-        ordered = sorted(sequences, key=lambda s: (s.num_tokens, s.key))
+        own = [s for s in sequences if s.owner == self._processes.rank]
+        ordered = sorted(own, key=lambda s: (s.num_tokens, s.key))
         for start in range(0, len(ordered), size):
             group = ordered[start : start + size]
             if self._imitates:
@@ -110,20 +130,15 @@ class Learner:
             else:
                 batch, targets = collate_with_labels(group, self._pad_id, self._device), None
             total += self._backward(self._wrapped(batch, targets, num_tokens), targets)
-        return total if sequences else None
+        return total
 
-    def _gradients(self, sequences: Sequence[TrainingSequence], step: int) -> Learnt | None:
-        seed_step(self.config.seed, step)
+    def _gradients(self, sequences: Sequence[TrainingSequence], step: int) -> tuple[float, float | None]:
+        """This process's part of the loss over the sequences, and of the language-model loss; nats."""
+        seed_step(self.config.seed, step, self._processes.rank)
         chunk_tokens = self._recovery.sizes.chunk_tokens
         self.objective.settings = self.config.loss.model_copy(update={"chunk_tokens": chunk_tokens})
         own = self.accumulate(sequences)
-        lm_loss = self.accumulate_corpus(self.corpus) if self.corpus is not None else None
-        if own is None and lm_loss is None:
-            return None
-        norm = float(self._accelerator.clip_grad_norm_(self.trainable, self.config.train.max_grad_norm))
-        if not math.isfinite(norm):
-            raise NonFiniteError("student", "gradient norm is")
-        return Learnt((own or 0.0) + self.config.loss.lm_coefficient * (lm_loss or 0.0), lm_loss, norm)
+        return own, self.accumulate_corpus(self.corpus) if self.corpus is not None else None
 
     def accumulate_corpus(self, corpus: PassageLoader) -> float:
         """Add the weighted gradients of the language-model loss over as many passages as a step has sequences.
@@ -142,6 +157,7 @@ class Learner:
             self.config.loss.lm_coefficient,
             0.0,
         )
+        sequences = sequences[self._processes.rank :: self._processes.count]
         for start in range(0, len(sequences), size):
             batch = collate_with_labels(sequences[start : start + size], self._pad_id, self._device)
             total += self._backward(weight * self._wrapped(batch, None, num_tokens), None)
@@ -159,9 +175,9 @@ class Learner:
         return value
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed the global random streams (dropout) from the run's seed and the step, so that a repeated or resumed step
-    draws the same numbers whatever ran before it."""
-    mixed = (seed * 1_000_003 + step) % 2**63
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Seed the global random streams (dropout) from the run's seed, the step and the process, so that a repeated or
+    resumed step draws the same numbers whatever ran before it."""
+    mixed = (seed * 1_000_003 + step + rank * 998_244_353) % 2**63
     random.seed(mixed)
     torch.manual_seed(mixed)

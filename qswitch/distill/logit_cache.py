@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qswitch.distill.cache_format import FORMATS, LogitTargets, TopkTargets, encode_topk
+from qswitch.distill.cache_format import FORMATS, HeadFunction, LogitTargets, TopkTargets, encode_rows
 from qswitch.distill.sequence import TrainingSequence
 from qswitch.errors import TrainingError
 from qswitch.models.host_memory import host_buffer
@@ -28,12 +28,9 @@ from qswitch.units import GIB
 
 logger = logging.getLogger(__name__)
 
-HeadFunction = Callable[[Tensor], Tensor]
 Key = tuple[int, int]
 """(example, visit) of a sequence."""
 TIERS = ("device", "host", "disk")
-_ENCODE_ROWS = 256
-"""Rows projected to the vocabulary at a time while encoding."""
 
 
 @dataclass(slots=True, eq=False)
@@ -79,6 +76,17 @@ class Targets:
         """Targets from final hidden states [N, D] that never were in a cache."""
         segment = _Segment({"hidden": hidden}, "device")
         return cls("hidden", [_Rows(segment, 0, len(hidden), ())], head, hidden.dtype)
+
+    @classmethod
+    def from_rows(
+        cls,
+        format: str,
+        rows: Sequence[tuple[dict[str, Any], int, int]],
+        head: HeadFunction | None,
+        score_dtype: torch.dtype,
+    ) -> Targets:
+        """Targets from rows start..stop of fields that are no cache's; a field may be a slice of a file."""
+        return cls(format, [_Rows(_Segment(f, "disk"), start, stop, ()) for f, start, stop in rows], head, score_dtype)
 
     @property
     def num_positions(self) -> int:
@@ -221,17 +229,8 @@ class LogitCache:
 
     # ---------------------------------------------------------------- segments
 
-    @torch.no_grad()
     def _encode(self, hidden: Tensor) -> dict[str, Tensor]:
-        if self._format == "hidden":
-            # A copy: a view would keep the caller's whole tensor alive, uncounted.
-            return {"hidden": hidden.detach().to(self._dtype, copy=True)}
-        assert self._head is not None, "teacher outputs come with a teacher"
-        parts: dict[str, list[Tensor]] = {}
-        for start in range(0, max(1, len(hidden)), _ENCODE_ROWS):
-            for name, tensor in encode_topk(self._head(hidden[start : start + _ENCODE_ROWS]), self._topk).items():
-                parts.setdefault(name, []).append(tensor)
-        return {name: torch.cat(tensors) for name, tensors in parts.items()}
+        return encode_rows(self._format, hidden, self._head, dtype=self._dtype, topk=self._topk)
 
     def _add(self, sequences: Sequence[tuple[Key, Sequence[int]]], fields: dict[str, Tensor]) -> None:
         """A new segment, which is in the index only once there is room for it."""
@@ -345,6 +344,26 @@ class LogitCache:
                 "cache.host_budget_gib."
             ) from error
         return mapped.view(tensor.shape)
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several caches' `state_dict`s, of one format, as that of one cache that holds it all."""
+    filled = [state for state in states if state["sequences"]]
+    fields = {name: torch.cat([state["fields"][name] for state in filled]) for name in (filled or states)[0]["fields"]}
+    return {**states[0], "sequences": [one for state in filled for one in state["sequences"]], "fields": fields}
+
+
+def select_state(state: dict[str, Any], keys: Collection[Key]) -> dict[str, Any]:
+    """Of a `state_dict` what belongs to the sequences `keys`."""
+    sequences, kept, start = [], [], 0
+    for key, steps in state["sequences"]:
+        if tuple(key) in keys:
+            sequences.append((tuple(key), steps))
+            kept.append(torch.arange(start, start + len(steps)))
+        start += len(steps)
+    rows = torch.cat(kept) if kept else torch.arange(0)
+    fields = {name: tensor[rows] for name, tensor in state["fields"].items()} if sequences else {}
+    return {**state, "sequences": sequences, "fields": fields}
 
 
 def gather(rows: Sequence[_Rows], device: torch.device) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -63,6 +64,31 @@ class Counters:
 
 
 @dataclass(slots=True)
+class Tally:
+    """What the fresh rollouts of a step say, counted so that several processes' counts can be added."""
+
+    rollouts: int = 0
+    tokens: int = 0
+    teacher_tokens: int = 0
+    jsd_bits: float = 0.0
+    """Sum over the tokens where both models were asked."""
+    jsd_tokens: int = 0
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Rollout]) -> Tally:
+        """The count of some rollouts."""
+        writers = [w for r in rollouts for w in r.writers]
+        divergences = [j for r in rollouts for j in r.jsd_bits or [] if j is not None]
+        by_teacher = sum(w == TEACHER for w in writers)
+        return cls(len(rollouts), len(writers), by_teacher, sum(divergences), len(divergences))
+
+    def add(self, other: Tally) -> None:
+        """Count another process's rollouts too."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass(slots=True)
 class StepReport:
     """What one optimizer step did; becomes a line of metrics.jsonl."""
 
@@ -85,15 +111,17 @@ class StepReport:
     """Response tokens that were written for this step, by it or by an earlier one (rollout.steps_at_once)."""
     rollout: RolloutStats = field(default_factory=RolloutStats)
     rollouts: list[Rollout] = field(default_factory=list)
+    """Those that this process wrote."""
+    tally: Tally = field(default_factory=Tally)
+    """Of all processes' rollouts."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def read_rollouts(self, *, two_writers: bool) -> None:
         """Fill in what the rollouts say: the teacher's share, where both models may write, and the mean divergence."""
-        writers = [w for r in self.rollouts for w in r.writers]
-        if writers and two_writers:
-            self.teacher_share = sum(w == TEACHER for w in writers) / len(writers)
-        divergences = [j for r in self.rollouts for j in r.jsd_bits or [] if j is not None]
-        self.jsd_bits = sum(divergences) / len(divergences) if divergences else None
+        tally = self.tally
+        if tally.tokens and two_writers:
+            self.teacher_share = tally.teacher_tokens / tally.tokens
+        self.jsd_bits = tally.jsd_bits / tally.jsd_tokens if tally.jsd_tokens else None
 
     def metrics(self) -> dict[str, Any]:
         """The step's figures for metrics.jsonl; times in seconds."""
@@ -105,7 +133,7 @@ class StepReport:
             "grad_norm": self.grad_norm,
             "batch": self.batch,
             "loss_tokens": self.loss_tokens,
-            "fresh": len(self.rollouts),
+            "fresh": self.tally.rollouts,
             "replayed": self.replayed,
             "staleness_nats": self.staleness_nats,
             "teacher_share": self.teacher_share,

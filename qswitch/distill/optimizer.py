@@ -12,7 +12,6 @@ from transformers import get_scheduler
 
 from qswitch.config import RunConfig, TrainSection
 from qswitch.distill.budget import learning_rate_factor
-from qswitch.errors import TrainingError
 from qswitch.models.language_model import LanguageModel
 from qswitch.run_dir import RunDir
 
@@ -21,11 +20,7 @@ SCHEDULE_SETTINGS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "max_
 
 
 def make_accelerator(config: RunConfig, run_dir: RunDir, student: LanguageModel) -> Accelerator:
-    """For one device, with the trackers of train.report_to started.
-
-    Raises:
-        TrainingError: several processes were started.
-    """
+    """For this process's device, with the trackers of train.report_to started by the first process."""
     report_to = list(config.train.report_to)
     accelerator = Accelerator(
         cpu=student.device.type == "cpu",
@@ -33,11 +28,6 @@ def make_accelerator(config: RunConfig, run_dir: RunDir, student: LanguageModel)
         log_with=report_to or None,
         project_dir=str(run_dir.path) if report_to else None,
     )
-    if accelerator.num_processes > 1:
-        raise TrainingError(
-            f"{accelerator.num_processes} processes were started, but a run uses one GPU. Start it without accelerate "
-            "launch, or with --num_processes 1."
-        )
     if report_to:
         name = run_dir.path.resolve().name
         accelerator.init_trackers(
@@ -47,6 +37,13 @@ def make_accelerator(config: RunConfig, run_dir: RunDir, student: LanguageModel)
             init_kwargs={"wandb": {"name": name}},
         )
     return accelerator
+
+
+def end_trackers(accelerator: Accelerator) -> None:
+    """Let the trackers write what they hold; `Accelerator.end_training` would also part the processes."""
+    if accelerator.is_main_process:
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ Knows only numbers; never reads the run directory.
 
 from __future__ import annotations
 
+import io
 import time
 from typing import Any
 
@@ -21,8 +22,8 @@ PLAIN_LINE_EVERY_S = 10.0
 class Progress:
     """Shows steps, loss, teacher share and time left on stderr."""
 
-    def __init__(self, total_steps: int | None, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+    def __init__(self, total_steps: int | None, console: Console | None = None, *, quiet: bool = False) -> None:
+        self._console = console or (Console(file=io.StringIO(), quiet=True) if quiet else Console(stderr=True))
         self._total = total_steps
         self._start_step = 0
         self._start_spent: float | None = None

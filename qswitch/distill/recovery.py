@@ -8,7 +8,7 @@ rollout are a function of its key, and the loss is the token mean over the whole
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
@@ -131,6 +131,10 @@ class Recovery:
                 undo()
             release_memory(self._device)
             self._shrink(stage, reason)
+
+    def lower_to(self, found: Sequence[Sizes]) -> None:
+        """Go on with the smallest of several processes' sizes, so that all plan, and save, the same."""
+        self._set(Sizes(**{name: min(getattr(s, name) for s in found) for name in asdict(self.sizes)}))
 
     def check_host_memory(self) -> None:
         """Nothing within the budget.

@@ -12,7 +12,7 @@ Letters: `D` student width, `V` shared vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,6 +95,11 @@ class ReplayBuffer:
     def sequences(self) -> list[TrainingSequence]:
         """Those that may still be drawn, oldest first."""
         return [e.sequence for e in self._entries if e.uses_left != 0]
+
+    def hand_over(self, owners: int) -> None:
+        """Let the entries belong to `owners` processes in turn, oldest first."""
+        for i, entry in enumerate(self._entries):
+            entry.sequence = replace(entry.sequence, owner=i % owners)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Plain values and CPU tensors; torch.load reads them with weights_only."""

@@ -19,6 +19,8 @@ class TrainingSequence:
     loss_steps: list[int]
     loss_writers: list[int] | None = None
     """Who wrote the token of each loss step, as rollout.policy numbers writers; None for the data's own text."""
+    owner: int = 0
+    """The process that holds the teacher's outputs of it, and learns from it."""
 
     @property
     def key(self) -> tuple[int, int]:
@@ -35,7 +37,7 @@ class TrainingSequence:
         return {name: getattr(self, name) for name in self.__slots__}
 
 
-def ground_truth_sequence(prompt: Prompt, visit: int) -> TrainingSequence | None:
+def ground_truth_sequence(prompt: Prompt, visit: int, owner: int = 0) -> TrainingSequence | None:
     """The data's own response to a prompt; None without one. The loss runs over every assistant turn of it.
 
     In a conversation the response begins at the assistant's first turn, and the user's later turns lie in between,
@@ -52,4 +54,5 @@ def ground_truth_sequence(prompt: Prompt, visit: int) -> TrainingSequence | None
         prompt.prompt_ids[:first],
         prompt.prompt_ids[first:] + prompt.response_ids,
         [*steps, *own],
+        owner=owner,
     )

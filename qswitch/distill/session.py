@@ -1,6 +1,7 @@
 """The middle of a run: models are loaded, trained by `trainer.py`, and the best adapter leaves with a summary.
 
-Knows the plan that it was handed, and makes none but for sizes that memory ran out with.
+Knows the plan that it was handed, and makes none but for sizes that memory ran out with. Each process of a run passes
+through here; what is written, the first one writes.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from qswitch.distill.adapter_card import adapter_card
 from qswitch.distill.answers import keep_first_answers, keep_last_answers
 from qswitch.distill.checkpoint import newest_whole, saved_part
 from qswitch.distill.metrics import peak_bytes
+from qswitch.distill.processes import Processes
 from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.recovery import Recovery, Sizes, limit_device_memory
+from qswitch.distill.stored_teacher import StoredTeacher
 from qswitch.distill.trainer import Trainer
 from qswitch.errors import Interrupted, RunDirError
 from qswitch.manifest import write_manifest
@@ -81,13 +84,14 @@ class Summary:
     planned_seconds: float | None
     """Of the same by the plan's arithmetic; None on a CPU, whose speed the plan does not know."""
     peak_gib: float
-    """Highest memory use, over every process that worked on the run."""
+    """Highest memory use of any process that worked on the run."""
     planned_gib: float
     device: str
     teacher: str
     student: str
     versions: dict[str, str]
     commit: str | None
+    processes: int = 1
 
 
 def saved_sizes(run_dir: RunDir) -> Sizes | None:
@@ -109,7 +113,9 @@ def saved_sizes(run_dir: RunDir) -> Sizes | None:
         ) from error
 
 
-def train(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool) -> Summary:
+def train(
+    run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool, processes: Processes | None = None
+) -> Summary:
     """Train from the start, or with `resumes` from the newest checkpoint, and put the result into the run directory.
 
     Raises:
@@ -117,8 +123,12 @@ def train(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool) -> 
         Interrupted: stopped by SIGINT or SIGTERM after a checkpoint.
     """
     config, pair, data = run_dir.config, prepared.pair, prepared.prompts
-    progress = Progress(total_steps(config.train))
+    processes = processes or Processes()
+    progress = Progress(total_steps(config.train), quiet=not processes.is_first)
     progress.say(f"run directory: {run_dir.path}")
+    if processes.count > 1:
+        total = config.train.sequences_per_step
+        progress.say(f"{processes.count} processes, each with {total // processes.count} of a step's {total} sequences")
     progress.say(f"{data.report.training_prompts} training prompts, {len(data.held_out)} held out")
     if not plan.fits:
         progress.say(
@@ -127,12 +137,18 @@ def train(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool) -> 
         )
     runtime = make_runtime(config.train)
     _bound_memory(runtime, plan)
-    teacher, student = _load_models(run_dir, runtime, pair, progress, resumes=resumes)
+    processes.from_first(lambda: _cut_student(run_dir, progress))
+    teacher, student = processes.each(lambda: _load_models(run_dir, runtime, pair, progress, resumes=resumes))
+    stored = None
+    if config.teacher.responses is not None and config.learns_from_teacher:
+        folder = Path(config.teacher.responses).expanduser()
+        stored = StoredTeacher(folder, device=runtime.device, dtype=runtime.compute_dtype, is_checked=True)
+        progress.say(f"no teacher is loaded: {stored.about.teacher} worked earlier ({folder})")
     recovery = Recovery(
         Sizes.of(plan.config),
         runtime.device,
         planned_bytes=plan.total_bytes,
-        planned_bytes_of=lambda sizes: _plan_again(run_dir, sizes, plan),
+        planned_bytes_of=lambda sizes: _plan_again(run_dir, sizes, plan, processes.count),
         say=progress.say,
         budget_bytes=plan.budget_bytes,
     )
@@ -147,17 +163,24 @@ def train(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool) -> 
         corpus=prepared.corpus,
         recovery=recovery,
         progress=progress,
+        processes=processes,
+        stored=stored,
     )
     if resumes:
         trainer.resume()
     if trainer.step == 0:
-        keep_first_answers(trainer, data.held_out, prepared.encoder)
+        processes.from_first(lambda: keep_first_answers(trainer, data.held_out, prepared.encoder))
     with _stop_on_signal(trainer, progress):
         trainer.run()
     if not trainer.finished:
         raise Interrupted
     trainer.replace_damaged_best()
-    return _finish(run_dir, trainer, pair, prepared.encoder, plan, recovery.planned_bytes or plan.total_bytes)
+    peak = max(processes.gather(peak_bytes(trainer.device)))
+    return processes.from_first(
+        lambda: _finish(
+            run_dir, trainer, pair, prepared.encoder, plan, recovery.planned_bytes or plan.total_bytes, peak
+        )
+    )
 
 
 def _bound_memory(runtime: Runtime, plan: Plan) -> None:
@@ -168,22 +191,28 @@ def _bound_memory(runtime: Runtime, plan: Plan) -> None:
         bound_kernel_cache()
 
 
+def _cut_student(run_dir: RunDir, progress: Progress) -> None:
+    """RUN/student, where the student is to be cut from a larger model and is not yet."""
+    config = run_dir.config
+    if config.student.shrink_to_layers is None or run_dir.student_base_path.exists():
+        return
+    progress.say(f"cutting the student to {config.student.shrink_to_layers} layers")
+    report = shrink_to_folder(
+        config.student.model,
+        config.student.shrink_to_layers,
+        run_dir.student_base_path,
+        revision=config.student.revision,
+        trust_remote_code=config.student.trust_remote_code,
+        notify=progress.say,
+    )
+    progress.say(f"student cut: {report.summary()}")
+
+
 def _load_models(
     run_dir: RunDir, runtime: Runtime, pair: TokenizerPair, progress: Progress, *, resumes: bool
 ) -> tuple[LanguageModel | None, LanguageModel]:
     """The teacher, None where the method needs none, and the student with its adapter as the run begins."""
     config = run_dir.config
-    if config.student.shrink_to_layers is not None and not run_dir.student_base_path.exists():
-        progress.say(f"cutting the student to {config.student.shrink_to_layers} layers")
-        report = shrink_to_folder(
-            config.student.model,
-            config.student.shrink_to_layers,
-            run_dir.student_base_path,
-            revision=config.student.revision,
-            trust_remote_code=config.student.trust_remote_code,
-            notify=progress.say,
-        )
-        progress.say(f"student cut: {report.summary()}")
     loaded = f"the teacher ({config.teacher.precision}) and the student" if config.needs_teacher else "the student"
     progress.say(f"loading {loaded} on {runtime.device}")
     teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size) if config.needs_teacher else None
@@ -201,7 +230,7 @@ def _load_models(
     return teacher, student
 
 
-def _plan_again(run_dir: RunDir, sizes: Sizes, plan: Plan) -> int:
+def _plan_again(run_dir: RunDir, sizes: Sizes, plan: Plan, processes: int) -> int:
     """Bytes with the sizes that are left after memory ran out; RUN/plan.json becomes the plan of what runs."""
     smaller = plan_run(
         sizes.write_into(run_dir.config),
@@ -209,19 +238,26 @@ def _plan_again(run_dir: RunDir, sizes: Sizes, plan: Plan) -> int:
         machine=plan.machine,
         longest_prompt_tokens=plan.prompt_tokens,
         keep_sizes=True,
+        processes=processes,
     )
     run_dir.write_json("plan.json", smaller.to_dict())
     return smaller.total_bytes
 
 
 def _finish(
-    run_dir: RunDir, trainer: Trainer, pair: TokenizerPair, encoder: PromptEncoder, plan: Plan, planned_bytes: int
+    run_dir: RunDir,
+    trainer: Trainer,
+    pair: TokenizerPair,
+    encoder: PromptEncoder,
+    plan: Plan,
+    planned_bytes: int,
+    peak: int,
 ) -> Summary:
     """Put the best adapter, its tokenizer and a model card into RUN/adapter, and write the summary."""
     config, counters = run_dir.config, trainer.counters
     assert counters.before_nats is not None and counters.last_nats is not None
     figures = {"before": counters.before_nats, "after": counters.best_nats, "last": counters.last_nats}
-    kl, response_loss = (figures, {}) if config.needs_teacher else ({}, figures)
+    kl, response_loss = (figures, {}) if config.learns_from_teacher else ({}, figures)
     summary = Summary(
         method=config.method,
         kl_before_nats=kl.get("before"),
@@ -241,7 +277,7 @@ def _finish(
         trained_tokens=counters.trained_tokens,
         seconds=round(counters.seconds, 1),
         planned_seconds=plan.seconds,
-        peak_gib=round(max(peak_bytes(trainer.device) / GIB, *_logged_peaks(run_dir)), 3),
+        peak_gib=round(max(peak / GIB, *_logged_peaks(run_dir)), 3),
         planned_gib=round(planned_bytes / GIB, 3),
         device=str(trainer.device),
         teacher=_name(config.teacher.model),
@@ -249,6 +285,7 @@ def _finish(
         versions={name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")}
         | {"python": platform.python_version()},
         commit=_commit(),
+        processes=trainer.processes.count,
     )
     load_adapter(trainer.student, trainer.best_checkpoint / "adapter")
     keep_last_answers(trainer)

@@ -2,14 +2,15 @@
 
 All that needs the teacher is done here, for one step or for several ahead (rollout.steps_at_once), so that a swapped
 teacher is away while the student learns. What a step draws is a function of the run's seed and the step's number, so a
-resumed run draws the same. Knows no optimizer.
+resumed run draws the same. With several processes each writes and scores its share, and all know every sequence: who
+learns from it is written on it (`TrainingSequence.owner`). Knows no optimizer.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,12 +22,14 @@ from qswitch.data.gather import Prompts
 from qswitch.data.loader import PromptLoader
 from qswitch.data.template import Prompt
 from qswitch.distill.decoding import Decoding
-from qswitch.distill.logit_cache import LogitCache
-from qswitch.distill.metrics import BatchKind, Clock, StepReport
+from qswitch.distill.logit_cache import LogitCache, merge_states, select_state
+from qswitch.distill.metrics import BatchKind, Clock, StepReport, Tally
 from qswitch.distill.objective import StudentObjective
+from qswitch.distill.processes import Processes
 from qswitch.distill.recovery import MemoryFloorError, Recovery
 from qswitch.distill.replay import ReplayBuffer, ReplayEntry, split_step, staleness_nats
 from qswitch.distill.sequence import TrainingSequence, ground_truth_sequence
+from qswitch.distill.stored_teacher import StoredTeacher
 from qswitch.models.host_memory import freed_memory_kept, release_memory
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.pair import TokenizerPair
@@ -65,6 +68,24 @@ class PreparedSteps(deque[PreparedStep]):
         self.clear()
         for batch, sequences, num_written in state:
             self.append(PreparedStep(batch, [TrainingSequence(**s) for s in sequences], num_written))
+
+    def hand_over(self, owners: int) -> None:
+        """Let the sequences of every step belong to `owners` processes in turn."""
+        for prepared in self:
+            prepared.sequences[:] = [replace(s, owner=i % owners) for i, s in enumerate(prepared.sequences)]
+
+
+@dataclass(slots=True)
+class _Share:
+    """What one process wrote of a round, as all need to know it."""
+
+    written: list[tuple[TrainingSequence, int, ReplayEntry | None]] = field(default_factory=list)
+    """Each of its sequences in the order of its prompts, how many tokens were written, and what may train again."""
+    stats: RolloutStats = field(default_factory=RolloutStats)
+    tally: Tally = field(default_factory=Tally)
+    acceptance: dict[str, list[float]] = field(default_factory=dict)
+    observed: list[Rollout] = field(default_factory=list)
+    """The rollouts without their tensors, where the threshold learns from them."""
 
 
 @dataclass(slots=True)
@@ -121,11 +142,14 @@ class Supply:
         pair: TokenizerPair,
         prompts: Prompts,
         threshold: AdaptiveThreshold | None,
-        cache: LogitCache,
+        cache: LogitCache | StoredTeacher,
         decoding: Decoding,
         recovery: Recovery,
+        processes: Processes | None = None,
+        stored: StoredTeacher | None = None,
     ) -> None:
         rollout_settings, data = config.rollout, config.data
+        self._processes, self._stored = processes or Processes(), stored
         self.config, self.pair, self.threshold = config, pair, threshold
         self.cache, self.decoding, self.recovery = cache, decoding, recovery
         self._teacher, self._objective, self._student = teacher, objective, objective.student
@@ -180,40 +204,36 @@ class Supply:
 
     def _prepare(self, first_step: int, spent: float, report: StepReport, clock: Clock) -> None:
         """All that the next rollout.steps_at_once steps need of the teacher."""
-        train, attempt = self.config.train, self.recovery.attempt
+        train = self.config.train
         total = train.per_device_train_batch_size * train.gradient_accumulation_steps
         self.replay.expire(first_step)
         cursor = self.loader.state_dict()
         steps = range(first_step, min(first_step + self.config.rollout.steps_at_once, train.max_steps))
         try:
-            self.teacher_comes()
             batches = [self._batch_of(step, spent) for step in steps]
             # Replayed sequences are drawn one step at a time; several steps ahead are fresh or ground truth throughout.
             splits = [(total, 0) if b == "ground_truth" else self._fresh_and_replayed(b, total) for b in batches]
             items = [self.loader.next(fresh) if fresh else [] for fresh, _ in splits]
-            written = [item for b, own in zip(batches, items, strict=True) if b != "ground_truth" for item in own]
-            sequences: list[TrainingSequence] = []
-            if written:
-                report.threshold_factor = None if self.threshold is None else self.threshold.factor
-                report.rollouts, report.rollout = attempt("rollout", lambda: self.roll_out(written))
-                clock.lap("rollout")
-                sequences = attempt("teacher", lambda: self.cache_teacher(report.rollouts))
-            unclaimed = iter(report.rollouts)
-            for batch, own, (_, replayed) in zip(batches, items, splits, strict=True):
+            owners = [self._divide(b, own) for b, own in zip(batches, items, strict=True)]
+            shares = self._processes.everyone(lambda: self._do_share(batches, items, owners, first_step, report, clock))
+            self._hear(shares, report)
+            if self.threshold is not None and report.tally.rollouts:
+                report.threshold_factor = self.threshold.factor
+            unclaimed = [iter(share.written) for share in shares]
+            for batch, own, whose, (_, replayed) in zip(batches, items, owners, splits, strict=True):
                 if batch == "ground_truth":
-                    responses = attempt("teacher", partial(self.read_ground_truth, own))
-                    self.prepared.append(PreparedStep(batch, responses))
+                    self.prepared.append(PreparedStep(batch, _ground_truth(own, whose)))
                     continue
-                fresh, sequences = sequences[: len(own)], sequences[len(own) :]
+                fresh = [next(unclaimed[owner]) for owner in whose]
                 drawn = self.replay.draw(replayed, first_step)
-                self.remember(report.rollouts, fresh, first_step)
+                self.replay.add(entry for _, _, entry in fresh if entry is not None)
                 report.replayed = len(drawn)
                 if drawn:
-                    report.staleness_nats = attempt("validation", partial(self._staleness, drawn))
-                num_written = sum(len(next(unclaimed).response_ids) for _ in own)
-                self.prepared.append(PreparedStep(batch, fresh + [entry.sequence for entry in drawn], num_written))
+                    report.staleness_nats = self._processes.everyone(lambda: self._staleness(drawn))[0]  # noqa: B023
+                sequences = [sequence for sequence, _, _ in fresh] + [entry.sequence for entry in drawn]
+                self.prepared.append(PreparedStep(batch, sequences, sum(num for _, num, _ in fresh)))
             if self.threshold is not None:  # last: what fails is written again, with the same threshold
-                self.threshold.observe(report.rollouts)
+                self.threshold.observe([one for share in shares for one in share.observed])
         except MemoryFloorError:
             self.loader.load_state_dict(cursor)
             self.prepared.clear()
@@ -221,6 +241,67 @@ class Supply:
             raise
         finally:
             self.teacher_leaves()
+
+    def _divide(self, batch: BatchKind, items: Sequence[tuple[Prompt, int]]) -> list[int]:
+        """Which process takes which prompt: similar numbers of tokens, of what is known before anything is written."""
+        longest = self.config.rollout.max_new_tokens
+        return self._processes.divide(
+            [
+                len(p.prompt_ids)
+                + (len(p.response_ids or ()) if batch == "ground_truth" else p.max_new_tokens or longest)
+                for p, _ in items
+            ]
+        )
+
+    def _do_share(
+        self,
+        batches: Sequence[BatchKind],
+        items: Sequence[Sequence[tuple[Prompt, int]]],
+        owners: Sequence[Sequence[int]],
+        step: int,
+        report: StepReport,
+        clock: Clock,
+    ) -> _Share:
+        """Write and score what is this process's of a round; its teacher outputs are in the cache afterwards."""
+        attempt, rank = self.recovery.attempt, self._processes.rank
+        self.teacher_comes()
+        mine = [
+            (batch, [item for item, owner in zip(own, whose, strict=True) if owner == rank])
+            for batch, own, whose in zip(batches, items, owners, strict=True)
+        ]
+        written = [item for batch, own in mine if batch != "ground_truth" for item in own]
+        share = _Share(acceptance=self.decoding.acceptance.state_dict())
+        if self._stored is not None:  # nothing is left to be written or scored
+            found = [self._stored.answer(prompt, visit, rank) for prompt, visit in written]
+            share.written = [(sequence, len(sequence.response_ids), None) for sequence in found]
+            share.tally = Tally(rollouts=len(found))
+            return share
+        if written:
+            report.rollouts, share.stats = attempt("rollout", lambda: self.roll_out(written))
+            clock.lap("rollout")
+            sequences = attempt("teacher", lambda: self.cache_teacher(report.rollouts))
+            entries = self._entries(report.rollouts, sequences, step)
+            share.written = [
+                (sequence, len(one.response_ids), entry)
+                for one, sequence, entry in zip(report.rollouts, sequences, entries, strict=True)
+            ]
+            share.tally = Tally.of(report.rollouts)
+            if self.threshold is not None:
+                share.observed = [replace(r, teacher_hidden=None, student_hidden=None) for r in report.rollouts]
+        for batch, own in mine:
+            if batch == "ground_truth" and own:
+                attempt("teacher", partial(self.read_ground_truth, own))
+        share.acceptance = self.decoding.acceptance.state_dict()
+        return share
+
+    def _hear(self, shares: Sequence[_Share], report: StepReport) -> None:
+        """What all processes' rollouts cost and say."""
+        report.rollout, report.tally = shares[0].stats, shares[0].tally
+        for share in shares[1:]:
+            report.rollout.add(share.stats)
+            report.tally.add(share.tally)
+        if len(shares) > 1:  # one acceptance for all, which a checkpoint can hold
+            self.decoding.acceptance.load_state_dict(shares[0].acceptance)
 
     def roll_out(self, items: Sequence[tuple[Prompt, int]]) -> tuple[list[Rollout], RolloutStats]:
         """Responses to the prompts by the configured policy."""
@@ -264,7 +345,13 @@ class Supply:
             steps = [list(range(len(r.response_ids))) for r in rollouts]
         sequences = [
             TrainingSequence(
-                r.example_id, r.visit, r.prompt_ids, r.response_ids, kept, [r.writers[step] for step in kept]
+                r.example_id,
+                r.visit,
+                r.prompt_ids,
+                r.response_ids,
+                kept,
+                [r.writers[step] for step in kept],
+                self._processes.rank,
             )
             for r, kept in zip(rollouts, steps, strict=True)
         ]
@@ -273,8 +360,7 @@ class Supply:
 
     def read_ground_truth(self, items: Sequence[tuple[Prompt, int]]) -> list[TrainingSequence]:
         """The data's own responses, every assistant turn of them; scored by one teacher pass for a divergence."""
-        found = (ground_truth_sequence(p, visit) for p, visit in items)
-        sequences = [s for s in found if s is not None]
+        sequences = _ground_truth(items, [self._processes.rank] * len(items))
         if self._imitates:
             hidden = self._score([(s.prompt_ids, s.response_ids) for s in sequences])
             self._put(sequences, [h[s.loss_steps] for s, h in zip(sequences, hidden, strict=True)])
@@ -282,34 +368,49 @@ class Supply:
 
     def remember(self, rollouts: Sequence[Rollout], sequences: Sequence[TrainingSequence], step: int) -> None:
         """Keep the sequences written at `step` for the further uses that rollout.reuse gives them."""
+        self.replay.add(e for e in self._entries(rollouts, sequences, step) if e is not None)
+
+    def hand_over(self) -> None:
+        """Divide anew who learns from what is held, after a resume with another number of processes."""
+        self.replay.hand_over(self._processes.count)
+        self.prepared.hand_over(self._processes.count)
+
+    @property
+    def held(self) -> list[TrainingSequence]:
+        """Every sequence, of all processes, whose teacher outputs a later step may need."""
+        return [*self.replay.sequences, *(s for prepared in self.prepared for s in prepared.sequences)]
+
+    def _entries(
+        self, rollouts: Sequence[Rollout], sequences: Sequence[TrainingSequence], step: int
+    ) -> list[ReplayEntry | None]:
+        """What the sequences written at `step` are in the replay buffer; None for one that trains but once."""
         # The adaptive share draws from the buffer at random, again and again.
         uses = None if self.share is not None else self.config.rollout.reuse - 1
-        if uses == 0:
-            return
-        entries = []
+        entries: list[ReplayEntry | None] = []
         for written, sequence in zip(rollouts, sequences, strict=True):
-            if not sequence.loss_steps:
+            if uses == 0 or not sequence.loss_steps:
+                entries.append(None)
                 continue
             entry = ReplayEntry(sequence, step, uses)
             # One step of each, in the middle; past the student's last step there is no state of it to remember.
             asked = [t for t in sequence.loss_steps if written.jsd_bits is None or written.jsd_bits[t] is not None]
             if written.student_hidden is not None and asked:
                 entry.probe_step = asked[len(asked) // 2]
-                entry.probe_hidden = written.student_hidden[entry.probe_step].cpu()
+                # A copy: a view would be sent to other processes with the whole tensor behind it.
+                entry.probe_hidden = written.student_hidden[entry.probe_step].cpu().clone()
             entries.append(entry)
-        self.replay.add(entries)
+        return entries
 
     def _forget_used(self, step: int) -> None:
         """Drop the teacher's outputs that no sequence will need after `step`."""
         self.replay.expire(step + 1)
-        self.cache.keep_only([*self.replay.sequences, *(s for prepared in self.prepared for s in prepared.sequences)])
+        self.cache.keep_only(self.held)
 
     def _batch_of(self, step: int, spent: float) -> BatchKind:
         mix = self.config.data.ground_truth_mix
         if mix == 0 and self.share is None:
             return "rollout"
-        key = row_keys(self.config.seed, torch.tensor([_GROUND_TRUTH_COIN]), torch.tensor([step]))
-        coin = float(uniform(key))
+        coin = ground_truth_coin(self.config.seed, step)
         if self.share is None:
             return "ground_truth" if coin < mix else "rollout"
         full = len(self.replay) >= self.config.rollout.replay_capacity
@@ -328,9 +429,41 @@ class Supply:
         )
 
     def _staleness(self, drawn: Sequence[ReplayEntry]) -> float | None:
-        return staleness_nats(self._objective, drawn, pad_id=self.pair.pad_id, device=self._device)
+        measure = partial(staleness_nats, self._objective, drawn, pad_id=self.pair.pad_id, device=self._device)
+        return self.recovery.attempt("validation", measure)
 
     def _put(self, sequences: Sequence[TrainingSequence], states: Sequence[Tensor | None]) -> None:
         kept = [(s, h) for s, h in zip(sequences, states, strict=True) if s.loss_steps and h is not None]
         if kept:
+            assert isinstance(self.cache, LogitCache), "a stored teacher has scored everything"
             self.cache.put([s for s, _ in kept], torch.cat([h for _, h in kept]))
+
+
+def ground_truth_coin(seed: int, step: int) -> float:
+    """In (0, 1): a step below data.ground_truth_mix learns from the data's responses."""
+    return float(uniform(row_keys(seed, torch.tensor([_GROUND_TRUTH_COIN]), torch.tensor([step]))))
+
+
+class HeldRows:
+    """The teacher outputs that all processes hold, as one part of a checkpoint, which the first process writes."""
+
+    def __init__(self, supply: Supply, processes: Processes) -> None:
+        self._supply, self._processes = supply, processes
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `LogitCache.state_dict`, of every process's rows; in the first process only, in step with the others."""
+        shares = self._processes.gather_to_first(self._supply.cache.state_dict())
+        return {**merge_states(shares), "processes": self._processes.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hold this process's rows of a `state_dict`; the sequences they belong to are loaded already."""
+        if state.get("processes", 1) != self._processes.count:
+            self._supply.hand_over()
+        own = {s.key for s in self._supply.held if s.owner == self._processes.rank}
+        self._supply.cache.load_state_dict(select_state(state, own))
+
+
+def _ground_truth(items: Sequence[tuple[Prompt, int]], owners: Sequence[int]) -> list[TrainingSequence]:
+    """The data's own responses, where there are any, each with the process that learns from it."""
+    found = (ground_truth_sequence(p, visit, owner) for (p, visit), owner in zip(items, owners, strict=True))
+    return [sequence for sequence in found if sequence is not None]

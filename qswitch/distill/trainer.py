@@ -1,14 +1,15 @@
 """The training loop: take a step from the supply, let the learner learn it, validate, save, log.
 
-One step reads top to bottom in `Trainer.train_step`, a run in `Trainer.run`. Knows no command line; talks to the user
-through a `Progress`.
+One step reads top to bottom in `Trainer.train_step`, a run in `Trainer.run`. Of several processes each runs this loop,
+in step with the others; the first one writes. Knows no command line; talks to the user through a `Progress`.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,14 @@ from qswitch.distill.decoding import Decoding
 from qswitch.distill.learner import Learner
 from qswitch.distill.logit_cache import LogitCache
 from qswitch.distill.metrics import Clock, Counters, StepReport, peak_bytes
-from qswitch.distill.optimizer import make_accelerator
+from qswitch.distill.optimizer import end_trackers, make_accelerator
 from qswitch.distill.own_responses import own_figures
+from qswitch.distill.processes import Processes
 from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes
-from qswitch.distill.supply import Supply
-from qswitch.distill.validation import ResponseLoss, Validation
+from qswitch.distill.stored_teacher import StoredTeacher
+from qswitch.distill.supply import HeldRows, Supply
+from qswitch.distill.validation import ResponseLoss, Validation, written_by_teacher
 from qswitch.errors import NonFiniteError, TrainingError
 from qswitch.manifest import find_damage, read_manifest
 from qswitch.models.language_model import LanguageModel
@@ -68,8 +71,11 @@ class Trainer:
         corpus: Tensor | None = None,
         recovery: Recovery | None = None,
         progress: Progress | None = None,
+        processes: Processes | None = None,
+        stored: StoredTeacher | None = None,
     ) -> None:
         train, batch_size = config.train, config.rollout.batch_size
+        self.processes = processes or Processes()
         self.config, self.run_dir, self.pair = config, run_dir, pair
         self.teacher, self.student = teacher, student
         self.progress = progress or Progress(total_steps=total_steps(train))
@@ -79,7 +85,9 @@ class Trainer:
 
         self.accelerator = make_accelerator(config, run_dir, student)
         self.recovery = recovery or Recovery(Sizes.of(config), self.device)
-        self.cache = make_cache(config, run_dir, teacher=teacher, student=student, vocab_size=pair.vocab_size)
+        self.cache: LogitCache | StoredTeacher = stored or make_cache(
+            config, run_dir, teacher=teacher, student=student, vocab_size=pair.vocab_size, rank=self.processes.rank
+        )
         self.learner = Learner(
             config,
             student=student,
@@ -89,26 +97,37 @@ class Trainer:
             accelerator=self.accelerator,
             recovery=self.recovery,
             spent=lambda: self.spent,
+            processes=self.processes,
         )
+        self.processes.copy_from_first(self.learner.trainable)
         response_loss = None
-        if teacher is None or config.data.adaptive_share:
-            response_loss = ResponseLoss(validation_prompts, pad_id=pair.pad_id, batch_size=batch_size)
+        if not config.learns_from_teacher or config.data.adaptive_share:
+            response_loss = ResponseLoss(
+                validation_prompts, pad_id=pair.pad_id, batch_size=batch_size, processes=self.processes
+            )
         self.response_loss = response_loss
         """The loss on held-out responses, where something is decided by it."""
         self.validation: Validation | ResponseLoss
-        if teacher is None:
+        if stored is not None:
+            owners = self.processes.divide([len(p.prompt_ids) for p in validation_prompts])
+            self.validation = Validation(
+                stored.held_out(validation_prompts, owners), stored.held_out_targets, pad_id=pair.pad_id,
+                batch_size=batch_size, processes=self.processes,
+            )  # fmt: skip
+        elif teacher is None:
             assert response_loss is not None
             self.validation = response_loss
         else:
             self.progress.say(f"the teacher answers the {len(validation_prompts)} held-out prompts")
             try:
-                self.validation = Validation(
+                self.validation = written_by_teacher(
                     validation_prompts,
                     teacher,
                     max_new_tokens=config.rollout.max_new_tokens,
                     eos_ids=pair.eos_ids,
                     pad_id=pair.pad_id,
                     batch_size=batch_size,
+                    processes=self.processes,
                 )
             except NonFiniteError as error:
                 raise teacher_at_fault(f"{error} No step was taken.", config) from error
@@ -119,7 +138,7 @@ class Trainer:
         policy = make_policy(config.rollout, None if threshold is None else threshold.threshold)
         decoding = Decoding(
             config, run_dir, teacher=teacher if policy.uses_teacher else None, student=student,
-            num_rows=self.recovery.sizes.rollout_rows, progress=self.progress,
+            num_rows=self.recovery.sizes.rollout_rows, progress=self.progress, processes=self.processes,
         )  # fmt: skip
         self.supply = Supply(  # last: a swapped teacher leaves here
             config,
@@ -131,6 +150,8 @@ class Trainer:
             cache=self.cache,
             decoding=decoding,
             recovery=self.recovery,
+            processes=self.processes,
+            stored=stored,
         )
         parts: dict[str, Stateful | None] = {
             "counters": self.counters,
@@ -144,7 +165,7 @@ class Trainer:
             "threshold": threshold,
             "replay": self.supply.replay,
             "prepared": self.supply.prepared,
-            "cache": self.cache,
+            "cache": HeldRows(self.supply, self.processes),
         }
         self.parts = {name: part for name, part in parts.items() if part is not None}
         """What a checkpoint holds beside the student's weights."""
@@ -191,8 +212,9 @@ class Trainer:
                     self.save()
                     raise self._at_the_floor(error) from error
                 except NonFiniteError as error:
-                    raise self._not_finite(f"{error} Step {self.step + 1} was not taken.", error.role) from error
-                counters.count(report, time.perf_counter() - started)
+                    text, role = f"{error} Step {self.step + 1} was not taken.", error.role
+                    raise self.processes.from_first(lambda: self._not_finite(text, role)) from error  # noqa: B023
+                counters.count(report, self._compare_notes(time.perf_counter() - started))
                 self.log(report)
                 improved = False
                 if self.step % train.eval_steps == 0 or self.finished:
@@ -206,13 +228,12 @@ class Trainer:
                         counters.best_nats, counters.best_step = nats, self.step
                         counters.best_nats_by_prompt, counters.own_best = by_prompt, own
                 # Read once, after the validation: a stop asked for meanwhile must find its checkpoint.
-                stop = self.stop_requested
+                stop = any(self.processes.gather(self.stop_requested))
                 if improved or stop or self.finished or self.step % train.save_steps == 0:
                     self.save()
                 if stop:
                     break
-        if train.report_to:
-            self.accelerator.end_training()
+        end_trackers(self.accelerator)
         return counters
 
     def train_step(self) -> StepReport:
@@ -231,6 +252,16 @@ class Trainer:
         self.supply.taken(self.step)
         clock.lap("optimizer")
         return report
+
+    def _compare_notes(self, seconds: float) -> float:
+        """Agree on what a step took: the first process's seconds, the smallest sizes, the highest peak."""
+        notes = self.processes.gather(
+            (seconds, self.recovery.sizes, self.recovery.take_events(), peak_bytes(self.device))
+        )
+        self.recovery.lower_to([sizes for _, sizes, _, _ in notes])
+        self._events = [event for _, _, events, _ in notes for event in events]
+        self._peak_bytes = max(peak for _, _, _, peak in notes)
+        return notes[0][0]
 
     def _at_the_floor(self, error: MemoryFloorError) -> MemoryFloorError:
         return MemoryFloorError(
@@ -269,19 +300,28 @@ class Trainer:
         return self._held_out_nats(self.validation)
 
     def _held_out_nats(self, held_out: Validation | ResponseLoss) -> float:
-        def score() -> float:
-            sizes = self.recovery.sizes
-            return held_out.nats(self.learner.objective, self.device, sizes.chunk_tokens, sizes.validation_rows)
+        def sizes() -> tuple[int, int]:
+            return self.recovery.sizes.chunk_tokens, self.recovery.sizes.validation_rows
 
-        nats = self.recovery.attempt("validation", score)
+        attempt = partial(self.recovery.attempt, "validation")
+        nats = held_out.nats(self.learner.objective, self.device, sizes, attempt)
         if not math.isfinite(nats):  # the teacher's side was written, and found finite, before the first step
-            raise self._not_finite(f"The student's {held_out.what} is {nats} after step {self.step}.")
+            text = f"The student's {held_out.what} is {nats} after step {self.step}."
+            raise self.processes.from_first(lambda: self._not_finite(text))
         return nats
 
     def own_figures(self) -> dict[str, Any] | None:
         """What the teacher makes of the student's own responses to a few held-out prompts; None where nobody asks."""
         if self.teacher is None or not self.config.train.eval_own_prompts:
             return None
+        try:
+            return self.processes.from_first(self._measure_own)
+        except NonFiniteError as error:
+            text, role = f"{error} It wrote its own responses after step {self.step}.", error.role
+            raise self.processes.from_first(lambda: self._not_finite(text, role)) from error
+
+    def _measure_own(self) -> dict[str, Any]:
+        assert self.teacher is not None
         self.supply.teacher_comes()
         try:
             return own_figures(
@@ -292,8 +332,6 @@ class Trainer:
                 pair=self.pair,
                 recovery=self.recovery,
             )
-        except NonFiniteError as error:
-            raise self._not_finite(f"{error} It wrote its own responses after step {self.step}.", error.role) from error
         finally:
             self.supply.teacher_leaves()
 
@@ -316,9 +354,9 @@ class Trainer:
             **report.metrics(),
             "learning_rate": self.learner.schedule.learning_rate,
             "spent": round(self.spent, 6),
-            "peak_gib": peak_bytes(self.device) / GIB,
+            "peak_gib": self._peak_bytes / GIB,
             "planned_gib": None if planned is None else planned / GIB,
-            "out_of_memory": self.recovery.take_events(),
+            "out_of_memory": self._events,
         }
         self.run_dir.append_metrics(metrics)
         sample = report.rollouts[:ROLLOUTS_LOGGED_PER_STEP]
@@ -337,12 +375,27 @@ class Trainer:
             TrainingError: the student's weights are not finite; nothing was written.
         """
         if not all(bool(torch.isfinite(p).all()) for p in self.learner.trainable):
-            raise self._not_finite(f"The student's weights are NaN or infinite after step {self.step}.")
+            text = f"The student's weights are NaN or infinite after step {self.step}."
+            raise self.processes.from_first(lambda: self._not_finite(text))
+        self._hold_together()
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        self.processes.from_first(lambda: self._write(states))
+
+    def _hold_together(self) -> None:
+        """Every process has added the same numbers to the same weights; unlike GPUs may yet round them differently."""
+        if self.processes.count == 1:
+            return
+        found = self.processes.gather(torch.stack([p.detach().double().sum() for p in self.learner.trainable]).tolist())
+        if any(sums != found[0] for sums in found):
+            self.progress.say("the processes' students differ by rounding; all go on with that of the first")
+            self.processes.copy_from_first(self.learner.trainable)
+
+    def _write(self, states: Mapping[str, Any]) -> None:
         save_checkpoint(
             self.run_dir.checkpoints_path,
             step=self.step,
             student=self.student,
-            parts=self.parts,
+            states=states,
             known=self.run_dir.as_written(),
         )
         if self.supply.threshold is not None:
@@ -364,24 +417,34 @@ class Trainer:
         Raises:
             RunDirError: checkpoints are there, and none of them can be used.
         """
-        folder, damaged = newest_whole(self.run_dir.checkpoints())
+        folder = self.processes.from_first(self._newest_checkpoint)
         if folder is None:
             self.run_dir.truncate_logs(0)
             return False
-        for other, reason in damaged.items():
-            name = set_aside(other).name
-            self.progress.say(f"checkpoint {other.name} is damaged: {reason}; it is now {name}, {folder.name} is used")
-        for difference in self.run_dir.changed_since(read_manifest(folder) or {}):
-            self.progress.say(difference)
-        load_checkpoint(folder, student=self.student, parts=self.parts)
+        self.processes.everyone(lambda: load_checkpoint(folder, student=self.student, parts=self.parts))
         self.run_dir.truncate_logs(self.step)
         self.progress.resumed(self.step)
         self.replace_damaged_best()
         return True
 
+    def _newest_checkpoint(self) -> Path | None:
+        """The newest whole one; damaged ones after it are set aside, and what has changed since it is said."""
+        folder, damaged = newest_whole(self.run_dir.checkpoints())
+        if folder is None:
+            return None
+        for other, reason in damaged.items():
+            name = set_aside(other).name
+            self.progress.say(f"checkpoint {other.name} is damaged: {reason}; it is now {name}, {folder.name} is used")
+        for difference in self.run_dir.changed_since(read_manifest(folder) or {}):
+            self.progress.say(difference)
+        return folder
+
     def replace_damaged_best(self) -> None:
         """Where the files of the best checkpoint are not as they were written, that of this step takes its place."""
-        if self.counters.best_step < 0 or (damage := find_damage(self.best_checkpoint)) is None:
+        if self.counters.best_step < 0:
+            return
+        damage = self.processes.from_first(lambda: find_damage(self.best_checkpoint))
+        if damage is None:
             return
         self.progress.say(
             f"the best checkpoint, {self.best_checkpoint.name}, is damaged: {damage}; "
@@ -389,7 +452,7 @@ class Trainer:
         )
         self.counters.best_nats, self.counters.best_step = self.validate(), self.step
         self.counters.best_nats_by_prompt, self.counters.own_best = self.validation.nats_by_prompt, None
-        if find_damage(self.best_checkpoint) is not None:
+        if self.processes.from_first(lambda: find_damage(self.best_checkpoint)) is not None:
             self.save()
 
 
@@ -403,7 +466,13 @@ def teacher_at_fault(text: str, config: RunConfig) -> TrainingError:
 
 
 def make_cache(
-    config: RunConfig, run_dir: RunDir, *, teacher: LanguageModel | None, student: LanguageModel, vocab_size: int
+    config: RunConfig,
+    run_dir: RunDir,
+    *,
+    teacher: LanguageModel | None,
+    student: LanguageModel,
+    vocab_size: int,
+    rank: int = 0,
 ) -> LogitCache:
     """The cache of teacher outputs as `config.cache` describes it; without a teacher nothing will be put into it."""
     cache = config.cache
@@ -415,6 +484,6 @@ def make_cache(
         dtype=student.compute_dtype if teacher is None else teacher.compute_dtype,
         device_budget_bytes=int(cache.device_budget_gib * GIB),
         host_budget_bytes=int(cache.host_budget_gib * GIB),
-        disk_path=run_dir.path / "cache",
+        disk_path=run_dir.path / ("cache" if rank == 0 else f"cache-{rank}"),
         topk=cache.topk,
     )

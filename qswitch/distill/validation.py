@@ -2,20 +2,24 @@
 
 The responses are written by the teacher once, before the first step, with their own seed, and never trained on. The
 figure is the mean over response tokens of KL(p || q) at temperature 1, in nats. Where no teacher is loaded (SFT), it is
-the mean cross-entropy of the data's own responses.
+the mean cross-entropy of the data's own responses. Several processes write and score a share of the prompts each, and
+all know the whole figure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from qswitch.data.template import Prompt
-from qswitch.distill.logit_cache import Targets
+from qswitch.distill.logit_cache import Key, Targets
 from qswitch.distill.loss import chunked_divergence_values
 from qswitch.distill.objective import StudentObjective, collate, collate_with_labels
+from qswitch.distill.processes import Processes
 from qswitch.distill.sequence import TrainingSequence, ground_truth_sequence
 from qswitch.errors import DataError
 from qswitch.models.language_model import LanguageModel
@@ -24,6 +28,9 @@ from qswitch.rollout.policy import TeacherPolicy
 
 VALIDATION_SEED = 20_250_429
 """Fixed, so that runs with different seeds are scored on the same responses."""
+
+Scores = tuple[float, dict[int, float]]
+"""Sum of the figure over a process's response tokens, and its mean by prompt; nats."""
 
 
 class HeldOut:
@@ -34,29 +41,45 @@ class HeldOut:
     what: str
     """The figure, for people."""
 
-    def __init__(self, sequences: Sequence[TrainingSequence], *, pad_id: int, batch_size: int) -> None:
+    def __init__(
+        self, sequences: Sequence[TrainingSequence], *, pad_id: int, batch_size: int, processes: Processes
+    ) -> None:
         self.sequences = list(sequences)
         self.num_prompts = len(self.sequences)
         self.num_tokens = sum(len(s.loss_steps) for s in self.sequences)
         self.nats_by_prompt: list[float] = []
         """What `nats` measured last, by prompt: nats per token of it, in the order of the sequences."""
-        self._pad_id, self._batch_size = pad_id, batch_size
+        self._pad_id, self._batch_size, self._processes = pad_id, batch_size, processes
+        self._own = [i for i, s in enumerate(self.sequences) if s.owner == processes.rank]
 
     def nats(
-        self, objective: StudentObjective, device: torch.device, chunk_tokens: int, batch_size: int | None = None
+        self,
+        objective: StudentObjective,
+        device: torch.device,
+        sizes: Callable[[], tuple[int, int]],
+        attempt: Callable[[Callable[[], Scores]], Scores],
     ) -> float:
-        """Mean of the figure per response token, nats; the student is scored in evaluation mode."""
+        """Mean of the figure per response token, nats; the student is scored in evaluation mode.
+
+        `attempt` runs the scoring, as often as it takes; `sizes` says how many tokens of the loss and how many rows go
+        together.
+        """
+        shares = self._processes.everyone(lambda: attempt(lambda: self._score_own(objective, device, *sizes())))
+        by_prompt = {i: nats for _, own in shares for i, nats in own.items()}
+        self.nats_by_prompt = [by_prompt[i] for i in range(self.num_prompts)]
+        return sum(total for total, _ in shares) / self.num_tokens
+
+    def _score_own(self, objective: StudentObjective, device: torch.device, chunk_tokens: int, rows: int) -> Scores:
         total = 0.0
-        by_prompt = [0.0] * self.num_prompts
+        by_prompt = {}
         with inference(objective.student):
-            for members in _by_length(self.sequences, batch_size or self._batch_size):
+            for members in _by_length(self.sequences, self._own, rows):
                 values = self._token_nats(members, objective, device, chunk_tokens).double()
                 total += float(values.sum())
                 lengths = [len(self.sequences[i].loss_steps) for i in members]
                 for i, own in zip(members, values.split(lengths), strict=True):
                     by_prompt[i] = float(own.mean())
-        self.nats_by_prompt = by_prompt
-        return total / self.num_tokens
+        return total, by_prompt
 
     def _token_nats(
         self, members: Sequence[int], objective: StudentObjective, device: torch.device, chunk_tokens: int
@@ -66,53 +89,105 @@ class HeldOut:
 
 
 class Validation(HeldOut):
-    """Teacher-written responses and the teacher's outputs, kept in host memory."""
+    """Teacher-written responses; `targets_of` has the teacher's outputs of those that are this process's own."""
 
     key = "kl_nats"
     what = "KL(teacher || student) on held-out prompts"
 
     def __init__(
         self,
-        prompts: Sequence[Prompt],
-        teacher: LanguageModel,
+        sequences: Sequence[TrainingSequence],
+        targets_of: Callable[[Sequence[TrainingSequence]], Targets],
         *,
-        max_new_tokens: int,
-        eos_ids: Sequence[int],
         pad_id: int,
         batch_size: int,
+        processes: Processes,
     ) -> None:
-        requests = [RolloutRequest(p.example_id, 0, p.prompt_ids, max_new_tokens) for p in prompts]
-        self.rollouts, self.stats = rollout(
-            requests,
-            teacher=teacher,
-            student=None,
-            policy=TeacherPolicy(),
-            seed=VALIDATION_SEED,
-            temperature=1.0,
-            eos_ids=eos_ids,
-            pad_id=pad_id,
-            batch_size=batch_size,
-            keep="all",
-        )
-        sequences = [
-            TrainingSequence(r.example_id, 0, r.prompt_ids, r.response_ids, list(range(len(r.response_ids))))
-            for r in self.rollouts
-        ]
-        super().__init__(sequences, pad_id=pad_id, batch_size=batch_size)
-        self._teacher_head = teacher.head
-        self._hidden = [r.teacher_hidden.cpu() for r in self.rollouts if r.teacher_hidden is not None]
+        super().__init__(sequences, pad_id=pad_id, batch_size=batch_size, processes=processes)
+        self._targets_of = targets_of
 
     def _token_nats(
         self, members: Sequence[int], objective: StudentObjective, device: torch.device, chunk_tokens: int
     ) -> Tensor:
-        batch = collate([self.sequences[i] for i in members], self._pad_id, device)
+        sequences = [self.sequences[i] for i in members]
         return chunked_divergence_values(
-            objective.hidden_at(batch),
+            objective.hidden_at(collate(sequences, self._pad_id, device)),
             objective.student.head,
-            Targets.from_hidden(torch.cat([self._hidden[i] for i in members]), self._teacher_head),
+            self._targets_of(sequences),
             name="forward_kl",
             chunk_tokens=chunk_tokens,
         )
+
+
+def written_by_teacher(
+    prompts: Sequence[Prompt],
+    teacher: LanguageModel,
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    batch_size: int,
+    processes: Processes | None = None,
+) -> Validation:
+    """A validation whose responses the teacher writes now; its outputs stay in host memory.
+
+    Raises:
+        NonFiniteError: the teacher computes NaN.
+    """
+    processes = processes or Processes()
+    answers = partial(
+        teacher_answers, teacher=teacher, max_new_tokens=max_new_tokens, eos_ids=eos_ids, pad_id=pad_id,
+        batch_size=batch_size,
+    )  # fmt: skip
+    owners = processes.divide([len(p.prompt_ids) for p in prompts])
+    own = [i for i, owner in enumerate(owners) if owner == processes.rank]
+    hidden: dict[Key, Tensor] = {}
+
+    def write_own() -> dict[int, TrainingSequence]:
+        found = {}
+        for i, (sequence, states) in zip(own, answers([prompts[i] for i in own]), strict=True):
+            found[i] = replace(sequence, owner=processes.rank)
+            hidden[sequence.key] = states.cpu()
+        return found
+
+    sequences = {i: sequence for share in processes.everyone(write_own) for i, sequence in share.items()}
+    return Validation(
+        [sequences[i] for i in range(len(prompts))],
+        lambda some: Targets.from_hidden(torch.cat([hidden[s.key] for s in some]), teacher.head),
+        pad_id=pad_id,
+        batch_size=batch_size,
+        processes=processes,
+    )
+
+
+def teacher_answers(
+    prompts: Sequence[Prompt],
+    teacher: LanguageModel,
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    batch_size: int,
+) -> list[tuple[TrainingSequence, Tensor]]:
+    """The teacher's response to every held-out prompt, and its final hidden states [T, D] before each token of it."""
+    rollouts, _ = rollout(
+        [RolloutRequest(p.example_id, 0, p.prompt_ids, max_new_tokens) for p in prompts],
+        teacher=teacher,
+        student=None,
+        policy=TeacherPolicy(),
+        seed=VALIDATION_SEED,
+        temperature=1.0,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        batch_size=batch_size,
+        keep="all",
+    )
+    answers = []
+    for r in rollouts:
+        assert r.teacher_hidden is not None
+        steps = list(range(len(r.response_ids)))
+        answers.append((TrainingSequence(r.example_id, 0, r.prompt_ids, r.response_ids, steps), r.teacher_hidden))
+    return answers
 
 
 class ResponseLoss(HeldOut):
@@ -125,9 +200,10 @@ class ResponseLoss(HeldOut):
     key = "response_loss_nats"
     what = "loss on held-out responses"
 
-    def __init__(self, prompts: Sequence[Prompt], *, pad_id: int, batch_size: int) -> None:
-        found = (ground_truth_sequence(p, 0) for p in prompts)
-        super().__init__([s for s in found if s is not None], pad_id=pad_id, batch_size=batch_size)
+    def __init__(self, prompts: Sequence[Prompt], *, pad_id: int, batch_size: int, processes: Processes) -> None:
+        owners = processes.divide([len(p.prompt_ids) + len(p.response_ids or ()) for p in prompts])
+        found = (ground_truth_sequence(p, 0, owner) for p, owner in zip(prompts, owners, strict=True))
+        super().__init__([s for s in found if s is not None], pad_id=pad_id, batch_size=batch_size, processes=processes)
         if not self.sequences:
             raise DataError(
                 f"None of the {len(prompts)} held-out prompts has a response to be scored on. Name another "
@@ -148,8 +224,8 @@ class ResponseLoss(HeldOut):
         return torch.cat(found)
 
 
-def _by_length(sequences: Sequence[TrainingSequence], size: int) -> Iterator[list[int]]:
-    """Indices of the sequences, `size` at a time, similar lengths together: less padding."""
-    order = sorted(range(len(sequences)), key=lambda i: (sequences[i].num_tokens, i))
+def _by_length(sequences: Sequence[TrainingSequence], members: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices `members` of the sequences, `size` at a time, similar lengths together: less padding."""
+    order = sorted(members, key=lambda i: (sequences[i].num_tokens, i))
     for start in range(0, len(order), size):
         yield order[start : start + size]

@@ -10,6 +10,7 @@ import torch
 
 from qswitch.config import TrainSection
 from qswitch.errors import ModelError
+from qswitch.launch import launched
 from qswitch.plan.machine import detected_gpu
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -24,10 +25,11 @@ class Runtime:
 
 
 def make_runtime(train: TrainSection) -> Runtime:
-    """Device and arithmetic of a run, `auto` resolved for this machine.
+    """Device and arithmetic of a run, `auto` resolved for this machine; of several processes each has its own GPU.
 
     Raises:
-        ModelError: torch cannot use a GPU that is asked for, or that nvidia-smi shows; with the reason.
+        ModelError: torch cannot use a GPU that is asked for, or that nvidia-smi shows, or there are more processes than
+            GPUs; with the reason.
     """
     available = torch.cuda.is_available()
     if train.device != "cpu" and not available:
@@ -40,6 +42,15 @@ def make_runtime(train: TrainSection) -> Runtime:
                 "check nvidia-smi, or set train.device=cpu."
             )
     device = torch.device("cuda" if available and train.device != "cpu" else "cpu")
+    launch = launched()
+    if device.type == "cuda" and launch.count > 1:
+        if launch.local_rank >= torch.cuda.device_count():
+            raise ModelError(
+                f"{launch.local_count} processes were started on this machine, but torch sees "
+                f"{torch.cuda.device_count()} GPUs, so process {launch.rank} has none. Start as many as there are GPUs."
+            )
+        device = torch.device("cuda", launch.local_rank)
+        torch.cuda.set_device(device)
     if train.compute_dtype != "auto":
         return Runtime(device=device, compute_dtype=DTYPES[train.compute_dtype])
     return Runtime(device=device, compute_dtype=torch.bfloat16 if has_native_bf16(device) else torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from qswitch.outside import read_json
 INDEX = "model.safetensors.index.json"
 _LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header, little-endian."""
+_SAMPLED_BYTES = 4 * 2**20
+"""Read of each end of a file for its fingerprint."""
 
 
 class IndexFile(TypedDict):
@@ -74,3 +77,20 @@ def check_whole(file: Path) -> None:
     expected = _LENGTH_BYTES + length + max(ends, default=0)
     if size != expected:
         raise ModelError(f"{file} has {size:,} bytes, but its header describes {expected:,}. Download it again.")
+
+
+def weights_fingerprint(resolved: ResolvedModel) -> str | None:
+    """Tells one local folder's weights from another's: names, sizes, first and last bytes; None without such files."""
+    folder = Path(resolved.path)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as handle:
+            digest.update(handle.read(_SAMPLED_BYTES))  # the header, which names every tensor, and the first of them
+            handle.seek(max(0, size - _SAMPLED_BYTES))
+            digest.update(handle.read())
+    return digest.hexdigest()[:32]

@@ -60,7 +60,7 @@ def _remedies(plan: Plan) -> Iterator[str]:
 
     def fits(changes: dict[str, Any]) -> bool:
         changed = with_choices(config, changes)
-        return measure(changed, *model_shapes(changed), machine).total_bytes <= budget
+        return measure(changed, *model_shapes(changed), machine, plan.processes).total_bytes <= budget
 
     if config.teacher.precision not in ("nf4", "stored") and fits({"teacher.precision": "nf4"}):
         yield f"set teacher.precision=nf4 (now {config.teacher.precision})"
@@ -91,7 +91,12 @@ def faster(plan: Plan) -> list[str]:
         return []
 
     def planned(changes: dict[str, Any]) -> Plan:
-        return plan_run(with_choices(config, changes), budget_bytes=plan.budget_bytes, machine=plan.machine)
+        return plan_run(
+            with_choices(config, changes),
+            budget_bytes=plan.budget_bytes,
+            machine=plan.machine,
+            processes=plan.processes,
+        )
 
     def share(other: Plan) -> float:
         now, then = (step_seconds(p, *model_shapes(p), plan.machine) for p in (config, other.config))

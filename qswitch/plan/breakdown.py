@@ -34,8 +34,11 @@ class Breakdown:
         return max(self.phases.values())
 
 
-def break_down(config: RunConfig, teacher: ModelShape, student: ModelShape, machine: Machine) -> Breakdown:
-    """The bytes of a configuration exactly as it is."""
+def break_down(
+    config: RunConfig, teacher: ModelShape, student: ModelShape, machine: Machine, processes: int = 1
+) -> Breakdown:
+    """The bytes of a configuration exactly as it is, in each of `processes` processes that share its sequences."""
+    config = share_of(config, processes)
     on_gpu, b, acc = machine.device == "cuda", machine.compute_bytes, machine.accumulate_bytes
     section, train, rollout, cache = config.student, config.train, config.rollout, config.cache
     full = section.adapter == "none"
@@ -51,6 +54,7 @@ def break_down(config: RunConfig, teacher: ModelShape, student: ModelShape, mach
     teacher_adapter_bytes = memory.attached_adapter_bytes(teacher, config.teacher, b) if needed else 0
     # The head scores cached hidden states and the held-out responses, so it never leaves.
     head_bytes = memory.head_bytes(teacher, config.teacher.precision, b) if needed else 0
+    stored = config.learns_from_teacher and not needed  # its outputs are read from the store, chunk by chunk
     away_bytes = teacher_bytes + teacher_adapter_bytes - head_bytes if config.teacher.residency == "swap" else 0
     student_bytes = student.num_parameters * acc if full else memory.weight_bytes(student, precision, b, on_gpu)
     num_trainable = memory.trainable_parameters(student, section.adapter, section.lora)
@@ -58,11 +62,12 @@ def break_down(config: RunConfig, teacher: ModelShape, student: ModelShape, mach
     # Rows stay until the last step that reads them; on a CPU both of the first tiers are the device.
     row_bytes = memory.cache_row_bytes(cache.format, teacher.hidden_size, vocab, cache.topk, b)
     held = _held_sequences(config, micro * train.gradient_accumulation_steps)
-    rows_bytes = row_bytes * held * rollout.max_new_tokens if config.loss.objective == "divergence" else 0
+    caches = config.loss.objective == "divergence" and not stored
+    rows_bytes = row_bytes * held * rollout.max_new_tokens if caches else 0
     on_device = min(rows_bytes, int(cache.device_budget_gib * GIB))
     on_host = min(rows_bytes - on_device, int(cache.host_budget_gib * GIB))
     on_disk = rows_bytes - on_device - on_host
-    held_out_bytes = config.data.num_validation * rollout.max_new_tokens * teacher.hidden_size * b
+    held_out_bytes = 0 if stored else config.data.num_validation * rollout.max_new_tokens * teacher.hidden_size * b
     host = {
         "process": memory.PROCESS_BYTES,
         "teacher_copy": memory.pinned_bytes(away_bytes),
@@ -73,6 +78,7 @@ def break_down(config: RunConfig, teacher: ModelShape, student: ModelShape, mach
         "cuda_context": memory.CUDA_CONTEXT_BYTES if on_gpu else 0,
         "teacher_weights": teacher_bytes,
         "teacher_adapter": teacher_adapter_bytes,
+        "teacher_head": memory.head_bytes(teacher, "bf16", b) if stored else 0,
         "student_weights": student_bytes,
         "adapters": 0 if full else num_trainable * acc,
         "optimizer_state": optimizer_bytes,
@@ -127,6 +133,8 @@ def break_down(config: RunConfig, teacher: ModelShape, student: ModelShape, mach
         "loss_chunk": chunk,
         "optimizer_step": memory.optimizer_step_bytes(num_trainable, train.optimizer, acc),
     }
+    if processes > 1:
+        learn["added_gradients"] = min(memory.GRADIENT_BUCKET_BYTES, num_trainable * acc)
     backward = activations + chunk + unpack_student + cast
     validate = (
         memory.forward_bytes(student, rows, tokens, b, not full)
@@ -137,12 +145,12 @@ def break_down(config: RunConfig, teacher: ModelShape, student: ModelShape, mach
     )
     # Responses that the teacher did not see being written are scored in one pass over whole sequences.
     scores = config.reads_responses or rollout.policy == "student"
-    scores = scores and config.loss.objective == "divergence"
+    scores = scores and caches
     score = memory.forward_bytes(teacher, micro, tokens, b) + unpack_teacher if scores else 0
     moving = {
         "load": load["load_buffer"],
         "rollout": max(sum(decode.values()), score),
-        "train": learn["gradients"] + max(backward, learn["optimizer_step"]),
+        "train": learn["gradients"] + max(backward, learn["optimizer_step"], learn.get("added_gradients", 0)),
         "validate": validate,
     }
 
@@ -160,6 +168,18 @@ def break_down(config: RunConfig, teacher: ModelShape, student: ModelShape, mach
         "student_base": student.num_parameters * 2 if section.shrink_to_layers is not None else 0,
     }
     return Breakdown(parts, phases, host, disk)
+
+
+def share_of(config: RunConfig, processes: int) -> RunConfig:
+    """What one of several processes does: its share of a step's sequences, and of the held-out prompts."""
+    if processes == 1:
+        return config
+    train, data = config.train, config.data
+    sequences = -(-train.sequences_per_step // processes)
+    micro = min(train.per_device_train_batch_size, sequences)
+    own = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": -(-sequences // micro)}
+    held_out = {"num_validation": -(-data.num_validation // processes)}
+    return config.model_copy(update={"train": train.model_copy(update=own), "data": data.model_copy(update=held_out)})
 
 
 def _round_steps(config: RunConfig, vocab_size: int) -> int:

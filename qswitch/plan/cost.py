@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from qswitch.config import RunConfig
 from qswitch.plan import memory
+from qswitch.plan.breakdown import share_of
 from qswitch.plan.machine import Gpu, Machine
 from qswitch.plan.shapes import LinearShape, ModelShape
 
@@ -100,8 +101,14 @@ def fused_tokens(module: LinearShape, gpu: Gpu, compute_bytes: int) -> int:
     return 16 if inputs > outputs * 2 or blocks < 48 else 8
 
 
-def run_seconds(config: RunConfig, teacher: ModelShape, student: ModelShape, machine: Machine) -> float:
-    """A whole run: its steps, and its validations with the responses that the teacher writes for them once."""
+def run_seconds(
+    config: RunConfig, teacher: ModelShape, student: ModelShape, machine: Machine, processes: int = 1
+) -> float:
+    """A whole run: its steps, and its validations with the responses that the teacher writes for them once.
+
+    `processes` share the work, each on a card like `machine.gpu`.
+    """
+    config = share_of(config, processes)
     train, rollout = config.train, config.rollout
     num_steps = train.max_steps
     student_precision = _student_precision(config)
@@ -109,13 +116,20 @@ def run_seconds(config: RunConfig, teacher: ModelShape, student: ModelShape, mac
     tokens = config.data.max_prompt_tokens + rollout.max_new_tokens
     batches = -(-config.data.num_validation // rows)
     validations = 1 + -(-num_steps // train.eval_steps)
-    seconds = num_steps * step_seconds(config, teacher, student, machine)
+    trained = memory.trainable_parameters(student, config.student.adapter, config.student.lora)
+    together = reduce_seconds(trained * machine.accumulate_bytes, processes)
+    seconds = num_steps * (step_seconds(config, teacher, student, machine) + together)
     seconds += validations * batches * pass_seconds(student, student_precision, rows * tokens, 0, machine)
     if config.needs_teacher:
         kv_bytes = memory.kv_buffer_bytes(teacher, rows, tokens // 2 + 1, b)
         one = pass_seconds(teacher, config.teacher.precision, rows, kv_bytes, machine)
         seconds += batches * rollout.max_new_tokens * one
     return seconds if train.max_seconds is None else min(seconds, train.max_seconds)
+
+
+def reduce_seconds(gradient_bytes: int, processes: int, bytes_per_s: float = PCIE_BYTES_PER_S) -> float:
+    """Adding up the gradients of several processes in a ring, in which each link carries nearly twice their bytes."""
+    return 2 * (processes - 1) / processes * gradient_bytes / bytes_per_s
 
 
 def _student_precision(config: RunConfig) -> memory.Precision:

@@ -16,6 +16,7 @@ from typing import Literal
 
 from qswitch.config import TrainSection
 from qswitch.errors import ConfigError
+from qswitch.launch import launched
 from qswitch.units import GIB
 
 Device = Literal["cuda", "cpu"]
@@ -126,7 +127,10 @@ def find_budget(train: TrainSection, *, vram: str | None = None, gpu: str | None
 
 
 def detect_budget_bytes(device: Literal["auto", "cuda", "cpu"] = "auto") -> tuple[int, str]:
-    """Free memory of the GPU that torch will use, else what the host can still give: (bytes, where it is from)."""
+    """Free memory of the GPU that torch will use, else what the host can still give: (bytes, where it is from).
+
+    Of several processes on this machine each has a GPU of its own, or an equal part of the host's memory.
+    """
     if device != "cpu":
         gpu = _detect_gpu()
         if gpu is not None:
@@ -142,7 +146,16 @@ def detect_budget_bytes(device: Literal["auto", "cuda", "cpu"] = "auto") -> tupl
         available, origin = limit, "free memory of the container (cgroup)"
     if available is None:
         raise ConfigError("The free memory of this machine cannot be read. Give the budget, for example 12GiB.")
+    num = launched().local_count
+    if num > 1:  # which have loaded torch by now, to find each other; the plan counts that again
+        available, origin = available // num + _resident_bytes(), f"{origin}, one of {num} equal parts"
     return available, origin
+
+
+def _resident_bytes() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,15 +167,19 @@ class _DetectedGpu:
 
 
 def _detect_gpu() -> _DetectedGpu | None:
-    """The GPU that torch calls cuda:0, as nvidia-smi sees it; cold, since torch takes seconds and a CUDA context.
+    """This process's GPU (torch's cuda:0 where there is one process), as nvidia-smi sees it; cold, since torch takes
+    seconds and a CUDA context.
 
-    CUDA_VISIBLE_DEVICES is read as CUDA reads it: indices or UUIDs, of which the first counts; empty or -1 hides all.
+    CUDA_VISIBLE_DEVICES is read as CUDA reads it: indices or UUIDs, one for each process; empty or -1 hides all.
     CUDA orders by speed where CUDA_DEVICE_ORDER does not say PCI_BUS_ID, nvidia-smi by bus: on a machine with unlike
     cards an index may mean another one, so the name stands in the label.
     """
     program = shutil.which("nvidia-smi")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    first = None if visible is None else visible.split(",")[0].strip()
+    index = launched().local_rank
+    first: str | None = str(index) if index else None
+    if visible is not None:
+        first = visible.split(",")[index].strip() if index < len(visible.split(",")) else ""
     if program is None or first in ("", "-1"):
         return None
     chosen = [] if first is None or first.startswith("MIG-") else [f"--id={first}"]

@@ -75,8 +75,10 @@ def _verdict(plan: Plan, budget_origin: str) -> str:
     phase = max(plan.phases, key=plan.phases.__getitem__)
     needed = f"{plan.total_gib:.2f} GiB at the peak, {PHASE_TEXTS[phase]}"
     if plan.budget_bytes is None:
-        return f"Needs {needed}."
+        return f"Needs {needed}{' in each process' if plan.processes > 1 else ''}."
     verdict = "Fits" if plan.fits else "Does not fit"
+    if plan.processes > 1:
+        verdict += f" each of {plan.processes} {'cards' if plan.machine.device == 'cuda' else 'processes'}"
     return f"{verdict}: {needed}; the budget is {plan.budget_bytes / GIB:.2f} ({budget_origin})."
 
 
@@ -86,8 +88,9 @@ def _time(plan: Plan) -> str:
     card = next(name for name, gpu in GPUS.items() if gpu == plan.machine.gpu)
     train = plan.config.train
     epochs = "" if train.num_epochs is None else " (train.num_epochs sets how many, once the data is read)"
+    cards = f"{plan.processes} x {card}" if plan.processes > 1 else card
     return (
-        f"Time: about {duration(plan.seconds)} for {train.max_steps} steps{epochs} at the speed of {card}, by "
+        f"Time: about {duration(plan.seconds)} for {train.max_steps} steps{epochs} at the speed of {cards}, by "
         "arithmetic from its published figures (not measured; --gpu names another card)."
     )
 

@@ -31,6 +31,8 @@ class Plan:
     """Bytes of the next budget at which a step is faster, and the share of this plan's time it takes there."""
     seconds: float | None = None
     """Of the whole run on `machine.gpu`, by arithmetic; None for a CPU, whose speed the plan does not know."""
+    processes: int = 1
+    """Processes that share the work, each with a device of its own; bytes are those of one of them."""
 
     @property
     def parts(self) -> dict[str, int]:
@@ -64,7 +66,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """For `qswitch plan --json` and RUN/plan.json: sizes in GiB (2**30 bytes)."""
         better = self.next_better
-        return {
+        several = {} if self.processes == 1 else {"processes": self.processes}
+        return several | {
             "fits": self.fits,
             "budget_gib": None if self.budget_bytes is None else in_gib(self.budget_bytes),
             "total_gib": in_gib(self.total_bytes),

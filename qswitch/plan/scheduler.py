@@ -15,7 +15,7 @@ from typing import Any, Literal
 from qswitch.config import RunConfig
 from qswitch.errors import ConfigError
 from qswitch.plan import memory
-from qswitch.plan.breakdown import break_down
+from qswitch.plan.breakdown import break_down, share_of
 from qswitch.plan.cost import run_seconds, step_seconds
 from qswitch.plan.machine import Gpu, Machine, describe_machine, find_budget
 from qswitch.plan.model_files import shape_for
@@ -31,10 +31,11 @@ OVERVIEW_BUDGETS_GIB = (6, 8, 12, 16, 24)
 """What `qswitch plan --all` tries: the memory of consumer cards."""
 
 
-def measure(config: RunConfig, teacher: ModelShape, student: ModelShape, machine: Machine) -> Plan:
+def measure(config: RunConfig, teacher: ModelShape, student: ModelShape, machine: Machine, processes: int = 1) -> Plan:
     """The bytes of a configuration exactly as it is; pure. No budget: the plan is said to fit."""
-    sizes = break_down(config, teacher, student, machine)
-    return Plan(sizes, _choices(config), None, True, (), config, config.data.max_prompt_tokens, machine)
+    sizes = break_down(config, teacher, student, machine, processes)
+    prompt_tokens = config.data.max_prompt_tokens
+    return Plan(sizes, _choices(config), None, True, (), config, prompt_tokens, machine, processes=processes)
 
 
 def _choices(config: RunConfig) -> dict[str, Any]:
@@ -74,6 +75,7 @@ def plan_run(
     machine: Machine | None = None,
     longest_prompt_tokens: int | None = None,
     keep_sizes: bool = False,
+    processes: int = 1,
 ) -> Plan:
     """The fastest plan within `budget_bytes`; without a budget the configuration as it is.
 
@@ -85,6 +87,7 @@ def plan_run(
         machine: plans for just that one, instead of what train, device and gpu say.
         longest_prompt_tokens: of the data, where it is known; else prompts are planned as long as they may be.
         keep_sizes: measures the configuration's own sizes against the budget, for a run that has begun.
+        processes: share the sequences of a step; the budget is that of each.
 
     Raises:
         ConfigError: the shape of a model is not known.
@@ -94,25 +97,31 @@ def plan_run(
         config = with_choices(config, {"data.max_prompt_tokens": longest_prompt_tokens})
     teacher, student = model_shapes(config)
     machine = machine or describe_machine(config.train, device, gpu)
-    asked = measure(config, teacher, student, machine)
+    asked = measure(config, teacher, student, machine, processes)
     best, better, notes = asked, None, _notes(config, machine, teacher, student)
     if config.data != allowed:
         notes.append(
             f"For the data's longest prompt, {longest_prompt_tokens} tokens; data.max_prompt_tokens allows "
             f"{allowed.max_prompt_tokens}."
         )
+    if processes > 1:
+        total = config.train.sequences_per_step
+        notes.append(
+            f"{processes} processes, each with {total // processes} of a step's {total} sequences: the memory is that "
+            "of each, the time that of all together, without the wait for the longest responses (docs/scale.md)."
+        )
     if keep_sizes:
         notes.append("The sizes are those of a run that has begun; none is chosen anew.")
     elif budget_bytes is not None:
         plans = [asked]
-        for candidates in _candidates(config):
+        for candidates in _candidates(config, processes):
             for candidate in candidates:
-                plans.append(measure(candidate, teacher, student, machine))
+                plans.append(measure(candidate, teacher, student, machine, processes))
                 if plans[-1].total_bytes <= budget_bytes:
                     break
         fitting = [p for p in plans if p.total_bytes <= budget_bytes]
         if fitting:
-            seconds = {id(p): step_seconds(p.config, teacher, student, machine) for p in plans}
+            seconds = {id(p): step_seconds(share_of(p.config, processes), teacher, student, machine) for p in plans}
             best = min(fitting, key=lambda p: (seconds[id(p)], p.total_bytes))
             better = _next_better(plans, seconds, best, budget_bytes)
         else:
@@ -129,20 +138,46 @@ def plan_run(
         fits=budget_bytes is None or best.total_bytes <= budget_bytes,
         notes=tuple(notes),
         next_better=better,
-        seconds=run_seconds(best.config, teacher, student, machine) if machine.device == "cuda" else None,
+        seconds=run_seconds(best.config, teacher, student, machine, processes) if machine.device == "cuda" else None,
+    )
+
+
+def unequal_shares(config: RunConfig, processes: int) -> str | None:
+    """Why so many processes cannot share a step's sequences equally, and the remedy; None where they can."""
+    total = config.train.sequences_per_step
+    if total % processes == 0:
+        return None
+    return (
+        f"{processes} processes cannot share the {total} sequences of a step equally: "
+        "train.per_device_train_batch_size * train.gradient_accumulation_steps counts those of all processes. Start "
+        f"another number of processes, or make it {-(-total // processes) * processes}."
     )
 
 
 def plan_for(
-    config: RunConfig, *, vram: str | None = None, gpu: str | None = None, keep_sizes: bool = False
+    config: RunConfig,
+    *,
+    vram: str | None = None,
+    gpu: str | None = None,
+    keep_sizes: bool = False,
+    processes: int = 1,
 ) -> tuple[Plan, str]:
     """The plan of a configuration on this machine, within `vram`, or on the card `gpu`; and where the budget is from.
 
     Raises:
-        ConfigError: the shape of a model, the card or the budget is not known.
+        ConfigError: the shape of a model, the card or the budget is not known, or the processes cannot share a step.
     """
+    if (problem := unequal_shares(config, processes)) is not None:
+        raise ConfigError(problem)
     budget = find_budget(config.train, vram=vram, gpu=gpu)
-    plan = plan_run(config, budget_bytes=budget.num_bytes, device=budget.device, gpu=budget.gpu, keep_sizes=keep_sizes)
+    plan = plan_run(
+        config,
+        budget_bytes=budget.num_bytes,
+        device=budget.device,
+        gpu=budget.gpu,
+        keep_sizes=keep_sizes,
+        processes=processes,
+    )
     return plan, budget.origin
 
 
@@ -159,13 +194,13 @@ def model_shapes(config: RunConfig) -> tuple[ModelShape, ModelShape]:
     return shapes[0], shapes[1]
 
 
-def _candidates(config: RunConfig) -> Iterator[Iterator[RunConfig]]:
+def _candidates(config: RunConfig, processes: int = 1) -> Iterator[Iterator[RunConfig]]:
     """Every combination of sizes with the same effective batch: any number of rows, the rest at most as configured.
 
     Those of one group differ in what costs little time, the fastest first: of them the first that fits will do.
     """
-    micro = config.train.per_device_train_batch_size
-    effective = micro * config.train.gradient_accumulation_steps
+    micro, effective = config.train.per_device_train_batch_size, config.train.sequences_per_step
+    share = effective // processes
     checkpointing = [True] if config.student.gradient_checkpointing else [False, True]
     most = config.loss.chunk_tokens
     chunks = sorted({max(min(most, MIN_CHUNK_TOKENS), most // n) for n in (1, 2, 4)}, reverse=True)
@@ -175,8 +210,8 @@ def _candidates(config: RunConfig) -> Iterator[Iterator[RunConfig]]:
         for chunk in chunks
     ]
     residencies = ["swap"] if config.teacher.residency == "swap" else ["resident", "swap"]
-    rows = _row_counts(effective * config.rollout.steps_at_once)
-    sizes = [n for n in range(1, micro + 1) if effective % n == 0]
+    rows = _row_counts(share * config.rollout.steps_at_once)
+    sizes = [n for n in range(1, micro + 1) if share % n == 0]
     for residency, num_rows, size, recompute in product(residencies, rows, sizes, checkpointing):
         large = with_choices(config, {
             "teacher.residency": residency,

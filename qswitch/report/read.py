@@ -105,7 +105,7 @@ def lead(run_dir: RunDir) -> str:
         student = "a copy of itself"
     if config.student.shrink_to_layers:
         student += f", cut to {config.student.shrink_to_layers} layers"
-    if not config.needs_teacher:
+    if not config.learns_from_teacher:
         return f"{config.method}: {student} is fine-tuned."
     return f"{config.method}: {teacher} ({config.teacher.precision}) teaches {student}."
 

@@ -100,6 +100,21 @@ class RolloutStats:
         offered = int(self.offered_by_step.sum())
         return int(self.kept_by_step.sum()) / offered if offered else None
 
+    def add(self, other: RolloutStats) -> None:
+        """Count what another process's rollouts cost, which were written at the same time."""
+        for name in ("tokens", "teacher_passes", "student_passes", "student_replays", "prefill_passes", "rounds"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.seconds = max(self.seconds, other.seconds)
+        self.max_hole_share = max(self.max_hole_share, other.max_hole_share)
+        for model, passes in other.by_row_passes.items():
+            self.by_row_passes[model] += passes
+        for drafts, rounds in other.rounds_by_drafts.items():
+            self.rounds_by_drafts[drafts] = self.rounds_by_drafts.get(drafts, 0) + rounds
+        steps = max(len(self.offered_by_step), len(other.offered_by_step))
+        for name in ("offered_by_step", "kept_by_step"):
+            ours, theirs = (np.pad(a, (0, steps - len(a))) for a in (getattr(self, name), getattr(other, name)))
+            setattr(self, name, ours + theirs)
+
     def count_drafts(self, steps: np.ndarray, kept: np.ndarray) -> None:
         """Count written tokens by response step, and whether the student agreed."""
         size = int(steps.max(initial=-1)) + 1

@@ -69,13 +69,13 @@ def test_a_teacher_that_turns_nan_is_named_and_no_step_is_taken(folders, tmp_pat
 def test_a_teacher_that_is_nan_from_the_start_is_named_before_the_first_step(folders, tmp_path, monkeypatch):
     from qswitch.distill import trainer as module
 
-    held_out = module.Validation
+    held_out = module.written_by_teacher
 
     def poisoned(prompts: Any, teacher: Any, **options: Any) -> Any:
         poison(teacher.hf)
         return held_out(prompts, teacher, **options)
 
-    monkeypatch.setattr(module, "Validation", poisoned)
+    monkeypatch.setattr(module, "written_by_teacher", poisoned)
     with pytest.raises(TrainingError, match=r"teacher's logits in a rollout of example .*No step was taken"):
         make_trainer(settings(folders, **FEW), tmp_path / "run")
 

@@ -1,0 +1,133 @@
+"""How much a teacher that works alone takes: bytes on the device and on disk, rows at a time, and hours.
+
+Arithmetic over shapes, as the plan of a run (`breakdown.py`, `cost.py`); no student, no optimizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qswitch.config import RunConfig
+from qswitch.errors import PlanError
+from qswitch.plan import memory
+from qswitch.plan.cost import pass_seconds
+from qswitch.plan.machine import Budget, Machine
+from qswitch.plan.render import duration
+from qswitch.plan.run_plan import in_gib
+from qswitch.plan.scheduler import model_shapes
+from qswitch.units import GIB
+
+
+@dataclass(frozen=True, slots=True)
+class TeachingPlan:
+    """What `qswitch teach` will take."""
+
+    rows: int
+    """Sequences at a time."""
+    parts: dict[str, int]
+    """Part -> bytes on the device."""
+    host_bytes: int
+    """Layers that do not fit the device, with teacher.placement=spread."""
+    disk_bytes: int
+    """Of the store, if every response is as long as it may be."""
+    num_sequences: int
+    """At most: a prompt of the data that is drawn again is stored once."""
+    seconds: float | None
+    """On the machine's card, by arithmetic; None for a CPU."""
+    budget: Budget
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `qswitch teach --dry-run --json`: sizes in GiB."""
+        return {
+            "rows": self.rows,
+            "total_gib": in_gib(self.total_bytes),
+            "budget_gib": in_gib(self.budget.num_bytes),
+            "parts": {name: in_gib(size) for name, size in self.parts.items()},
+            "host_gib": in_gib(self.host_bytes),
+            "disk_gib": in_gib(self.disk_bytes),
+            "sequences": self.num_sequences,
+            "seconds": self.seconds,
+        }
+
+    def render(self) -> str:
+        """For people."""
+        lines = [
+            f"The teacher alone needs {self.total_bytes / GIB:.2f} GiB with {self.rows} sequences at a time; the "
+            f"budget is {self.budget.num_bytes / GIB:.2f} ({self.budget.origin}).",
+            f"The store takes up to {self.disk_bytes / GIB:.2f} GiB of disk, for {self.num_sequences:,} sequences at "
+            "most.",
+        ]
+        if self.host_bytes:
+            lines.append(f"Layers of {self.host_bytes / GIB:.2f} GiB stay in host memory and pass by the device.")
+        if self.seconds is not None:
+            lines.append(f"Time: about {duration(self.seconds)}, by arithmetic and not measured.")
+        return "\n".join(lines)
+
+
+def plan_teaching(config: RunConfig, budget: Budget, machine: Machine, num_prompts: int | None = None) -> TeachingPlan:
+    """The plan with the most rows, up to rollout.batch_size, that fits the budget.
+
+    Raises:
+        PlanError: not even one row fits.
+    """
+    rows = config.rollout.batch_size
+    while True:
+        plan = _with_rows(config, budget, machine, rows, num_prompts)
+        if plan.total_bytes <= budget.num_bytes:
+            return plan
+        if rows == 1:
+            spread = config.teacher.precision in ("bf16", "fp32") and config.teacher.placement == "device"
+            remedy = "Set teacher.placement=spread" if spread else "Set teacher.precision=nf4, or choose a smaller one"
+            raise PlanError(
+                f"The teacher alone needs {plan.total_bytes / GIB:.2f} GiB even one sequence at a time; the budget is "
+                f"{budget.num_bytes / GIB:.2f}. {remedy}."
+            )
+        rows //= 2
+
+
+def _with_rows(config: RunConfig, budget: Budget, machine: Machine, rows: int, num_prompts: int | None) -> TeachingPlan:
+    teacher, student = model_shapes(config)
+    b, on_gpu = machine.compute_bytes, machine.device == "cuda"
+    new, precision = config.rollout.max_new_tokens, config.teacher.precision
+    tokens = config.data.max_prompt_tokens + new
+    vocab = min(teacher.vocab_size, student.vocab_size)
+    imitates = config.loss.objective == "divergence"
+    row_bytes = memory.cache_row_bytes(config.cache.format, teacher.hidden_size, vocab, config.cache.topk, b)
+    weights = memory.weight_bytes(teacher, precision, b, any_width=on_gpu)
+    weights += memory.attached_adapter_bytes(teacher, config.teacher, b)
+    # The held-out prompts are answered whatever the method, so the teacher always decodes.
+    slots = memory.cache_slots(config.data.max_prompt_tokens, new, 0)
+    working = {
+        "kv_cache": memory.kv_cache_bytes(teacher, rows, slots, b, drafts=False),
+        "kept_hidden": memory.kept_hidden_bytes(teacher.hidden_size, rows, rows, new, b),
+        "logits": memory.rollout_vocabulary_bytes(rows, 1, vocab, machine.accumulate_bytes),
+        "forward": memory.forward_bytes(teacher, rows, tokens, b),
+        "dequantisation": memory.dequantisation_bytes(teacher, precision, b),
+    }
+    fixed = {"cuda_context": memory.CUDA_CONTEXT_BYTES} if on_gpu else {"process": memory.PROCESS_BYTES}
+    host = 0
+    if on_gpu and config.teacher.placement == "spread":
+        room = budget.num_bytes - sum(fixed.values()) - sum(working.values())
+        largest = weights // max(1, teacher.num_layers)  # a layer that passes by needs room too
+        host = max(0, weights - max(0, room - largest))
+        weights = min(weights, weights - host + largest)
+    parts = {**fixed, "teacher_weights": weights, **working}
+    drawn = config.train.max_steps * config.train.sequences_per_step
+    if num_prompts is not None and config.data.ground_truth_mix == 1:
+        drawn = min(drawn, num_prompts)
+    held_out = config.data.num_validation
+    stored = (drawn if imitates else 0) + held_out
+    disk = stored * new * row_bytes + (memory.head_bytes(teacher, "bf16", b) if config.cache.format == "hidden" else 0)
+    seconds = None
+    if on_gpu:
+        kv_bytes = memory.kv_buffer_bytes(teacher, rows, tokens // 2 + 1, b)
+        write = pass_seconds(teacher, precision, rows, kv_bytes, machine) * new / rows
+        read = pass_seconds(teacher, precision, rows * tokens, 0, machine) / rows
+        mix = config.data.ground_truth_mix
+        seconds = held_out * write + drawn * ((1 - mix) * write + (mix * read if imitates else 0.0))
+    return TeachingPlan(rows, parts, host, disk, drawn + held_out, seconds, budget)

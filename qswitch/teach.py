@@ -1,0 +1,107 @@
+"""One store of a teacher's work, top to bottom: preflight, its plan, folder and lock, the teacher at work.
+
+The counterpart of `run.py` for `qswitch teach`. Cold until data and models are read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qswitch.config import RunConfig, reader
+from qswitch.errors import ConfigError, Interrupted, QSwitchError, RunDirError
+from qswitch.layers import build_config
+from qswitch.plan.machine import Budget, describe_machine, find_budget
+from qswitch.plan.teaching import TeachingPlan, plan_teaching
+from qswitch.preflight import check_settings, prepare, settings_problems
+from qswitch.rules import why_teacher_is_asked
+from qswitch.run import with_steps
+from qswitch.run_dir import RunDir, locked, make_folder
+from qswitch.yaml_file import read_yaml
+
+if TYPE_CHECKING:
+    from qswitch.distill.stored_teacher import About
+
+
+def rehearse(config: RunConfig, *, vram: str | None = None) -> TeachingPlan:
+    """The plan of a store from its settings alone.
+
+    Raises:
+        PreflightError, ConfigError: what would stop it.
+        PlanError: no rows fit.
+    """
+    _require_teachable(config)
+    check_settings(config, elsewhere=vram is not None)
+    return _plan(config, find_budget(config.train, vram=vram), vram, None)
+
+
+def teach(config: RunConfig, path: Path, *, vram: str | None = None) -> About:
+    """Let the teacher write a new store.
+
+    Raises:
+        PreflightError, ConfigError, DataError, ModelError, TrainingError: as their messages say.
+        PlanError: no rows fit the memory; no weight was loaded.
+        Interrupted: stopped; `resume` goes on. Its arguments are the folder and the command.
+    """
+    RunDir.refuse_existing(path)
+    return _work(config, path, vram, problems=settings_problems(config, path))
+
+
+def resume(path: Path, *, vram: str | None = None) -> About:
+    """Go on with a store that is unfinished, cut or damaged: what is missing is written.
+
+    Raises:
+        RunDirError: there is no store.
+        and what `teach` raises.
+    """
+    settings = path / "config.yaml"
+    if not settings.is_file():
+        raise RunDirError(f"{path} holds no config.yaml, so it is no store. Name the folder that `qswitch teach` made.")
+    return _work(build_config(read_yaml(settings), origin=str(settings)), path, vram, problems=[])
+
+
+def _work(config: RunConfig, path: Path, vram: str | None, *, problems: list[str]) -> About:
+    _require_teachable(config)
+    budget = find_budget(config.train, vram=vram)  # before torch and the data take their share of a CPU's memory
+    from qswitch.distill.progress import Progress
+
+    prepared = prepare(config, notify=Progress(None).loading, known=problems)
+    num_prompts = prepared.prompts.report.training_prompts
+    config = with_steps(config, num_prompts)
+    plan = _plan(config, budget, vram, num_prompts)
+
+    from qswitch.distill.teaching import write_store
+
+    began = not (path / "config.yaml").exists()
+    try:
+        with locked(make_folder(path)):
+            if began:
+                RunDir.create(path, config)
+            return write_store(path, config, prepared, rows=plan.rows)
+    except KeyboardInterrupt:
+        raise Interrupted(str(path), "teach") from None
+    except QSwitchError:
+        if began and not any(path.glob("part-*")):
+            RunDir(path, config).discard_unstarted()
+        raise
+
+
+def _plan(config: RunConfig, budget: Budget, vram: str | None, num_prompts: int | None) -> TeachingPlan:
+    machine = describe_machine(config.train, budget.device if vram is not None else None, budget.gpu)
+    return plan_teaching(config, budget, machine, num_prompts)
+
+
+def _require_teachable(config: RunConfig) -> None:
+    """Nothing, or an error where a teacher cannot work before the run.
+
+    Raises:
+        ConfigError: with the reason and the nearest method.
+    """
+    if config.teacher.responses is not None:
+        raise ConfigError(
+            f"teacher.responses={config.teacher.responses} is a store already. Leave it out to write one."
+        )
+    if not config.learns_from_teacher:
+        raise ConfigError(f"method={config.method} learns from no teacher, so there is nothing to store.")
+    if (reason := why_teacher_is_asked(reader(config))) is not None:
+        raise ConfigError(f"A teacher cannot work before this run: {reason}.")
