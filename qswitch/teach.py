@@ -57,7 +57,7 @@ def resume(path: Path, *, vram: str | None = None) -> About:
     settings = path / "config.yaml"
     if not settings.is_file():
         raise RunDirError(f"{path} holds no config.yaml, so it is no store. Name the folder that `qswitch teach` made.")
-    return _work(build_config(read_yaml(settings), origin=str(settings)), path, vram, problems=[])
+    return _work(build_config(read_yaml(settings), where=str(settings)), path, vram, problems=[])
 
 
 def _work(config: RunConfig, path: Path, vram: str | None, *, problems: list[str]) -> About:
