@@ -288,6 +288,10 @@ def teach(
         Path | None, typer.Option(help="Folder to write; default: runs/<preset>-teacher-<date>-<time>.")
     ] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Write what is missing of this store.")] = None,
+    spread: Annotated[
+        bool,
+        typer.Option("--spread", help="Layers that do not fit the GPU wait in host memory: slow, for bf16 or fp32."),
+    ] = False,
     dry_run: DryRun = False,
     vram: Vram = None,
     as_json: AsJson = False,
@@ -306,11 +310,13 @@ def teach(
     if dry_run:
         if resume is not None:
             raise ConfigError("--dry-run is for a new store. Leave --resume out.")
-        show(teaching.rehearse(settings, vram=vram).to_dict() if as_json else teaching.rehearse(settings, vram=vram),
-             as_json, lambda plan: plan.render())  # fmt: skip
+        planned = teaching.rehearse(settings, vram=vram, spread=spread)
+        show(planned.to_dict(), as_json, lambda _: planned.render())
         return
-    about = teaching.resume(resume, vram=vram) if resume is not None else teaching.teach(settings, path, vram=vram)
-    folder = resume or path
+    if resume is not None:
+        folder, about = resume, teaching.resume(resume, vram=vram, spread=spread)
+    else:
+        folder, about = path, teaching.teach(settings, path, vram=vram, spread=spread)
     show(asdict(about), as_json, lambda _: (
         f"{about.teacher} has worked for {about.seconds:.0f} s.\n"
         f"next: the same qswitch distill, with --set teacher.responses={folder}"

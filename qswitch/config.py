@@ -83,9 +83,6 @@ class TeacherSection(Section):
     residency: Literal["resident", "swap"] = "resident"
     """resident: always on the device. swap: it leaves while the student trains; one copy stays in host memory, and it
     is uploaded each time before rollouts are written. Changes memory and time, never the tokens."""
-    placement: Literal["device", "spread"] = "device"
-    """device: on the device of its process. spread: layers that do not fit there go to the other GPUs that the process
-    sees and to host memory (accelerate's dispatch); slow, and for weights that are not quantised."""
     responses: str | None = None
     """A folder of `qswitch teach`: the teacher worked earlier, and is not loaded. For methods of which it writes every
     response itself, or reads the data's."""

@@ -163,7 +163,7 @@ UNREAD = (
         ("teacher.responses",), learns_from_teacher, "with method={method}, which learns from no teacher"
     ),
     Unread(
-        ("rollout.steps_at_once", "teacher.residency", "teacher.placement", "train.eval_own_prompts"), needs_teacher,
+        ("rollout.steps_at_once", "teacher.residency", "train.eval_own_prompts"), needs_teacher,
         "where no teacher is loaded",
     ),
     Unread(
@@ -239,15 +239,6 @@ CONFLICTS = (
         lambda read: (
             f"teacher.responses cannot be used: {why_teacher_is_asked(read)}. Set it, or leave teacher.responses out."
         ),
-    ),
-    Conflict(
-        lambda read: read("teacher.placement") == "spread" and read("teacher.precision") in ("nf4", "int8"),
-        "teacher.placement=spread moves layers between devices, which quantised weights do not survive. Set "
-        "teacher.precision=bf16, or teacher.placement=device.",
-    ),
-    Conflict(
-        lambda read: read("teacher.placement") == "spread" and read("teacher.residency") == "swap",
-        "teacher.placement=spread and teacher.residency=swap both say where the teacher is. Set one of them.",
     ),
     Conflict(
         lambda read: methods.writes_rollouts(read("method")) and not writes_rollouts(read),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qswitch.distill.stored_teacher import About
 
 
-def rehearse(config: RunConfig, *, vram: str | None = None) -> TeachingPlan:
+def rehearse(config: RunConfig, *, vram: str | None = None, spread: bool = False) -> TeachingPlan:
     """The plan of a store from its settings alone.
 
     Raises:
@@ -32,10 +32,10 @@ def rehearse(config: RunConfig, *, vram: str | None = None) -> TeachingPlan:
     """
     _require_teachable(config)
     check_settings(config, elsewhere=vram is not None)
-    return _plan(config, find_budget(config.train, vram=vram), vram, None)
+    return _plan(config, find_budget(config.train, vram=vram), vram, None, spread)
 
 
-def teach(config: RunConfig, path: Path, *, vram: str | None = None) -> About:
+def teach(config: RunConfig, path: Path, *, vram: str | None = None, spread: bool = False) -> About:
     """Let the teacher write a new store.
 
     Raises:
@@ -44,10 +44,10 @@ def teach(config: RunConfig, path: Path, *, vram: str | None = None) -> About:
         Interrupted: stopped; `resume` goes on. Its arguments are the folder and the command.
     """
     RunDir.refuse_existing(path)
-    return _work(config, path, vram, problems=settings_problems(config, path))
+    return _work(config, path, vram, spread, problems=settings_problems(config, path))
 
 
-def resume(path: Path, *, vram: str | None = None) -> About:
+def resume(path: Path, *, vram: str | None = None, spread: bool = False) -> About:
     """Go on with a store that is unfinished, cut or damaged: what is missing is written.
 
     Raises:
@@ -57,10 +57,10 @@ def resume(path: Path, *, vram: str | None = None) -> About:
     settings = path / "config.yaml"
     if not settings.is_file():
         raise RunDirError(f"{path} holds no config.yaml, so it is no store. Name the folder that `qswitch teach` made.")
-    return _work(build_config(read_yaml(settings), where=str(settings)), path, vram, problems=[])
+    return _work(build_config(read_yaml(settings), where=str(settings)), path, vram, spread, problems=[])
 
 
-def _work(config: RunConfig, path: Path, vram: str | None, *, problems: list[str]) -> About:
+def _work(config: RunConfig, path: Path, vram: str | None, spread: bool, *, problems: list[str]) -> About:
     _require_teachable(config)
     budget = find_budget(config.train, vram=vram)  # before torch and the data take their share of a CPU's memory
     from qswitch.distill.progress import Progress
@@ -68,7 +68,7 @@ def _work(config: RunConfig, path: Path, vram: str | None, *, problems: list[str
     prepared = prepare(config, notify=Progress(None).loading, known=problems)
     num_prompts = prepared.prompts.report.training_prompts
     config = with_steps(config, num_prompts)
-    plan = _plan(config, budget, vram, num_prompts)
+    plan = _plan(config, budget, vram, num_prompts, spread)
 
     from qswitch.distill.teaching import write_store
 
@@ -77,7 +77,7 @@ def _work(config: RunConfig, path: Path, vram: str | None, *, problems: list[str
         with locked(make_folder(path)):
             if began:
                 RunDir.create(path, config)
-            return write_store(path, config, prepared, rows=plan.rows)
+            return write_store(path, config, prepared, rows=plan.rows, spread=spread)
     except KeyboardInterrupt:
         raise Interrupted(str(path), "teach") from None
     except QSwitchError:
@@ -86,9 +86,9 @@ def _work(config: RunConfig, path: Path, vram: str | None, *, problems: list[str
         raise
 
 
-def _plan(config: RunConfig, budget: Budget, vram: str | None, num_prompts: int | None) -> TeachingPlan:
+def _plan(config: RunConfig, budget: Budget, vram: str | None, num_prompts: int | None, spread: bool) -> TeachingPlan:
     machine = describe_machine(config.train, budget.device if vram is not None else None, budget.gpu)
-    return plan_teaching(config, budget, machine, num_prompts)
+    return plan_teaching(config, budget, machine, num_prompts=num_prompts, spread=spread)
 
 
 def _require_teachable(config: RunConfig) -> None:

@@ -122,8 +122,10 @@ def require_store(config: RunConfig, prepared: Prepared) -> None:
     stored.held_out(prompts.held_out, [0] * len(prompts.held_out))
 
 
-def write_store(folder: Path, config: RunConfig, prepared: Prepared, *, rows: int) -> About:
+def write_store(folder: Path, config: RunConfig, prepared: Prepared, *, rows: int, spread: bool = False) -> About:
     """Write what is missing of a store, `rows` sequences at a time, and return what it says of itself.
+
+    With `spread` the teacher may be larger than the device (`load_teacher`).
 
     Raises:
         RunDirError: the folder is a store for another run.
@@ -143,7 +145,8 @@ def write_store(folder: Path, config: RunConfig, prepared: Prepared, *, rows: in
     write_about(folder, about)
     runtime = make_runtime(config.train)
     progress.say(f"loading the teacher ({config.teacher.precision}) on {runtime.device}")
-    writer = _Writer(config, pair, load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size), rows, progress)
+    teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size, spread=spread)
+    writer = _Writer(config, pair, teacher, rows, progress)
     if about.rows == "hidden":
         about = replace(about, head=write_head(folder, writer.teacher.head))
         write_about(folder, about)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,22 @@ def read_tokenizer(resolved: ResolvedModel, trust_remote_code: bool = False) -> 
     return tokenizer
 
 
-def load_teacher(teacher: TeacherSection, runtime: Runtime, *, vocab_size: int | None = None) -> LanguageModel:
+def load_teacher(
+    teacher: TeacherSection, runtime: Runtime, *, vocab_size: int | None = None, spread: bool = False
+) -> LanguageModel:
     """The teacher, frozen and in eval mode, in `teacher.precision`, with its fine-tuned adapter if it has one.
+
+    With `spread` layers that do not fit the device wait in host memory, and on disk, for their turn on it.
 
     Raises:
         ModelError: it cannot be found, read, quantised, or is no decoder-only model.
     """
-    hf = load_base(teacher, runtime, teacher.precision)
+    if spread and (teacher.precision in QUANTISED or teacher.adapter is not None):
+        raise ModelError(
+            "Layers that come and go cannot be quantised or have an adapter beside them. Leave --spread out, or set "
+            "teacher.precision=bf16 and use a merged teacher."
+        )
+    hf = load_base(teacher, runtime, teacher.precision, spread=spread)
     if teacher.adapter is not None:
         folder = find_adapter(teacher.adapter, "teacher.adapter")
         hf = with_adapter(
@@ -120,7 +130,12 @@ def read_context_tokens(resolved: ResolvedModel, trust_remote_code: bool = False
 
 
 def load_base(
-    section: ModelSection, runtime: Runtime, precision: str | None = None, *, base_path: Path | None = None
+    section: ModelSection,
+    runtime: Runtime,
+    precision: str | None = None,
+    *,
+    base_path: Path | None = None,
+    spread: bool = False,
 ) -> Any:
     """The transformers model of a section, on the device, in its or the given precision.
 
@@ -134,7 +149,7 @@ def load_base(
     else:
         resolved = resolve_reference(section.model, section.revision)
     precision = resolve_precision(precision or section.precision, runtime)
-    return read_model(resolved, runtime, precision, section.trust_remote_code)
+    return read_model(resolved, runtime, precision, section.trust_remote_code, spread=spread)
 
 
 def resolve_precision(precision: str, runtime: Runtime) -> str:
@@ -144,7 +159,14 @@ def resolve_precision(precision: str, runtime: Runtime) -> str:
     return precision
 
 
-def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_remote_code: bool = False) -> Any:
+def read_model(
+    resolved: ResolvedModel,
+    runtime: Runtime,
+    precision: str,
+    trust_remote_code: bool = False,
+    *,
+    spread: bool = False,
+) -> Any:
     """Read a resolved model in a precision, checked to be a complete decoder-only model.
 
     Weights asked for in bf16 where the run computes wider are rounded to bf16 and then kept in the compute dtype (said
@@ -177,6 +199,11 @@ def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_
             raise ModelError(f"precision={precision} needs bitsandbytes: pip install bitsandbytes")
         if stored is None:
             options["quantization_config"] = quantization_config(meta, resolved, precision, runtime)
+    offloaded = None
+    if spread:
+        offloaded = tempfile.TemporaryDirectory(prefix="qswitch-offload-")
+        options |= {"device_map": "auto", "max_memory": spread_limits(runtime), "offload_folder": offloaded.name}
+        load_dtype = runtime.compute_dtype
     with quiet(), explained(resolved.name, "model"):
         model, info = AutoModelForCausalLM.from_pretrained(
             resolved.path, dtype=load_dtype, output_loading_info=True, **options
@@ -187,7 +214,9 @@ def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_
             f"{resolved.name}: the files lack {len(missing)} tensors of a {type(model).__name__} (for example "
             f"{', '.join(missing[:3]) or info.get('mismatched_keys')}). Use a complete causal language model."
         )
-    if precision == "bf16" and runtime.compute_dtype in (torch.float32, torch.float64):
+    if spread:
+        model._qswitch_offloaded = offloaded  # the files go with the model
+    elif precision == "bf16" and runtime.compute_dtype in (torch.float32, torch.float64):
         wide = str(runtime.compute_dtype).removeprefix("torch.")
         say_once(
             f"{resolved.name}: weights are rounded to bf16 but kept in {wide}, the compute dtype "
@@ -197,7 +226,7 @@ def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_
     elif precision == "fp32" and runtime.compute_dtype == torch.float64:
         model = model.to(torch.float64)
         model.set_experts_implementation("eager")  # the grouped product of experts has no fp64
-    if precision not in (*QUANTISED, "stored"):
+    if precision not in (*QUANTISED, "stored") and not spread:
         model = model.to(runtime.device)
     keep_from_repacking(model, trains=False)
     require_finite(model.named_parameters(), resolved.name, "Download or convert the model again.")
@@ -206,6 +235,18 @@ def read_model(resolved: ResolvedModel, runtime: Runtime, precision: str, trust_
 
 def _as_mapping(values: Any) -> dict[str, Any]:
     return dict(values if isinstance(values, dict) else values.to_dict())
+
+
+def spread_limits(runtime: Runtime) -> dict[int | str, int]:
+    """Bytes of layers that each place may hold: of the device most, since passes need room there too."""
+    from accelerate.utils import get_max_memory
+
+    free = get_max_memory()
+    limits: dict[int | str, int] = {"cpu": int(free["cpu"])}
+    if runtime.device.type == "cuda":  # one GPU: key-value caches stay with the layers that computed them
+        index = runtime.device.index or 0
+        limits[index] = int(free[index] * 0.7)
+    return limits
 
 
 def attention_kind(config: Any) -> str | None:

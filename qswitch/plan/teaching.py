@@ -28,7 +28,7 @@ class TeachingPlan:
     parts: dict[str, int]
     """Part -> bytes on the device."""
     host_bytes: int
-    """Layers that do not fit the device, with teacher.placement=spread."""
+    """Layers that do not fit the device and wait for their turn in host memory."""
     disk_bytes: int
     """Of the store, if every response is as long as it may be."""
     num_sequences: int
@@ -69,20 +69,24 @@ class TeachingPlan:
         return "\n".join(lines)
 
 
-def plan_teaching(config: RunConfig, budget: Budget, machine: Machine, num_prompts: int | None = None) -> TeachingPlan:
+def plan_teaching(
+    config: RunConfig, budget: Budget, machine: Machine, *, num_prompts: int | None = None, spread: bool = False
+) -> TeachingPlan:
     """The plan with the most rows, up to rollout.batch_size, that fits the budget.
+
+    `num_prompts` are trained on, where that is known; with `spread` layers that do not fit stay in host memory.
 
     Raises:
         PlanError: not even one row fits.
     """
     rows = config.rollout.batch_size
     while True:
-        plan = _with_rows(config, budget, machine, rows, num_prompts)
+        plan = _with_rows(config, budget, machine, rows, num_prompts, spread)
         if plan.total_bytes <= budget.num_bytes:
             return plan
         if rows == 1:
-            spread = config.teacher.precision in ("bf16", "fp32") and config.teacher.placement == "device"
-            remedy = "Set teacher.placement=spread" if spread else "Set teacher.precision=nf4, or choose a smaller one"
+            can_spread = config.teacher.precision in ("bf16", "fp32") and machine.device == "cuda" and not spread
+            remedy = "Let it pass by the device with --spread" if can_spread else "Choose a smaller one"
             raise PlanError(
                 f"The teacher alone needs {plan.total_bytes / GIB:.2f} GiB even one sequence at a time; the budget is "
                 f"{budget.num_bytes / GIB:.2f}. {remedy}."
@@ -90,7 +94,9 @@ def plan_teaching(config: RunConfig, budget: Budget, machine: Machine, num_promp
         rows //= 2
 
 
-def _with_rows(config: RunConfig, budget: Budget, machine: Machine, rows: int, num_prompts: int | None) -> TeachingPlan:
+def _with_rows(
+    config: RunConfig, budget: Budget, machine: Machine, rows: int, num_prompts: int | None, spread: bool
+) -> TeachingPlan:
     teacher, student = model_shapes(config)
     b, on_gpu = machine.compute_bytes, machine.device == "cuda"
     new, precision = config.rollout.max_new_tokens, config.teacher.precision
@@ -111,7 +117,7 @@ def _with_rows(config: RunConfig, budget: Budget, machine: Machine, rows: int, n
     }
     fixed = {"cuda_context": memory.CUDA_CONTEXT_BYTES} if on_gpu else {"process": memory.PROCESS_BYTES}
     host = 0
-    if on_gpu and config.teacher.placement == "spread":
+    if on_gpu and spread:
         room = budget.num_bytes - sum(fixed.values()) - sum(working.values())
         largest = weights // max(1, teacher.num_layers)  # a layer that passes by needs room too
         host = max(0, weights - max(0, room - largest))

@@ -1,0 +1,185 @@
+"""A teacher that worked earlier: the run without it is the run with it, and a store that does not fit is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from qswitch import run, teach
+from qswitch.distill import session
+from qswitch.distill.teaching import PART_SEQUENCES, items_of_a_run
+from qswitch.errors import ConfigError, RunDirError
+from qswitch.layers import build_config
+from qswitch.run_dir import RunDir
+from tests.distill.test_trainer import folders
+from tests.distill.test_training_by_method import with_method
+
+__all__ = ["folders"]
+
+STEPS = {"train__max_steps": 4, "train__compute_dtype": "fp64", "rollout__max_new_tokens": 8}
+
+
+def stored(config: Any, store: Path, **train: Any) -> Any:
+    """The same run, its teacher's work read from `store`; what nothing reads then is left out, as by --set."""
+    values = config.model_dump(mode="json", exclude_unset=True)
+    values["teacher"]["responses"] = str(store)
+    values["train"] |= train
+    return build_config(values)
+
+
+@pytest.fixture(scope="module")
+def kd(folders: Any, tmp_path_factory: Any) -> tuple[Any, Path]:
+    """A configuration of KD and its store, in parts of a few sequences."""
+    folder = tmp_path_factory.mktemp("kd")
+    config = with_method(folders, "kd", **STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qswitch.distill.teaching.PART_SEQUENCES", 5)
+        teach.teach(config, folder / "store")
+    return config, folder / "store"
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("kd", {}),
+        ("seqkd", {}),
+        ("custom", {"rollout__policy": "teacher", "loss__divergence": "forward_kl", "data__ground_truth_mix": 0.5}),
+    ],
+)
+def test_a_run_without_a_teacher_is_the_run_with_it(folders, tmp_path, monkeypatch, method, changes):
+    config = with_method(folders, method, **STEPS, **changes)
+    monkeypatch.setattr("qswitch.distill.teaching.PART_SEQUENCES", 5)
+    live = run.distill(config, tmp_path / "live")
+    about = teach.teach(config, tmp_path / "store")
+    assert about.complete and len(list((tmp_path / "store").glob("part-*"))) > 2
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("a teacher was loaded")
+
+    monkeypatch.setattr(session, "load_teacher", refuse)
+    summary = run.distill(stored(config, tmp_path / "store"), tmp_path / "stored")
+    losses = [[line["loss"] for line in RunDir.open(tmp_path / name).read_metrics() if "loss" in line]
+              for name in ("live", "stored")]  # fmt: skip
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], abs=1e-10)
+    assert summary.kl_before_nats == pytest.approx(live.kl_before_nats, abs=1e-10)
+    assert summary.kl_after_nats == pytest.approx(live.kl_after_nats, abs=1e-10)
+    ours, theirs = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("live", "stored"))
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) <= 1e-10
+
+
+def test_topk_rows_are_stored_as_a_cache_stores_them(folders, tmp_path):
+    config = with_method(folders, "kd", **STEPS, cache__format="topk", cache__topk=8)
+    run.distill(config, tmp_path / "live")
+    teach.teach(config, tmp_path / "store")
+    run.distill(stored(with_method(folders, "kd", **STEPS), tmp_path / "store"), tmp_path / "stored")
+    losses = [[line["loss"] for line in RunDir.open(tmp_path / name).read_metrics() if "loss" in line]
+              for name in ("live", "stored")]  # fmt: skip
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6), "log-probabilities are stored in fp32"
+    assert not (tmp_path / "store" / "head.safetensors").exists()
+
+
+def test_a_store_that_was_cut_or_damaged_is_found_and_mended(kd, tmp_path):
+    config, whole = kd
+    parts = sorted(path.name for path in whole.glob("part-*"))
+    for spoil, pattern in (
+        (lambda store: _flip(store / parts[1] / "rows.safetensors"), "SHA-256 of rows.safetensors"),
+        (lambda store: _cut(store / parts[2] / "rows.safetensors"), "rows.safetensors has"),
+        (lambda store: shutil.rmtree(store / parts[1]), "part 1 of it is missing"),
+        (lambda store: _unfinish(store), "is not finished"),
+    ):
+        store = tmp_path / "store"
+        shutil.copytree(whole, store)
+        spoil(store)
+        with pytest.raises(RunDirError, match=pattern) as refused:
+            run.distill(stored(config, store), tmp_path / "run")
+        assert f"qswitch teach --resume {store}" in str(refused.value) and not (tmp_path / "run").exists()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qswitch.distill.teaching.PART_SEQUENCES", 5)
+            teach.resume(store)
+        for part in parts:
+            ours, theirs = (load_file(folder / part / "rows.safetensors") for folder in (store, whole))
+            assert ours.keys() == theirs.keys()
+            assert all((ours[name] - theirs[name]).abs().max() <= 1e-12 for name in ours)
+        shutil.rmtree(store)
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _unfinish(store: Path) -> None:
+    about = json.loads((store / "store.json").read_text())
+    (store / "store.json").write_text(json.dumps({**about, "complete": False}))
+
+
+def test_a_store_for_another_run_is_refused(kd, folders, tmp_path):
+    config, store = kd
+    longer = stored(config, store, max_steps=40)  # draws prompts that the store has no outputs for
+    with pytest.raises(RunDirError, match="holds no outputs for the response of example"):
+        run.distill(longer, tmp_path / "run")
+
+    other = tmp_path / "teacher"
+    shutil.copytree(folders[0], other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    changed = build_config({**stored(config, store).model_dump(mode="json", exclude_unset=True),
+                            "teacher": {"model": str(other), "precision": "fp32", "responses": str(store)}})  # fmt: skip
+    with pytest.raises(RunDirError, match="other weights of the teacher"):
+        run.distill(changed, tmp_path / "run")
+    (other / "model.safetensors").unlink()  # a machine that has the tokenizer alone
+    run.distill(changed, tmp_path / "without-weights")
+
+    data = tmp_path / "data.jsonl"
+    data.write_text(Path(folders[2]).read_text().replace("it is 1", "it was 1"))
+    with_data = {**stored(config, store).model_dump(mode="json", exclude_unset=True),
+                 "data": {"train": str(data), "num_validation": 4}}  # fmt: skip
+    with pytest.raises(RunDirError, match="other data"):
+        run.distill(build_config(with_data), tmp_path / "run")
+    with pytest.raises(RunDirError, match="does not exist"):
+        run.distill(stored(config, tmp_path / "nowhere"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "reason", "near"),
+    [("switch", "rollout.policy=switch asks the teacher", "method=seqkd"),
+     ("gkd", "rollout.policy=student lets the student write", "method=kd"),
+     ("distillm", "data.adaptive_share lets the student write", "method=kd")],
+)  # fmt: skip
+def test_methods_that_ask_the_teacher_at_each_step_are_refused_with_the_nearest(
+    folders, tmp_path, method, reason, near
+):
+    config = with_method(folders, method, rollout__max_new_tokens=8)
+    for attempt in (
+        lambda: teach.teach(config, tmp_path / "store"),
+        lambda: stored(config, tmp_path / "store"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            attempt()
+        assert reason in str(refused.value) and near in str(refused.value)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_store_holds_each_sequence_of_the_run_once(kd, folders):
+    config, store = kd
+    listed = [json.loads((part / "sequences.json").read_text()) for part in sorted(store.glob("part-*"))]
+    given = [one["example_id"] for part in listed if part["kind"] == "given" for one in part["sequences"]]
+    assert len(given) == len(set(given)) == 16, "four steps of four"
+    assert PART_SEQUENCES > 1
+    from qswitch.data.gather import load_prompts
+    from qswitch.models.pair import load_pair_tokenizer
+
+    _, prompts, _ = load_prompts(config, load_pair_tokenizer(config))
+    drawn = [prompt.example_id for _, prompt, _ in items_of_a_run(config, prompts)]
+    assert drawn == given
