@@ -34,7 +34,6 @@ from qswitch.cli_options import (
 )
 from qswitch.cli_results import results_app
 from qswitch.cli_student import student_app
-from qswitch.distill.processes import joined
 from qswitch.errors import ConfigError, QSwitchError, storage_problem
 from qswitch.launch import launched
 from qswitch.terminal import filter_log, printable
@@ -210,6 +209,7 @@ def distill(
 ) -> None:
     """Train a student of a teacher on your data, from a preset, a file, or the names of two models."""
     from qswitch import run as runs
+    from qswitch.distill.processes import joined
     from qswitch.layers import set_layer
     from qswitch.run_dir import RunDir
 
@@ -255,6 +255,7 @@ def sft(
 ) -> None:
     """Fine-tune the teacher or the student on the responses in the data, as a warm start for distill."""
     from qswitch import run as runs
+    from qswitch.distill.processes import joined
     from qswitch.layers import sft_config
 
     if preset is None and config is None:  # one model is enough

@@ -13,6 +13,8 @@ from qswitch.errors import ConfigError
 
 VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher sets beside WORLD_SIZE, and every process needs to find the others."""
+GRADIENT_BUCKET_BYTES = 64 * 2**20
+"""Several processes add up their gradients so many bytes at a time, in a copy of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from qswitch.config import RunConfig, reader
 from qswitch.errors import ConfigError, Interrupted, QSwitchError, RunDirError
 from qswitch.layers import build_config
 from qswitch.plan.machine import Budget, describe_machine, find_budget
-from qswitch.plan.teaching import TeachingPlan, plan_teaching
+from qswitch.plan.teacher_alone import TeachingPlan, plan_teaching
 from qswitch.preflight import check_settings, prepare, settings_problems
 from qswitch.rules import why_teacher_is_asked
 from qswitch.run import with_steps

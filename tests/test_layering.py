@@ -31,7 +31,7 @@ LAYERS = [
     ["report"],
     ["compare"],
     ["evaluate", "export"],
-    ["distill.session"],
+    ["distill.session", "distill.teaching"],
     ["preflight", "choose"],
     ["distill.answers"],
     ["distill.trainer"],

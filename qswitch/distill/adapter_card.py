@@ -31,7 +31,7 @@ def licence_lines(config: RunConfig) -> list[str]:
 
 def adapter_card(config: RunConfig, summary: Mapping[str, Any]) -> str:
     """The model card of RUN/adapter, Hugging Face layout; `summary` is what RUN/summary.json holds."""
-    if config.needs_teacher:
+    if config.learns_from_teacher:
         made = f"distilled from {summary['teacher']}"
         figure, before, after = "KL(teacher \\|\\| student)", summary["kl_before_nats"], summary["kl_after_nats"]
     else:

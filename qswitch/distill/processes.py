@@ -25,8 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qswitch.errors import ConfigError, ProcessLostError, QSwitchError
-from qswitch.launch import Launch, launched
-from qswitch.plan.memory import GRADIENT_BUCKET_BYTES
+from qswitch.launch import GRADIENT_BUCKET_BYTES, Launch, launched
 
 if TYPE_CHECKING:
     import torch

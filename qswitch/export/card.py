@@ -36,7 +36,7 @@ def model_card(config: RunConfig, name: str, summary: dict[str, Any], merge_erro
         f"# {name}, distilled with qswitch",
         "",
         f"- Student: {student}{cut}",
-        *([f"- Teacher: {teacher} ({config.teacher.precision})"] if config.needs_teacher else []),
+        *([f"- Teacher: {teacher} ({config.teacher.precision})"] if config.learns_from_teacher else []),
         f"- Training: {how_trained(config)}, {summary.get('steps', config.train.max_steps)} steps",
         f"- Adapter: {_adapter_line(config)}; weights saved in {dtype}",
         f"- Merge check: merging changed logits by at most {merge_error:.2g} against base + adapter",

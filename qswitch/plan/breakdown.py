@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qswitch.config import RunConfig
+from qswitch.launch import GRADIENT_BUCKET_BYTES
 from qswitch.plan import memory
 from qswitch.plan.machine import Machine
 from qswitch.plan.shapes import ModelShape
@@ -134,7 +135,7 @@ def break_down(
         "optimizer_step": memory.optimizer_step_bytes(num_trainable, train.optimizer, acc),
     }
     if processes > 1:
-        learn["added_gradients"] = min(memory.GRADIENT_BUCKET_BYTES, num_trainable * acc)
+        learn["added_gradients"] = min(GRADIENT_BUCKET_BYTES, num_trainable * acc)
     backward = activations + chunk + unpack_student + cast
     validate = (
         memory.forward_bytes(student, rows, tokens, b, not full)

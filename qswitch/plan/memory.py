@@ -34,9 +34,6 @@ CUDA_CONTEXT_BYTES = 512 * 2**20
 """Driver context, cuBLAS handles and workspaces of one process. An allowance, not a measurement: contexts of 300 to
 500 MiB are usual, and PyTorch's CUDA notes put a cuBLAS workspace at 8 MiB (32 MiB on Hopper) per handle."""
 
-GRADIENT_BUCKET_BYTES = 64 * 2**20
-"""Several processes add up their gradients so many bytes at a time, in a copy of them."""
-
 FRAGMENTATION_SHARE = 0.05
 """Of everything that is allocated and freed within a step: the caching allocator rounds sizes up (to 512 bytes, and
 to 2 MiB in blocks above 1 MiB) and cannot always reuse a hole. An allowance, not a measurement."""

@@ -133,8 +133,8 @@ def test_a_store_for_another_run_is_refused(kd, folders, tmp_path):
     shutil.copytree(folders[0], other)
     weights = load_file(other / "model.safetensors")
     save_file({name: tensor + 0.01 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
-    changed = build_config({**stored(config, store).model_dump(mode="json", exclude_unset=True),
-                            "teacher": {"model": str(other), "precision": "fp32", "responses": str(store)}})  # fmt: skip
+    others = {"model": str(other), "precision": "fp32", "responses": str(store)}
+    changed = build_config({**stored(config, store).model_dump(mode="json", exclude_unset=True), "teacher": others})
     with pytest.raises(RunDirError, match="other weights of the teacher"):
         run.distill(changed, tmp_path / "run")
     (other / "model.safetensors").unlink()  # a machine that has the tokenizer alone
