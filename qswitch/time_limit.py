@@ -31,9 +31,9 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         raise TimeUp(f"{what} takes longer than {seconds:g} s")
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_REAL, outer)  # what a block around this one has left; 0 where there is none

@@ -307,7 +307,7 @@ def fuzzed(place: Workplace, number: int, seed: int) -> Iterator[dict[str, Any]]
         assert ended.code == 0, ended.output
     sound = yaml.safe_load((place.folder / "run.yaml").read_text())
     files = fuzz.state_files(place.folder / "run")
-    shares = {"configuration": 0.15, "state": 0.15, "records": 0.35, "reference": 0.35}
+    shares = {"state": 0.05, "configuration": 0.15, "records": 0.4, "reference": 0.4}
     for kind, share in shares.items():
         tried, failure = 0, ""
         try:

@@ -16,8 +16,6 @@ SOUND: dict[str, Any] = {
     "data": {"train": "data.jsonl", "num_validation": 1},
     "train": {"device": "cpu", "max_steps": 3},
 }
-FILES = Path(__file__).with_name("run")
-"""State files of a finished and evaluated run of two-layer models; weights and tokenizer left out."""
 
 
 @pytest.fixture(scope="module")
