@@ -51,6 +51,27 @@ def file_aside(target: Path) -> Iterator[Path]:
         yield partial
 
 
+def append_text(path: Path, text: str, *, sync: bool = False) -> None:
+    """Add whole lines to a log, UTF-8; where the disk takes only a part of them, none of them.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    left = text.encode("utf-8")
+    with path.open("ab", buffering=0) as handle:  # a buffer would write the rest again when it is closed
+        before = os.fstat(handle.fileno()).st_size
+        try:
+            while left:
+                left = left[handle.write(left) :]
+            if sync:
+                os.fsync(handle.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(handle.fileno(), before)
+            error.filename = str(path)
+            raise
+
+
 @contextlib.contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
     """An empty folder inside `folder` for what is needed meanwhile only; it vanishes when the block ends.

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qswitch.aside import PARTIAL, file_aside
+from qswitch.aside import PARTIAL, append_text, file_aside
 from qswitch.config import RunConfig
 from qswitch.errors import ConfigError, RunDirError
 from qswitch.layers import Layer, build_config, by_section, dump_config, flatten
@@ -343,8 +343,7 @@ def write_atomically(path: Path, text: str) -> None:
 def _append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
     if text:
-        with path.open("a", encoding="utf-8") as handle:
-            handle.write(text)
+        append_text(path, text)
 
 
 def read_lines(path: Path, kind: type[Any]) -> list[dict[str, Any]]:

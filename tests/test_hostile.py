@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qswitch.aside import file_aside
+from qswitch.aside import append_text, file_aside
 from qswitch.cli import run
 from qswitch.compare.cells import launch_process
 from qswitch.compare.spec import read_comparison
@@ -59,6 +59,21 @@ def test_an_error_of_the_system_becomes_a_message_with_the_remedy(error, words):
         raise KeyError("outer") from error
     except KeyError as outer:
         assert storage_problem(outer) == problem
+
+
+def test_a_log_gets_whole_lines_or_none_of_them(tmp_path):
+    append_text(tmp_path / "log", "größer\n")
+    code = f"""
+import resource, signal
+from pathlib import Path
+from qswitch.aside import append_text
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))
+append_text(Path({str(tmp_path / "log")!r}), "x" * 30)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert f"File too large: '{tmp_path / 'log'}'" in ended.stderr
+    assert (tmp_path / "log").read_text() == "größer\n"
 
 
 def test_what_a_library_could_not_write_names_the_file(tmp_path):

@@ -16,11 +16,11 @@ Cold: knows no model and no score.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qswitch.aside import append_text
 from qswitch.errors import RunDirError
 from qswitch.outside import read_json
 from qswitch.run_dir import holds_something, make_folder, read_lines, write_atomically
@@ -155,10 +155,7 @@ class Lines:
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows and flush them to disk."""
         rows = [dict(row) for row in rows]
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            handle.flush()
-            os.fsync(handle.fileno())
+        append_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), sync=True)
         self.rows |= {self._of(row): row for row in rows}
 
     def _of(self, row: Mapping[str, Any]) -> tuple[Any, ...]:

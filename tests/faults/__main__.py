@@ -308,13 +308,17 @@ def fuzzed(place: Workplace, number: int, seed: int) -> Iterator[dict[str, Any]]
     sound = yaml.safe_load((place.folder / "run.yaml").read_text())
     files = fuzz.state_files(place.folder / "run")
     shares = {"state": 0.05, "configuration": 0.15, "records": 0.4, "reference": 0.4}
-    for kind, share in shares.items():
-        tried, failure = 0, ""
-        try:
-            tried = fuzz.fuzz(kind, place.folder, round(number * share), sound=sound, files=files)
-        except Exception:
-            failure = traceback.format_exc()[-3000:]
-        yield {"kind": f"fuzzed {kind}", "inputs": tried, "passed": not failure, "output": failure}
+    batches = {kind: round(number * share) for kind, share in shares.items()}
+    while any(batches.values()):  # in turns, so that a harness that is stopped has tried some of each kind
+        for kind, left in batches.items():
+            count, tried, failure = min(left, 500), 0, ""
+            batches[kind] = left - count
+            try:
+                tried = fuzz.fuzz(kind, place.folder, count, sound=sound, files=files) if count else 0
+            except Exception:
+                failure = traceback.format_exc()[-3000:]
+            if count:
+                yield {"kind": f"fuzzed {kind}", "inputs": tried, "passed": not failure, "output": failure}
 
 
 SECTIONS: dict[str, Callable[[Workplace, int, int], Iterator[dict[str, Any]]]] = {
@@ -366,6 +370,7 @@ def _result(found: dict[str, list[dict[str, Any]]], started: float, seed: int) -
             "cases": len(cases),
             "passed": sum(case["passed"] for case in cases),
             "passed_of_cases_by_kind": kinds,
+            "inputs": sum(case.get("inputs", 0) for case in cases),
             "failed": [case for case in cases if not case["passed"]],
         }
     return {"benchmark": "faults", "seed": seed, "seconds": round(time.monotonic() - started), "sections": sections}
