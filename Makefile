@@ -1,6 +1,7 @@
 # Starts from a bare Python 3.10 or later: every target makes .venv itself.
 #   make demo     distil SmolLM2-135M on the CPU, real weights, minutes
 #   make test     the tests that need neither a GPU nor a network, one process per core
+#   make families take every family of models the whole way; writes the table of docs/models.md
 #   make faults   kill it, fill the disk, damage files, fuzz: what is lost? about an hour
 #   make lint     ruff and mypy
 #   make wheel    build the package and use it in an empty environment; needs a registry, minutes
@@ -17,7 +18,7 @@ TEST_ARGS ?=
 # One file stays in one process, so that what its tests share is made once.
 WORKERS ?= auto
 
-.PHONY: install demo test faults lint format wheel browser presets docs clean
+.PHONY: install demo test families faults lint format wheel browser presets docs clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -36,6 +37,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(TEST_ARGS)
+
+families: $(STAMP)
+	QSWITCH_FAMILIES_TABLE=write $(BIN)/python -m pytest -m 'not gpu' tests/models/test_families.py
 
 faults: $(STAMP)
 	$(BIN)/python -m tests.faults --output benchmarks/results/faults.json
