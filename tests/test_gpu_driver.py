@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.gpu.__main__ import STAGES, stages
+from benchmarks.gpu import recipe
+from benchmarks.gpu.__main__ import FIRST_HOUR, STAGES, stages
 from benchmarks.gpu.report import Context, NeedsGpuError, Report, blame
 
 
@@ -73,3 +75,41 @@ def test_stages_are_named_by_numbers_and_ranges():
     assert stages("0-2,5") == [0, 1, 2, 5]
     with pytest.raises(Exception, match=f"there is no stage {len(STAGES)}"):
         stages(str(len(STAGES)))
+
+
+def test_the_study_finds_the_data_that_was_carried_and_is_not_of_the_first_hour(tmp_path):
+    expected = tmp_path / "study" / "data"
+    expected.parent.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"carried holds no prepared study.*prepare\.py"):
+        recipe.place_data(tmp_path / "carried", expected)
+    (tmp_path / "carried").mkdir()
+    (tmp_path / "carried/train.jsonl").write_text("{}\n")
+    recipe.place_data(tmp_path / "carried", expected)
+    recipe.place_data(tmp_path / "nothing", expected)  # it is there already
+    assert (expected / "train.jsonl").read_text() == "{}\n"
+    cells = tmp_path / "out/search/cells"
+    cells.mkdir(parents=True)
+    (cells / "gkd-seed1.json").write_text(json.dumps({"summary": {"seconds": 12.5}}))
+    (cells / "gkd-seed1.start.json").write_text("{}")
+    assert recipe.finished(tmp_path / "out") == {"search": {"gkd-seed1": 12.5}}
+    assert 7 in STAGES and FIRST_HOUR == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_stage_of_the_study_works_for_its_time_and_says_what_is_finished(context, monkeypatch):
+    commands = []
+
+    def chain(command: list[str]) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=recipe.STOPPED)
+
+    monkeypatch.setattr(recipe, "subprocess", SimpleNamespace(run=chain))
+    monkeypatch.setattr(recipe, "place_data", lambda *_: None)
+    report = make(context, limit_s=1000.0)
+    recipe.run(context, report)
+    found = recorded(context)["measured"]["study"]
+    assert found["complete"] is False and found["finished"] == {} and "error" not in found
+    (command,) = commands
+    assert 800 < float(command[command.index("--seconds") + 1]) < 1000 - recipe.RESERVE_S + 1
+    monkeypatch.setattr(recipe, "subprocess", SimpleNamespace(run=lambda _: SimpleNamespace(returncode=3)))
+    with pytest.raises(RuntimeError, match="code 3"):
+        recipe.study(context, report)
