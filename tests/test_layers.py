@@ -78,9 +78,10 @@ def through_every_door(folder: Path, monkeypatch: pytest.MonkeyPatch, written: d
 
     # The budget of a comparison is its last layer, so it is the last layer of the others too.
     budget = {"seed": 1, "train": {"max_steps": 9, "num_epochs": None}}
-    comparison = folder / "comparison.yaml"
+    comparison, questions = folder / "comparison.yaml", folder / "questions.jsonl"
+    questions.write_text('{"prompt": "why", "response": "so"}\n')
     comparison.write_text(yaml.safe_dump({
-        "run": "base.yaml", "budget": {"unit": "steps", "amount": 9}, "evaluate": {"data": [str(base)]},
+        "run": "base.yaml", "budget": {"unit": "steps", "amount": 9}, "evaluate": {"data": [str(questions)]},
         "cells": {"only": {"settings": written}, "control": {"settings": {"method": "sft"}}},
     }))  # fmt: skip
     cells = outcome(lambda: next(c.config for c in read_comparison(comparison).cells if c.name == "only"))
