@@ -8,6 +8,7 @@
 #   make browser  the report and the documentation in a headless Chromium
 #   make presets  write presets/README.md and presets/index.json anew
 #   make docs     write docs/reference/ anew and build the site into site/
+#   make kills    kill processes of a run at random moments, and compare what is resumed; about ten minutes
 #   make clean    remove .venv and what tools left behind; runs/ stays
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ TEST_ARGS ?=
 # One file stays in one process, so that what its tests share is made once.
 WORKERS ?= auto
 
-.PHONY: install demo test families faults lint format wheel browser presets docs clean
+.PHONY: install demo test families faults kills lint format wheel browser presets docs clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -70,6 +71,9 @@ docs: $(STAMP)
 	$(BIN)/python docs/make_reference.py
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	$(BIN)/mkdocs build --strict
+
+kills: $(STAMP)
+	$(BIN)/python -m benchmarks.kills --folder runs/kills-$$(date +%Y%m%d-%H%M%S)
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

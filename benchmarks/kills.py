@@ -101,7 +101,8 @@ def kill_once(run: Path, config: Path, draw: random.Random) -> dict[str, Any]:
     else:
         time.sleep(draw.uniform(0.0, 12.0))
     victim = draw.randrange(2)
-    os.kill(workers[victim], signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(workers[victim], signal.SIGKILL)
     killed = time.monotonic()
     while any(map(is_alive, workers)) and time.monotonic() - killed < LIMIT_S + 30:
         time.sleep(0.05)

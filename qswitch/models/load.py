@@ -61,7 +61,7 @@ def load_teacher(
     Raises:
         ModelError: it cannot be found, read, quantised, or is no decoder-only model.
     """
-    if spread and (teacher.precision in QUANTISED or teacher.adapter is not None):
+    if spread and (teacher.precision in (*QUANTISED, "stored") or teacher.adapter is not None):
         raise ModelError(
             "Layers that come and go cannot be quantised or have an adapter beside them. Leave --spread out, or set "
             "teacher.precision=bf16 and use a merged teacher."

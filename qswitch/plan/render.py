@@ -22,6 +22,8 @@ PART_TEXTS = {
     "cuda_context": "CUDA itself",
     "teacher_weights": "teacher's weights",
     "teacher_adapter": "teacher's adapter",
+    "teacher_head": "head of the teacher that worked earlier",
+    "added_gradients": "gradients on their way to other processes",
     "student_weights": "student's weights",
     "adapters": "student's adapter",
     "optimizer_state": "state of the optimizer",
@@ -114,7 +116,7 @@ def _table(values: Mapping[str, str]) -> list[str]:
 SHORT_NAMES = {
     "CUDA context": ("cuda_context",),
     "process": ("process",),
-    "teacher": ("teacher_weights", "teacher_adapter", "teacher_copy"),
+    "teacher": ("teacher_weights", "teacher_adapter", "teacher_head", "teacher_copy"),
     "student": ("student_weights", "adapters", "optimizer_state"),
     "logit cache": ("logit_cache",),
     "KV caches": ("teacher_kv_cache", "student_kv_cache"),

@@ -30,15 +30,15 @@ from tests.distill.worlds import let_share_grow
 __all__ = ["folders"]
 
 ROOT = Path(__file__).parents[2]
-STEP = {"train__per_device_train_batch_size": 2, "train__gradient_accumulation_steps": 3, "train__max_steps": 4,
-        "rollout__max_new_tokens": 8}  # fmt: skip
+STEP = {"train__per_device_train_batch_size": 2, "train__gradient_accumulation_steps": 3, "train__max_steps": 3,
+        "rollout__max_new_tokens": 8, "train__eval_own_prompts": 0}  # fmt: skip
 FP64 = {"train__compute_dtype": "fp64"}
 METHODS: dict[str, dict[str, Any]] = {
     "switch": {"data__ground_truth_mix": 0.4, "rollout__reuse": 2, "rollout__decay_rate": 0.5,
                "rollout__block_tokens": 2, **FP64},
     "gkd": {"method": "gkd", "rollout__reuse": 3, **FP64},
     "kd": {"method": "kd", **FP64},
-    "distillm": {"method": "distillm", "rollout__replay_capacity": 6, "train__eval_steps": 2, "train__max_steps": 8,
+    "distillm": {"method": "distillm", "rollout__replay_capacity": 6, "train__eval_steps": 2, "train__max_steps": 6,
                  **FP64},
     "fp32": {"rollout__decay_rate": 0.5, "rollout__block_tokens": 2, "loss__scope": "all"},
 }  # fmt: skip
@@ -61,17 +61,19 @@ def worlds(folders: Any, tmp_path_factory: Any) -> tuple[Path, list[list[list[di
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
         stop_at(patch, 1)
         distill(config_of(folders, "switch"), folder / "from-one")
-    other_data = folder / "other.jsonl"
+    other_data = folder / "data.jsonl"
     other_data.write_text(Path(folders[2]).read_text().replace("it is 7", "it is seven"))
 
     def new(name: str, path: str, **more: Any) -> dict[str, Any]:
         return {"config": str(folder / f"{name}.yaml"), "path": str(folder / path), **more}
 
     two = [new(name, f"2-{name}") for name in METHODS]
-    two += [new("switch", "to-one", stop_at=2, stop_rank=1)]
+    two += [new("switch", "to-one", stop_at=1, stop_rank=1)]
     two += [{"resume": str(folder / "from-one")}]
     two += [new("switch", "other-rate", set_1={"train.learning_rate": 0.25})]
-    two += [new("switch", "other-data", set_1={"data.train": str(other_data)})]
+    # One name for two files, as on two machines.
+    here = {f"set_{rank}": {"data.train": "data.jsonl"} for rank in (0, 1)}
+    two += [new("switch", "other-data", cwd_0=str(Path(folders[2]).parent), cwd_1=str(folder), **here)]
     three = [new(name, f"3-{name}") for name in THREE]
     three += [{"resume": str(folder / "to-three"), "copy_of": str(folder / "to-one")}]
     three += [new("switch", "unequal", set_0=(shape := {"train.gradient_accumulation_steps": 2}), set_1=shape,
@@ -144,18 +146,17 @@ def test_a_run_goes_on_with_another_number_of_processes(folders, worlds, alone):
     for path in ("to-one", "to-three", "from-one"):
         assert largest_difference(folder / path, alone["switch"]) <= 1e-10, path
         steps = [line["step"] for line in RunDir.open(folder / path).read_metrics() if "loss" in line]
-        assert steps == [1, 2, 3, 4]
+        assert steps == [1, 2, 3]
 
 
 def test_processes_that_would_do_different_runs_are_refused_by_each_with_one_message(worlds):
     folder, (two, three) = worlds
-    for path, answers, pattern in (
-        ("other-rate", two, "Process 1 would do another run than process 0: train.learning_rate is 0.25 there"),
-        ("other-data", two, "Process 1 would do another run than process 0: data.train is"),
-        ("unequal", three, "3 processes cannot share the 4 sequences of a step equally"),
+    for path, answers, number, pattern in (
+        ("other-rate", two, 0, "Process 1 would do another run than process 0: train.learning_rate is 0.25 there"),
+        ("other-data", two, 1, "Process 1 would do another run than process 0: the training prompts are others there"),
+        ("unequal", three, 0, "3 processes cannot share the 4 sequences of a step equally"),
     ):
-        errors = [[one for one in answer if "error" in one] for answer in answers]
-        said = [next(one for one in own if one["error"].count(pattern.split(":")[0])) for own in errors]
+        said = [[one for one in answer if "error" in one][number] for answer in answers]
         assert all(pattern in one["error"] and one["exit_code"] == 2 for one in said), said
         assert not (folder / path).exists(), "nothing was begun"
 

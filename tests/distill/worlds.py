@@ -52,6 +52,7 @@ def do(run: dict[str, Any], rank: int) -> dict[str, Any]:
             self.stop_requested = True
         return original(self)
 
+    os.chdir(run.get(f"cwd_{rank}", "."))
     if "distillm" in run.get("path", ""):
         let_share_grow()
     if "stop_at" in run:
