@@ -69,8 +69,8 @@ def _describe_maps(teacher: dict[str, int], student: dict[str, int]) -> str:
     return (
         f"Teacher and student have different vocabularies ({len(teacher):,} and {len(student):,} tokens, "
         f"{len(different):,} of them with different ids). First: {shown}. SWITCH mixes tokens of both models, so they "
-        "must share one tokenizer: take a student of the same family, or cut one from the teacher (--student shrink, or "
-        "qswitch shrink)."
+        "must share one tokenizer: take a student of the same family, or cut one from the teacher "
+        "(--student shrink, or qswitch shrink)."
     )
 
 
