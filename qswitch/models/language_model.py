@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qswitch.errors import ModelError
 from qswitch.models.architecture import backbone, check_architecture
+from qswitch.models.attention import while_decoding
 
 
 class Head(nn.Module):
@@ -136,7 +137,8 @@ class LanguageModel(nn.Module):
         `past_key_values` is a transformers cache, extended in place. `use_cache` defaults to whether one is given.
         Remaining keywords go to the backbone.
         """
-        with _autocast(self.head.linear, self.compute_dtype, input_ids.device):
+        decoding = contextlib.nullcontext() if past_key_values is None else while_decoding(self.config)
+        with decoding, _autocast(self.head.linear, self.compute_dtype, input_ids.device):
             output = self.backbone(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

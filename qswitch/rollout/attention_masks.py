@@ -17,6 +17,8 @@ from qswitch.errors import ModelError
 from qswitch.models.architecture import RECURRENT, layer_kinds
 from qswitch.models.language_model import LanguageModel
 
+ALIGNED_SLOTS = 8
+"""Of 16 bits each, the 16 bytes at which torch's memory-efficient attention reads a row of a mask."""
 EMPTY = -1
 """Position of a slot that no query may see: padding, or a draft that was taken back."""
 
@@ -36,7 +38,6 @@ class MaskMaker:
                 "need. Load it with attn_implementation sdpa or eager."
             )
         self._kinds = layer_kinds(model.config, name)
-        self._is_boolean = attention == "sdpa"
         self._dtype = model.compute_dtype
 
     def __call__(self, slots: Tensor, positions: Tensor, padding: Tensor | None = None) -> dict[str, Tensor | None]:
@@ -63,8 +64,11 @@ class MaskMaker:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _for_attention(self, allowed: Tensor) -> Tensor:
-        """Boolean for scaled_dot_product_attention; added to the scores in eager attention."""
-        if self._is_boolean:
-            return allowed
-        lowest = torch.finfo(self._dtype).min
-        return torch.zeros(allowed.shape, dtype=self._dtype, device=allowed.device).masked_fill_(~allowed, lowest)
+        """Numbers that are added to the scores, each row of them at an aligned place.
+
+        torch's fused kernels would make them of truth values anew in every layer, and copy what is not aligned.
+        """
+        *shape, num_slots = allowed.shape
+        width = -(-num_slots // ALIGNED_SLOTS) * ALIGNED_SLOTS
+        added = torch.zeros((*shape, width), dtype=self._dtype, device=allowed.device)[..., :num_slots]
+        return added.masked_fill_(~allowed, torch.finfo(self._dtype).min)

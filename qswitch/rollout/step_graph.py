@@ -179,7 +179,6 @@ def _fill(places: _Recorded, tokens: Tensor, positions: Tensor, masks: Mapping[s
     places.positions[:num_rows] = positions
     for kind, mask in masks.items():
         num_slots = mask.shape[-1]
-        opened, closed = (True, False) if mask.dtype == torch.bool else (0.0, torch.finfo(mask.dtype).min)
-        place = places.masks[kind].fill_(closed)
+        place = places.masks[kind].fill_(torch.finfo(mask.dtype).min)
         place[:num_rows, :, :, :num_slots] = mask
-        place[num_rows:, :, :, num_slots - 1] = opened
+        place[num_rows:, :, :, num_slots - 1] = 0.0

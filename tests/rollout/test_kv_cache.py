@@ -105,7 +105,7 @@ class Forgetful(LanguageModel):
 
     def hidden(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
         if past_key_values is not None and past_key_values.get_seq_length():
-            attention_mask = attention_mask | True
+            attention_mask = torch.zeros_like(attention_mask)  # added to the scores: nothing is masked
         return super().hidden(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
 
 
