@@ -252,6 +252,9 @@ class RolloutSection(Section):
     (or the constant threshold) is adapted to hold it (policy switch). None: the threshold stays as written."""
     constant_threshold: float = Field(default=0.2, ge=0, le=1)
     """Threshold of the constant schedule, bits."""
+    tail_bits: float = Field(default=1e-7, ge=1e-7, lt=1)
+    """Once the threshold has fallen below this for good, the teacher writes the rest without asking the student, bits.
+    1e-7, which fp32 does not resolve, changes nothing; docs/rollouts.md says what more does."""
     teacher_probability: float = Field(default=0.5, ge=0, le=1)
     """Share of tokens the teacher writes (policy random)."""
     mixture_teacher_weight: float = Field(default=0.2, ge=0, le=1)
@@ -275,6 +278,8 @@ class RolloutSection(Section):
     student_graphs: Literal["auto", "off"] = "auto"
     """auto: on a GPU, the student's one-token passes are recorded and replayed as CUDA graphs, where a trial at the
     start finds them the same and faster. off: never."""
+    teacher_graphs: Literal["auto", "off"] = "auto"
+    """The same for the teacher's passes, of one token and of a block."""
     temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature of both writers; 0 is greedy. The divergence is always measured at temperature 1."""
     max_new_tokens: int = Field(default=256, ge=1, le=MAX_TOKENS)

@@ -118,14 +118,15 @@ _OF_ROLLOUTS = (
     "rollout.relative_decay", "rollout.expected_tokens", "rollout.teacher_share",
     "rollout.teacher_probability", "rollout.mixture_teacher_weight", "rollout.skd_top_k", "rollout.adaswitch_factor",
     "rollout.adaswitch_window", "rollout.reuse", "rollout.block_tokens", "rollout.student_graphs",
-    "rollout.temperature", "loss.scope", "loss.divergence_teacher_tokens", "loss.divergence_student_tokens",
+    "rollout.teacher_graphs", "rollout.tail_bits", "rollout.temperature", "loss.scope",
+    "loss.divergence_teacher_tokens", "loss.divergence_student_tokens",
 )  # fmt: skip
 
 UNREAD = (
     Unread(_OF_ROLLOUTS, writes_rollouts, "with method={method}: no rollout is written, data.ground_truth_mix is 1"),
     Unread(
         ("rollout.schedule", "rollout.tau_0", "rollout.decay_rate", "rollout.constant_threshold",
-         "rollout.relative_decay", "rollout.expected_tokens", "rollout.teacher_share"),
+         "rollout.relative_decay", "rollout.expected_tokens", "rollout.teacher_share", "rollout.tail_bits"),
         _switches, _POLICY, _OTHER_POLICY,
     ),
     Unread(
@@ -140,6 +141,10 @@ UNREAD = (
         ("rollout.teacher_share",), is_one_of("rollout.schedule", "exponential", "relative", "constant"), _SCHEDULE,
         _OTHER_SCHEDULE,
     ),
+    Unread(
+        ("rollout.tail_bits",), is_one_of("rollout.schedule", "exponential", "relative", "linear"), _SCHEDULE,
+        _OTHER_SCHEDULE,
+    ),
     Unread(("rollout.decay_rate",), is_one_of("rollout.schedule", "exponential", "growth"), _SCHEDULE, _OTHER_SCHEDULE),
     Unread(("rollout.constant_threshold",), is_one_of("rollout.schedule", "constant"), _SCHEDULE, _OTHER_SCHEDULE),
     Unread(("rollout.teacher_probability",), is_one_of("rollout.policy", "random"), _POLICY, _OTHER_POLICY),
@@ -151,6 +156,10 @@ UNREAD = (
     ),
     Unread(("rollout.block_tokens",), drafts_tokens, f"{_POLICY}: the two models do not write in turns"),
     Unread(("rollout.student_graphs",), _student_decodes, f"{_POLICY}: the student writes nothing"),
+    Unread(
+        ("rollout.teacher_graphs",), lambda read: read("rollout.policy") != "student",
+        f"{_POLICY}: the teacher writes nothing",
+    ),
     Unread(("loss.scope",), _student_decodes, f"{_POLICY}: every token is the teacher's"),
     Unread(
         ("rollout.reuse",), is_one_of("data.adaptive_share", False), "with data.adaptive_share, which replays by itself"

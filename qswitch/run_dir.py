@@ -191,6 +191,11 @@ class RunDir:
         """Whether the student's passes are replayed as CUDA graphs, and why; found out once."""
         return self.path / "student_graphs.json"
 
+    @property
+    def teacher_graphs_path(self) -> Path:
+        """The same of the teacher's passes."""
+        return self.path / "teacher_graphs.json"
+
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""
         if self.writes:

@@ -152,7 +152,7 @@ class ThresholdFile(TypedDict):
 
 
 class GraphTrialFile(TypedDict):
-    """student_graphs.json."""
+    """student_graphs.json and teacher_graphs.json."""
 
     used: bool
 

@@ -19,6 +19,7 @@ from qswitch.models.gguf_cache import cache_folder
 from qswitch.models.host_memory import freed_memory_kept
 from qswitch.models.language_model import LanguageModel
 from qswitch.outside import read_json
+from qswitch.plan.memory import KEPT_BUFFER_BYTES
 from qswitch.rollout.block_length import (
     Acceptance,
     AutoBlock,
@@ -32,6 +33,9 @@ from qswitch.rollout.pass_times import LIMIT_S, measure_pass_times
 from qswitch.rollout.step_graph import StepGraphs
 from qswitch.run_dir import RunDir
 from qswitch.state_files import GraphTrialFile, PassTimesFile
+
+TRIED_BLOCK = 4
+"""Tokens of the teacher's longer pass in the trial of its graphs."""
 
 
 class Decoding:
@@ -53,23 +57,48 @@ class Decoding:
         processes = processes or Processes()
         self._teacher, self._student = teacher, student
         self.acceptance = Acceptance()
-        self.uses_graphs = processes.from_first(lambda: self._try_graphs(num_rows))
+        rollout, drafts = config.rollout, config.rollout.block_tokens != 0
+        # Kept from call to call only where the weights stay in their place: a teacher that is swapped comes back
+        # elsewhere, and a student that trains every weight decodes with copies.
+        teacher_stays, student_stays = config.teacher.residency == "resident", config.student.adapter == "lora"
+        self.student_graphs = self._graphs(
+            "student", student, rollout.student_graphs, run_dir.student_graphs_path, num_rows, (1,), student_stays,
+            processes,
+        )  # fmt: skip
+        """What replays the student's passes; None where that is off, not possible or of no use."""
+        self.teacher_graphs = self._graphs(
+            "teacher", teacher, rollout.teacher_graphs, run_dir.teacher_graphs_path, num_rows,
+            (1, TRIED_BLOCK) if drafts else (1,), teacher_stays, processes,
+        )  # fmt: skip
+        """The same of the teacher's, one token or a block."""
         self.blocks = self._make_blocks(processes)
 
-    def graphs(self) -> StepGraphs | None:
-        """What replays the student's passes in one call; None where that is off, not possible or of no use."""
-        return StepGraphs(self._student) if self.uses_graphs else None
+    def _graphs(
+        self,
+        role: str,
+        model: LanguageModel | None,
+        setting: str,
+        path: Path,
+        num_rows: int,
+        tokens: tuple[int, ...],
+        stays: bool,
+        processes: Processes,
+    ) -> StepGraphs | None:
+        """Graphs of one model, where a trial of passes over `tokens` tokens finds them right and faster."""
+        wanted = setting == "auto" and self._config.writes_rollouts
+        if model is None or not wanted or model.device.type != "cuda":
+            return None
 
-    def _try_graphs(self, num_rows: int) -> bool:
-        wanted = self._config.rollout.student_graphs == "auto" and self._config.writes_rollouts
-        if not wanted or self._student.device.type != "cuda":
-            return False
-        path = self._run_dir.student_graphs_path
-        if not path.exists():
-            trial = try_graphs(self._student, num_rows)
-            self._run_dir.write_json(path.name, trial.to_dict())
-            self._progress.say(f"CUDA graphs for the student: {'on' if trial.used else 'off'}, {trial.reason}")
-        return read_json(path, GraphTrialFile)["used"]
+        def pays() -> bool:
+            if not path.exists():
+                trial = try_graphs(model, num_rows, tokens=tokens)
+                self._run_dir.write_json(path.name, trial.to_dict())
+                self._progress.say(f"CUDA graphs for the {role}: {'on' if trial.used else 'off'}, {trial.reason}")
+            return read_json(path, GraphTrialFile)["used"]
+
+        if not processes.from_first(pays):
+            return None
+        return StepGraphs(model, role=role, kept_bytes=KEPT_BUFFER_BYTES if stays else 0)
 
     def _make_blocks(self, processes: Processes) -> BlockLength:
         config, settings = self._config, self._config.rollout
@@ -100,7 +129,13 @@ class Decoding:
         self._progress.say(f"measuring passes of both models for rollout.block_tokens=auto, {LIMIT_S:.0f} s at most")
         started = time.perf_counter()
         with freed_memory_kept(self._student.device):  # as they will be in the rollouts
-            times = measure_pass_times(teacher, self._student, num_rows, make_graphs=self.graphs)
+            times = measure_pass_times(
+                teacher,
+                self._student,
+                num_rows,
+                teacher_graphs=self.teacher_graphs is not None,
+                student_graphs=self.student_graphs is not None,
+            )
         seconds = time.perf_counter() - started
         if seconds <= LIMIT_S:
             with file_aside(kept) as partial:
@@ -115,7 +150,8 @@ class Decoding:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {os.cpu_count()}"
         models = [f"{m.hf.config.to_json_string()} {m.compute_dtype}" for m in (teacher, self._student)]
         precisions = (self._config.teacher.precision, self._config.student.precision)
-        facts = (name, torch.get_num_threads(), torch.__version__, num_rows, self.uses_graphs, precisions, models)
+        graphs = (self.student_graphs is not None, self.teacher_graphs is not None)
+        facts = (name, torch.get_num_threads(), torch.__version__, num_rows, *graphs, precisions, models)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 

@@ -143,6 +143,7 @@ class StepReport:
             "teacher_passes": stats.teacher_passes,
             "student_passes": stats.student_passes,
             "student_replays": stats.student_replays,
+            "teacher_replays": stats.teacher_replays,
             "teacher_row_passes_per_token": stats.by_row_passes["teacher"] / stats.tokens if stats.tokens else None,
             "kept_draft_share": stats.kept_draft_share,
             "kept_drafts_by_step": _shares(stats),

@@ -325,7 +325,8 @@ class Supply:
                 keep=self.config.loss.scope if self.policy.uses_teacher and self._imitates else "nothing",
                 blocks=self.decoding.blocks,
                 keep_student=settings.reuse > 1 or self.share is not None,
-                student_graphs=self.decoding.graphs(),
+                student_graphs=self.decoding.student_graphs,
+                teacher_graphs=self.decoding.teacher_graphs,
             )
 
     def cache_teacher(self, rollouts: Sequence[Rollout]) -> list[TrainingSequence]:

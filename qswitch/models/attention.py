@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 FOLDED = "qswitch_folded"
 """Name under which transformers knows it; a model has it only while it decodes."""
@@ -38,7 +39,8 @@ def folded_attention(
     What it has no fold for (no mask, one mask per head, a bias by position) goes to transformers' own function.
     """
     if attention_mask is not None and attention_mask.is_floating_point() and attention_mask.dtype != query.dtype:
-        attention_mask = attention_mask.to(query.dtype)
+        casts = torch.is_autocast_enabled(query.device.type)  # which brings all of them to one dtype itself
+        attention_mask = attention_mask if casts else attention_mask.to(query.dtype)
     rows, heads, num_tokens, _ = query.shape
     groups = heads // key.shape[1]
     folds = groups > 1 and attention_mask is not None and attention_mask.shape[1] == 1
@@ -54,6 +56,7 @@ def folded_attention(
 
 
 AttentionInterface.register(FOLDED, folded_attention)
+AttentionMaskInterface.register(FOLDED, sdpa_mask)  # for passes whose mask transformers makes
 
 
 @contextlib.contextmanager

@@ -7,10 +7,12 @@ letters: `B` rows, `n` tokens of this pass, `D` hidden width, `V` shared vocabul
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from qswitch.errors import ModelError
 from qswitch.models.architecture import backbone, check_architecture
@@ -42,6 +44,7 @@ class Head(nn.Module):
         self.logit_scale = logit_scale
         self.softcap = softcap
         self.compute_dtype = compute_dtype
+        self._casts = casts_weights(linear, compute_dtype)
 
     @property
     def linear(self) -> nn.Module:
@@ -50,7 +53,7 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states after the last norm -> logits: [..., D] -> [..., V]."""
-        with _autocast(self.linear, self.compute_dtype, hidden.device):
+        with _autocast(self._casts, self.compute_dtype, hidden.device):
             logits = self.linear(hidden)[..., : self.vocab_size]
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
@@ -81,6 +84,7 @@ class LanguageModel(nn.Module):
         check_architecture(causal)
         linear = causal.get_output_embeddings()
         self.compute_dtype = compute_dtype or linear_dtype(linear)
+        self._casts = casts_weights(linear, self.compute_dtype)
         scale, softcap = _logit_transform(causal.config)
         self.head = Head(
             linear, vocab_size=vocab_size, logit_scale=scale, softcap=softcap, compute_dtype=self.compute_dtype
@@ -138,7 +142,7 @@ class LanguageModel(nn.Module):
         Remaining keywords go to the backbone.
         """
         decoding = contextlib.nullcontext() if past_key_values is None else while_decoding(self.config)
-        with decoding, _autocast(self.head.linear, self.compute_dtype, input_ids.device):
+        with decoding, _autocast(self._casts, self.compute_dtype, input_ids.device):
             output = self.backbone(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -176,7 +180,7 @@ def verify_head(model: LanguageModel) -> None:
         changed[0, -1] = (ids[0, -1] + 1) % model.vocab_size
         mask = torch.ones_like(ids)
         positions = torch.arange(ids.shape[1], device=model.device).reshape(1, -1)
-        with _autocast(model.head.linear, model.compute_dtype, model.device):
+        with _autocast(model._casts, model.compute_dtype, model.device):
             expected = model.hf(input_ids=ids, attention_mask=mask, use_cache=False).logits[..., : model.vocab_size]
         logits = model.logits(model.hidden(ids, mask, positions))
         after = model.logits(model.hidden(changed, mask, positions))
@@ -222,12 +226,36 @@ def linear_dtype(linear: nn.Module) -> torch.dtype:
     return getattr(linear, "compute_dtype", None) or torch.float32
 
 
-def _autocast(linear: nn.Module, compute_dtype: torch.dtype | None, device: torch.device) -> Any:
-    """Autocast where weights are kept in fp32 and the arithmetic is narrower; else nothing."""
-    weight = linear.weight
-    if compute_dtype in (torch.bfloat16, torch.float16) and weight.dtype == torch.float32:
-        return torch.autocast(device.type, dtype=compute_dtype)
-    return contextlib.nullcontext()
+def casts_weights(linear: nn.Module, compute_dtype: torch.dtype | None) -> bool:
+    """Whether weights are kept in fp32 while the arithmetic is narrower, so that passes run under autocast."""
+    return compute_dtype in (torch.bfloat16, torch.float16) and linear.weight.dtype == torch.float32
+
+
+def _autocast(casts: bool, compute_dtype: torch.dtype | None, device: torch.device) -> Any:
+    return torch.autocast(device.type, dtype=compute_dtype) if casts else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def weights_cast_once(model: LanguageModel) -> Iterator[None]:
+    """Within the block the linear layers of a model that trains all its weights hold copies in the compute dtype.
+
+    Autocast would make the same copies anew in every pass: of a model of N parameters it reads 4 N bytes and writes 2 N
+    for each token that is decoded. What a pass computes is the same bit for bit; embeddings and norms stay in fp32, a
+    head that is tied to the embedding as well as others gets a copy of its own. Nothing for other models.
+    """
+    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in model.hf.modules() if model._casts else ():
+        if isinstance(module, nn.Linear | Conv1D) and module.weight.requires_grad:
+            kept += [
+                (module, n, p) for n, p in module._parameters.items() if p is not None and p.dtype == torch.float32
+            ]
+    try:
+        for module, name, parameter in kept:
+            module._parameters[name] = nn.Parameter(parameter.detach().to(model.compute_dtype), requires_grad=False)
+        yield
+    finally:
+        for module, name, parameter in kept:
+            module._parameters[name] = parameter
 
 
 def _logit_transform(config: Any) -> tuple[float, float | None]:

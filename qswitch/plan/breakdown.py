@@ -115,6 +115,15 @@ def break_down(
         "dequantisation": max(unpack_teacher, unpack_student),
         "autocast_copies": cast,
     }
+    # Small buffers are kept through training, with the passes that were recorded over them.
+    graphs = {
+        "teacher": rollout.teacher_graphs == "auto" and config.teacher.residency == "resident",
+        "student": rollout.student_graphs == "auto" and not full,
+    }
+    buffers = {"teacher": memory.kv_buffer_bytes(teacher, rows, slots, b),
+               "student": memory.kv_buffer_bytes(student, rows, slots, b)}  # fmt: skip
+    kept = sum(size for name, size in buffers.items() if graphs[name] and size <= memory.KEPT_BUFFER_BYTES)
+    kept = kept if on_gpu and needed and config.writes_rollouts else 0
     if not needed:
         load["load_buffer"] = student_load + student.cut_parameters * b
         decode = dict.fromkeys(decode, 0)
@@ -133,6 +142,7 @@ def break_down(
         "activations": activations,
         "loss_chunk": chunk,
         "optimizer_step": memory.optimizer_step_bytes(num_trainable, train.optimizer, acc),
+        "kept_kv_buffers": kept,
     }
     if processes > 1:
         learn["added_gradients"] = min(GRADIENT_BUCKET_BYTES, num_trainable * acc)
@@ -151,8 +161,8 @@ def break_down(
     moving = {
         "load": load["load_buffer"],
         "rollout": max(sum(decode.values()), score),
-        "train": learn["gradients"] + max(backward, learn["optimizer_step"], learn.get("added_gradients", 0)),
-        "validate": validate,
+        "train": learn["gradients"] + max(backward, learn["optimizer_step"], learn.get("added_gradients", 0)) + kept,
+        "validate": validate + kept,
     }
 
     # ------------------------------------------------------------------------------------------ together

@@ -46,6 +46,9 @@ it grew between steps over the demo's twelve (small blocks of the heap, oneDNN's
 PINNED_SLAB_BYTES = 256 * 2**20
 """Piece of a swapped teacher's host copy (models/residency.py)."""
 
+KEPT_BUFFER_BYTES = 256 * 2**20
+"""Key-value buffers up to this size, and the passes recorded over them, are kept from one rollout call to the next."""
+
 SLOT_CHUNK = 64
 """The key-value cache is allocated in whole chunks of this many slots."""
 ROLLOUT_VOCABULARY_COPIES = 10

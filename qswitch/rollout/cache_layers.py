@@ -94,6 +94,7 @@ class HybridLayer(LinearAttentionLayer, SlotLayer):
 
 
 CacheLayer: TypeAlias = "SlotLayer | HybridLayer | LinearAttentionLayer | DummyLayer"
+LayerMaker: TypeAlias = "Callable[..., CacheLayer]"
 
 
 def layer_makers(model: LanguageModel, num_rows: int, num_slots: int) -> list[Callable[..., CacheLayer]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qswitch.data.template import pad_left
-from qswitch.models.language_model import LanguageModel
+from qswitch.models.language_model import LanguageModel, weights_cast_once
 from qswitch.rollout.block_length import BlockLength, FixedBlock
 from qswitch.rollout.engine import Engine
 from qswitch.rollout.policy import Policy
@@ -60,14 +60,15 @@ def rollout(
     no_repeat_ngram_size: int = 0,
     keep_student: bool = False,
     student_graphs: StepGraphs | None = None,
+    teacher_graphs: StepGraphs | None = None,
 ) -> tuple[list[Rollout], RolloutStats]:
     """Write one response per request; the answer keeps the order of the requests.
 
     The tokens depend on (seed, example id, visit, prompt) and the weights alone: batch_size, order and the block length
     (`blocks`; None: no drafts, the sequential engine) change speed. A student given to a policy that needs none drafts
-    for the teacher. `keep_student` hands back the student's hidden states too. `student_graphs`, made for this call,
-    replays its passes. With `no_repeat_ngram_size` n above 0 no n-gram of prompt and response is written twice
-    (evaluation only, so for a single writer).
+    for the teacher. `keep_student` hands back the student's hidden states too. `student_graphs` and `teacher_graphs`
+    replay the passes of the two. With `no_repeat_ngram_size` n above 0 no n-gram of prompt and response is written
+    twice (evaluation only, so for a single writer).
 
     Raises:
         ValueError: the policy asks a model that is not given, teacher outputs are to be kept without a teacher, or
@@ -95,13 +96,22 @@ def rollout(
             keep=keep,
             keep_student=keep_student,
             student_graphs=student_graphs,
+            teacher_graphs=teacher_graphs,
             stats=stats,
         )
-        with inference(teacher, student):
-            for i, result in engine.run():
-                results[i] = result
-    if student_graphs is not None:
-        stats.student_replays = student_graphs.num_replays
+        graphs = {"student": student_graphs, "teacher": teacher_graphs}
+        before = {name: g.num_replays for name, g in graphs.items() if g is not None}
+        try:
+            copies = contextlib.nullcontext() if student is None else weights_cast_once(student)
+            with inference(teacher, student), copies:
+                for i, result in engine.run():
+                    results[i] = result
+        finally:
+            for name, g in graphs.items():
+                if g is not None:
+                    g.call_ends(engine.buffer_bytes(name))
+        replays = {name: g.num_replays - before[name] for name, g in graphs.items() if g is not None}
+        stats.student_replays, stats.teacher_replays = replays.get("student", 0), replays.get("teacher", 0)
     stats.seconds = time.perf_counter() - started
     return [r for r in results if r is not None], stats
 

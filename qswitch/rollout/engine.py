@@ -90,6 +90,7 @@ class Engine:
         keep: Keep,
         keep_student: bool = False,
         student_graphs: StepGraphs | None = None,
+        teacher_graphs: StepGraphs | None = None,
         stats: RolloutStats,
     ) -> None:
         self._requests = requests
@@ -116,7 +117,7 @@ class Engine:
         num_slots = cache_slots(longest_prompt, longest, num_drafts)
         self._states: dict[str, KVState] = {}
         if teacher is not None:
-            self._states["teacher"] = KVState(teacher, num_places, num_slots)
+            self._states["teacher"] = KVState(teacher, num_places, num_slots, graphs=teacher_graphs)
         if student is not None:
             self._states["student"] = KVState(student, num_places, num_slots, graphs=student_graphs)
         self._rows = self._starting([])
@@ -133,6 +134,10 @@ class Engine:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         yield from self._land()
+
+    def buffer_bytes(self, name: str) -> int:
+        """Keys and values that the call holds for teacher or student."""
+        return self._states[name].buffer_bytes if name in self._states else 0
 
     # ---------------------------------------------------------------- one round
 

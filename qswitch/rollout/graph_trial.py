@@ -1,4 +1,4 @@
-"""Do recorded student passes pay on this machine, and are they right? Tried once, before a run begins.
+"""Do recorded passes pay on this machine, and are they right? Tried once for each model, before a run begins.
 
 Letters: `R` rows.
 """
@@ -6,6 +6,7 @@ Letters: `R` rows.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,13 +23,13 @@ WORTHWHILE = 0.9
 
 @dataclass(frozen=True)
 class GraphTrial:
-    """RUN/student_graphs.json: whether recorded passes are right and faster on this machine."""
+    """RUN/student_graphs.json and RUN/teacher_graphs.json: whether recorded passes are right and faster here."""
 
     used: bool
     reason: str
     rows: int
     usual_seconds: float | None = None
-    """A pass of one token per row as usual, its noise and draw apart."""
+    """A pass of each of the numbers of tokens that were tried, as usual; head, noise and draw apart."""
     replayed_seconds: float | None = None
     difference: float | None = None
     """Largest difference of the states, relative to their size."""
@@ -38,36 +39,47 @@ class GraphTrial:
 
 
 @torch.no_grad()
-def try_graphs(model: LanguageModel, num_rows: int, *, record: Record | None = None, repeats: int = 8) -> GraphTrial:
-    """Compare and time recorded passes against usual ones on a probe; leaves nothing behind."""
+def try_graphs(
+    model: LanguageModel,
+    num_rows: int,
+    *,
+    tokens: Sequence[int] = (1,),
+    record: Record | None = None,
+    repeats: int = 8,
+) -> GraphTrial:
+    """Compare and time recorded passes over so many `tokens` a row against usual ones; leaves nothing behind."""
     if record is None and model.device.type != "cuda":
         return GraphTrial(False, f"no CUDA graphs on {model.device.type}", num_rows)
     graphs = StepGraphs(model, record)
-    num_slots = 8 + EAGER_PASSES + 1 + repeats
+    passes = EAGER_PASSES + 1 + repeats
+    num_slots = 8 + passes * sum(tokens)
     usual, replayed = (KVState(model, num_rows, num_slots, graphs=g) for g in (None, graphs))
     if usual.is_recurrent:
         return GraphTrial(False, "the states of recurrent layers are not recorded", num_rows)
     training = model.training
     model.eval()
     prompt = torch.arange(num_rows * 8, device=model.device).view(num_rows, 8) % model.vocab_size
-    ones, counts = torch.ones_like(prompt, dtype=torch.bool), np.full(num_rows, 1)
-    worst, seconds = 0.0, {"usual": float("inf"), "replayed": float("inf")}
+    ones = torch.ones((num_rows, max(8, *tokens)), dtype=torch.bool, device=model.device)
+    worst, seconds = 0.0, {"usual": 0.0, "replayed": 0.0}
     try:
         for state in (usual, replayed):
-            state.repack(np.arange(0), Prompts(prompt, ones, np.full(num_rows, 8)))
-        for step in range(EAGER_PASSES + 1 + repeats):
-            token = prompt[:, step % 8, None]
-            states = {}
-            for name, state in (("usual", usual), ("replayed", replayed)):
-                started = time.perf_counter()
-                states[name] = state.append(token, ones[:, :1], counts)
-                if model.device.type == "cuda":
-                    torch.cuda.synchronize(model.device)
-                if step > EAGER_PASSES:  # that one was recorded
-                    seconds[name] = min(seconds[name], time.perf_counter() - started)
-            plain = states["usual"].double()
-            size = plain.norm(dim=-1).clamp_min(1e-12)
-            worst = max(worst, ((states["replayed"].double() - plain).norm(dim=-1) / size).max().item())
+            state.repack(np.arange(0), Prompts(prompt, ones[:, :8], np.full(num_rows, 8)))
+        for n in tokens:
+            best = dict.fromkeys(seconds, float("inf"))
+            for turn in range(passes):
+                block = prompt[:, turn % 8, None].expand(-1, n).contiguous()
+                states = {}
+                for name, state in (("usual", usual), ("replayed", replayed)):
+                    started = time.perf_counter()
+                    states[name] = state.append(block, ones[:, :n], np.full(num_rows, n))
+                    if model.device.type == "cuda":
+                        torch.cuda.synchronize(model.device)
+                    if turn > EAGER_PASSES:  # that one was recorded
+                        best[name] = min(best[name], time.perf_counter() - started)
+                plain = states["usual"].double()
+                size = plain.norm(dim=-1).clamp_min(1e-12)
+                worst = max(worst, ((states["replayed"].double() - plain).norm(dim=-1) / size).max().item())
+            seconds = {name: seconds[name] + best[name] for name in seconds}
     except torch.OutOfMemoryError:
         return GraphTrial(False, "recorded passes do not fit beside the rest", num_rows)
     finally:

@@ -52,8 +52,8 @@ class Prompts:
 class KVState:
     """What `model` remembers of up to `max_rows` rows of at most `num_slots` slots; it has no rows at first.
 
-    All memory for keys and values is allocated with the first prompts and kept. With `graphs`, passes of one token per
-    row are replayed.
+    All memory for keys and values is allocated with the first prompts and kept. With `graphs`, passes over tokens that
+    follow are replayed; no other state may use the same graphs meanwhile.
 
     Raises:
         ModelError: the model remembers something, or attends in a way, that cannot be kept row by row.
@@ -64,7 +64,9 @@ class KVState:
     ) -> None:
         self._model, self._capacity = model, num_slots
         self._masks = MaskMaker(model)
-        self._makers = layer_makers(model, max_rows, num_slots)
+        self._makers = (
+            layer_makers(model, max_rows, num_slots) if graphs is None else graphs.layer_makers(max_rows, num_slots)
+        )
         self._layers = [make() for make in self._makers]
         self._slot_layers = [layer for layer in self._layers if isinstance(layer, SlotLayer)]
         self.is_recurrent = bool(recurrent_states(self._layers))
@@ -98,7 +100,7 @@ class KVState:
 
     @property
     def replays(self) -> bool:
-        """Whether passes of one token per row are recorded and replayed."""
+        """Whether passes are recorded and replayed."""
         return self._graphs is not None
 
     @property
@@ -125,12 +127,11 @@ class KVState:
         The live tokens of a row come first; the others are padding: they are read to keep the shape and never seen
         again. `live_counts` is `live.sum(1)`, which the caller knows without asking the device.
         """
-        num_tokens = tokens.shape[1]
         positions = self._advance(live, live_counts)
         masks, position_ids = self._masks(self._slots, positions), positions.clamp_min(0)
         if self._before is not None:
             self._read.append(tokens)
-        if self._graphs is not None and num_tokens == 1:
+        if self._graphs is not None:
             hidden = self._graphs.step(self._layers, tokens, position_ids, masks)
             if hidden is not None:
                 return hidden

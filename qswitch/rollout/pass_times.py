@@ -36,14 +36,15 @@ def measure_pass_times(
     *,
     repeats: int = 3,
     limit_s: float = LIMIT_S,
-    make_graphs: Callable[[], StepGraphs | None] = lambda: None,
+    teacher_graphs: bool = False,
+    student_graphs: bool = False,
 ) -> PassTimes:
     """Time passes of 1 and of `batch_size` rows: the least of `repeats`, since other work only ever adds time.
 
     Blocks are measured up to the first at which a pass costs as much as its tokens one by one; from there on longer
     ones cannot pay, and the table's last slope stands for them. After `limit_s` seconds only what a table needs is
-    measured: the largest number of rows, two blocks, one pass each. Where `make_graphs` gives any, the student's
-    passes are replayed, as they will be in the rollouts.
+    measured: the largest number of rows, two blocks, one pass each. With graphs a model's passes are replayed, as they
+    will be in the rollouts.
     """
     rows = tuple(sorted({1, max(batch_size // 4, 1), batch_size}))
     measured: list[int] = []
@@ -55,14 +56,12 @@ def measure_pass_times(
             if measured and time.perf_counter() > deadline:
                 break
             measured.append(num_rows)
-            probe = _Probe(student, num_rows, repeats, make_graphs())
-            for _ in range(EAGER_PASSES if probe.state.replays else 0):
-                probe.student_pass()
-            student_seconds.append(_least(probe.student_pass, repeats, probe.device, deadline))
-            probe = _Probe(teacher, num_rows, repeats)
+            probe = _Probe(student, num_rows, repeats, StepGraphs(student) if student_graphs else None)
+            student_seconds.append(probe.least(probe.student_pass, deadline))
+            probe = _Probe(teacher, num_rows, repeats, StepGraphs(teacher) if teacher_graphs else None)
             seconds: list[float] = []
             for n in blocks:
-                seconds.append(_least(partial(probe.teacher_pass, n), repeats, probe.device, deadline))
+                seconds.append(probe.least(partial(probe.teacher_pass, n), deadline))
                 if n > 1 and (seconds[-1] >= n * seconds[0] or time.perf_counter() > deadline):
                     break
             if num_rows == rows[-1]:
@@ -84,7 +83,7 @@ class _Probe:
     """One model that has read a few tokens in each of R rows."""
 
     def __init__(self, model: LanguageModel, num_rows: int, repeats: int, graphs: StepGraphs | None = None) -> None:
-        self.model, self.device, self.num_rows = model, model.device, num_rows
+        self.model, self.device, self.num_rows, self.repeats = model, model.device, num_rows, repeats
         self.state = KVState(model, num_rows, CONTEXT_TOKENS + _BLOCKS[-1], graphs=graphs)
         if self.state.is_recurrent:  # what stands of a block stays, so that it has to be read again
             self.state = KVState(model, num_rows, CONTEXT_TOKENS + (repeats + 1) * sum(_BLOCKS))
@@ -120,17 +119,18 @@ class _Probe:
         keys = torch.arange(self.num_rows * n, device=self.device)
         return noise.gumbel(keys, self.model.vocab_size).view(self.num_rows, n, -1)
 
-
-def _least(run: Callable[[], None], repeats: int, device: torch.device, deadline: float) -> float:
-    run()  # the first pass of a shape sets things up
-    best = float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        finished = time.perf_counter()
-        best = min(best, finished - started)
-        if finished > deadline:
-            break
-    return best
+    def least(self, run: Callable[[], None], deadline: float) -> float:
+        """Fewest seconds of a pass; the first ones of a shape set things up, or record it."""
+        for _ in range(1 + (EAGER_PASSES if self.state.replays else 0)):
+            run()
+        best = float("inf")
+        for _ in range(self.repeats):
+            started = time.perf_counter()
+            run()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            finished = time.perf_counter()
+            best = min(best, finished - started)
+            if finished > deadline:
+                break
+        return best

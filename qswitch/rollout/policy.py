@@ -112,7 +112,7 @@ class SwitchPolicy(Policy):
 
     def decide(self, block: Block) -> Decision:
         tau = self.threshold(block.steps)
-        in_tail = tau < TAU_FLOOR_BITS
+        in_tail = (tau < TAU_FLOOR_BITS) | (block.steps >= self.tail_start)
         if block.student is None:
             return Decision(_written_by(TEACHER, block.steps), None, tau)
         jsd = _jsd(block)

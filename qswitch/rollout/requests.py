@@ -79,6 +79,7 @@ class RolloutStats:
     student_passes: int = 0
     student_replays: int = 0
     """Of those, how many were replayed as CUDA graphs."""
+    teacher_replays: int = 0
     prefill_passes: int = 0
     """Passes of either model over prompts, not counted above."""
     rounds: int = 0

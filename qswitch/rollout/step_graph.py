@@ -1,11 +1,13 @@
-"""Passes of one token per row, recorded once as CUDA graphs and replayed: no Python and no kernel launches in between.
+"""Passes of few tokens per row, recorded once as CUDA graphs and replayed: no Python and no launches in between.
 
-Python may need longer to launch the kernels of a small student's one-token pass than the GPU to run them. A recorded
-pass reads and writes fixed places: the buffers of keys and values, which stay where they are for a whole rollout call,
-with a cursor on the device. A batch is padded to a power of two of rows, or to all. What is recorded serves one rollout
-call and is freed with it. A model that cannot be recorded goes on as before.
+Python may need longer to launch the kernels of a pass than the GPU to run them. A recorded pass reads and writes fixed
+places: the buffers of keys and values, which stay where they are for a whole rollout call, with a cursor on the device.
+A batch is padded to a power of two of rows, or to all. Each number of rows, of tokens and of spans that are read is
+recorded by itself, after a few passes as usual. Small buffers, and what was recorded over them, are kept from one call
+to the next; large ones are given back, since training needs their memory. A model that cannot be recorded goes on as
+before.
 
-Letters: `R` rows, `C` slots that a recorded pass reads, `S` slots in use, `D` hidden width.
+Letters: `R` rows, `n` tokens of a pass, `C` slots that a recorded pass reads, `S` slots in use, `D` hidden width.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
 
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.messages import first_line
-from qswitch.rollout.cache_layers import CacheLayer, SlotBuffers, SlotLayer
+from qswitch.rollout.cache_layers import CacheLayer, LayerMaker, SlotBuffers, SlotLayer, layer_makers
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ class FixedLayer(DynamicLayer):
         self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write [R, heads, 1, width] at the cursor and return all C slots."""
+        """Write [R, heads, n, width] at the cursor, int64 [n], and return all C slots."""
         self.keys.index_copy_(2, self._cursor, key_states)
         self.values.index_copy_(2, self._cursor, value_states)
         return self.keys, self.values
@@ -82,79 +84,110 @@ class _Recorded:
 
     tokens: Tensor
     positions: Tensor
+    cursor: Tensor
     masks: dict[str, Tensor]
     replay: Replay
 
 
-class StepGraphs:
-    """Recorded one-token passes of `model` for one rollout call; serves one `KVState`."""
+_Size = tuple[int, int, int]
+"""(rows after padding, tokens, slots that are read)."""
 
-    def __init__(self, model: LanguageModel, record: Record | None = None) -> None:
-        self._model = model
-        self._record = record or CudaRecorder()
-        self._cursor = torch.zeros(1, dtype=torch.int64, device=model.device)
-        self._recorded: dict[int, _Recorded] = {}
-        self._passes: Counter[int] = Counter()
-        self._span = 0
+
+class StepGraphs:
+    """Recorded passes of `model`; serves one `KVState` at a time.
+
+    Args:
+        role: what messages call the model.
+        kept_bytes: buffers up to this size, and what was recorded over them, are kept from call to call. 0 where the
+            weights that a pass reads lie elsewhere in every call.
+    """
+
+    def __init__(
+        self, model: LanguageModel, record: Record | None = None, *, role: str = "student", kept_bytes: int = 0
+    ) -> None:
+        self._model, self._role, self._kept_bytes = model, role, kept_bytes
+        self._record = record
+        self._recorded: dict[_Size, _Recorded] = {}
+        self._passes: Counter[_Size] = Counter()
+        self._makers: list[LayerMaker] = []
+        self._room = (0, 0)
         self.failure: str | None = None
         """Why nothing is recorded any more."""
         self.num_replays = 0
+        self.num_recorded = 0
+
+    def layer_makers(self, num_rows: int, num_slots: int) -> list[LayerMaker]:
+        """As `cache_layers.layer_makers`; over the buffers of an earlier call where those are kept and large enough."""
+        if not self._makers or num_rows > self._room[0] or num_slots > self._room[1]:
+            self.forget()
+            self._room = (max(num_rows, self._room[0]), max(num_slots, self._room[1]))
+            self._makers = layer_makers(self._model, *self._room)
+        return self._makers
+
+    def call_ends(self, buffer_bytes: int) -> None:
+        """Keep buffers of this size and what was recorded over them, or give both back."""
+        if buffer_bytes > self._kept_bytes:
+            self.forget()
+            self._room = (0, 0)
+
+    def forget(self) -> None:
+        """Give back the buffers and what was recorded over them."""
+        self._recorded.clear()
+        self._passes.clear()
+        self._makers = []
 
     def step(
         self, layers: Sequence[CacheLayer], tokens: Tensor, positions: Tensor, masks: Mapping[str, Tensor]
     ) -> Tensor | None:
-        """Read one token per row, int64 [R, 1], into `layers`: hidden states [R, 1, D].
+        """Read tokens int64 [R, n] into `layers`: hidden states [R, n, D].
 
-        `masks` [R, 1, 1, S] say, by kind of attention layer, which slots a row sees, the new one included. None: this
+        `masks` [R, 1, n, S] say, by kind of attention layer, which slots a row sees, the new ones included. None: this
         pass is to be made as usual.
         """
         slot_layers = [layer for layer in layers if isinstance(layer, SlotLayer)]
         max_rows, capacity = slot_layers[0].buffers.allocated
         if self.failure is not None or capacity == 0:
             return None
-        num_rows, num_slots = len(tokens), next(iter(masks.values())).shape[-1]
-        if num_slots > self._span:
-            self._span = min(-(-num_slots // SPAN_SLOTS) * SPAN_SLOTS, capacity)
-            self._recorded.clear()
-            self._passes.clear()
-        padded = min(1 << (num_rows - 1).bit_length(), max_rows)
-        if padded not in self._recorded:
-            self._passes[padded] += 1
-            if self._passes[padded] <= EAGER_PASSES:
-                return None
-        self._cursor.fill_(num_slots - 1)
-        recorded = self._recorded.get(padded)
+        num_rows, num_tokens = tokens.shape
+        num_slots = next(iter(masks.values())).shape[-1]
+        span = min(-(-num_slots // SPAN_SLOTS) * SPAN_SLOTS, capacity)
+        size = (min(1 << (num_rows - 1).bit_length(), max_rows), num_tokens, span)
+        recorded = self._recorded.get(size)
         if recorded is None:
-            recorded = self._new(padded, masks)
+            self._passes[size] += 1
+            if self._passes[size] <= EAGER_PASSES:
+                return None
+            recorded = self._places(size, masks)
         _fill(recorded, tokens, positions, masks)
-        if padded not in self._recorded:
+        if size not in self._recorded:
             try:
-                recorded = self._recorded[padded] = self._recorded_pass(recorded, layers)
+                recorded = self._recorded[size] = self._recorded_pass(size, recorded, layers)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a model does that cannot be recorded, it still runs as usual
                 self.failure = first_line(error)
-                logger.warning("Student passes are not recorded as CUDA graphs: %s", self.failure)
+                logger.warning("The %s's passes are not recorded as CUDA graphs: %s", self._role, self.failure)
                 return None
         hidden = recorded.replay()[:num_rows].clone()
         self.num_replays += 1
         for layer in slot_layers:
-            layer.filled += 1
+            layer.filled += num_tokens
         return hidden
 
-    def _new(self, padded: int, masks: Mapping[str, Tensor]) -> _Recorded:
-        ids = torch.zeros((padded, 1), dtype=torch.int64, device=self._model.device)
-        places = {kind: mask.new_zeros((padded, 1, 1, self._span)) for kind, mask in masks.items()}
-        return _Recorded(ids, ids.clone(), places, _not_recorded)
+    def _places(self, size: _Size, masks: Mapping[str, Tensor]) -> _Recorded:
+        rows, num_tokens, span = size
+        device = self._model.device
+        ids = torch.zeros((rows, num_tokens), dtype=torch.int64, device=device)
+        cursor = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+        places = {kind: mask.new_zeros((rows, 1, num_tokens, span)) for kind, mask in masks.items()}
+        return _Recorded(ids, ids.clone(), cursor, places, _not_recorded)
 
-    def _recorded_pass(self, places: _Recorded, layers: Sequence[CacheLayer]) -> _Recorded:
-        padded = len(places.tokens)
+    def _recorded_pass(self, size: _Size, places: _Recorded, layers: Sequence[CacheLayer]) -> _Recorded:
+        rows, _, span = size
 
         def run() -> Tensor:
             fixed = [
-                FixedLayer(layer.buffers, padded, self._span, self._cursor)
-                if isinstance(layer, SlotLayer)
-                else DummyLayer()
+                FixedLayer(layer.buffers, rows, span, places.cursor) if isinstance(layer, SlotLayer) else DummyLayer()
                 for layer in layers
             ]
             masks = places.masks if len(places.masks) > 1 else next(iter(places.masks.values()))
@@ -165,7 +198,10 @@ class StepGraphs:
                 past_key_values=Cache(layers=fixed),
             )
 
-        return _Recorded(places.tokens, places.positions, places.masks, self._record(run))
+        if self._record is None:
+            self._record = CudaRecorder()
+        self.num_recorded += 1
+        return replace(places, replay=self._record(run))
 
 
 def _not_recorded() -> Tensor:
@@ -173,12 +209,13 @@ def _not_recorded() -> Tensor:
 
 
 def _fill(places: _Recorded, tokens: Tensor, positions: Tensor, masks: Mapping[str, Tensor]) -> None:
-    """Put the inputs of R rows where the recorded pass reads them; the other rows see nothing but themselves."""
-    num_rows = len(tokens)
+    """Put the inputs of R rows where the recorded pass reads them; the other rows see nothing but one of their own."""
+    num_rows, num_tokens = tokens.shape
+    num_slots = next(iter(masks.values())).shape[-1]
+    torch.arange(num_slots - num_tokens, num_slots, out=places.cursor)
     places.tokens[:num_rows] = tokens
     places.positions[:num_rows] = positions
     for kind, mask in masks.items():
-        num_slots = mask.shape[-1]
         place = places.masks[kind].fill_(torch.finfo(mask.dtype).min)
         place[:num_rows, :, :, :num_slots] = mask
         place[num_rows:, :, :, num_slots - 1] = 0.0

@@ -24,6 +24,8 @@ class Threshold:
     decay_rate: float
     constant: float
     max_new_tokens: int
+    tail_bits: float = TAU_FLOOR_BITS
+    """Once the threshold has fallen below this for good, the teacher writes whatever the divergence is."""
     factor: float = 1.0
     """Makes the threshold fall so many times as fast, or lie so many times as low (constant): more of the teacher."""
 
@@ -46,17 +48,20 @@ class Threshold:
 
     @property
     def tail_start(self) -> float:
-        """First step whose threshold, and all later ones, lie below TAU_FLOOR_BITS."""
+        """First step whose threshold, and all later ones, lie below `tail_bits`."""
         if self.schedule == "exponential":
             rate = self.decay_rate * self.factor
-            start = max(0, math.floor(math.log(self.tau_0 / TAU_FLOOR_BITS) / rate))
+            start = max(0, math.floor(math.log(self.tau_0 / self.tail_bits) / rate))
             # The logarithm rounds: settle it with the very arithmetic that the decision uses.
-            while float(self(torch.tensor(start))) >= TAU_FLOOR_BITS:
+            while float(self(torch.tensor(start))) >= self.tail_bits:
                 start += 1
             return start
         if self.schedule == "linear":
-            return self.max_new_tokens
-        return 0 if self.schedule == "constant" and self._constant < TAU_FLOOR_BITS else math.inf
+            start = max(0, math.floor(self.max_new_tokens * (1 - self.tail_bits / self.tau_0)))
+            while float(self(torch.tensor(start))) >= self.tail_bits:
+                start += 1
+            return start
+        return 0 if self.schedule == "constant" and self._constant < self.tail_bits else math.inf
 
     def critical_factor(self, step: int, jsd_bits: float) -> float:
         """The factor above which the teacher writes a token of this divergence; infinite where none makes it."""
@@ -90,5 +95,6 @@ def make_threshold(rollout: RolloutSection, *, expected_tokens: float | None = N
         decay_rate=decay_rate,
         constant=rollout.constant_threshold,
         max_new_tokens=rollout.max_new_tokens,
+        tail_bits=rollout.tail_bits,
         factor=factor,
     )

@@ -11,6 +11,7 @@ from qswitch.distill import decoding
 from qswitch.distill.decoding import Decoding
 from qswitch.layers import build_config
 from qswitch.models.language_model import LanguageModel
+from qswitch.plan.memory import KEPT_BUFFER_BYTES
 from qswitch.rollout.block_length import FixedBlock
 from qswitch.rollout.graph_trial import GraphTrial
 from qswitch.run_dir import RunDir
@@ -33,15 +34,16 @@ def make(config, run_dir: RunDir, said: list[str], device: str = "cuda") -> Deco
 def test_graphs_are_tried_once_and_the_answer_is_kept(tmp_path, monkeypatch, used):
     tried: list[int] = []
 
-    def trial(student, num_rows):
+    def trial(student, num_rows, *, tokens):
         tried.append(num_rows)
+        assert tokens == (1,)
         return GraphTrial(used, "because", num_rows, 2.0, 1.0, 0.0)
 
     monkeypatch.setattr(decoding, "try_graphs", trial)
     config, said = config_with(), []
     run_dir = RunDir.create(tmp_path / "run", config)
-    assert make(config, run_dir, said).uses_graphs is used
-    assert make(config, RunDir.open(tmp_path / "run"), said).uses_graphs is used
+    assert (make(config, run_dir, said).student_graphs is not None) is used
+    assert (make(config, RunDir.open(tmp_path / "run"), said).student_graphs is not None) is used
     assert tried == [6] and said == [f"CUDA graphs for the student: {'on' if used else 'off'}, because"]
     assert json.loads((tmp_path / "run/student_graphs.json").read_text())["used"] is used
 
@@ -51,17 +53,30 @@ def test_graphs_are_not_tried_without_a_gpu_or_where_they_are_off(tmp_path, monk
     for i, (config, device) in enumerate([(config_with(), "cpu"), (config_with(student_graphs="off"), "cuda")]):
         run_dir = RunDir.create(tmp_path / f"run{i}", config)
         found = make(config, run_dir, [], device)
-        assert not found.uses_graphs and found.graphs() is None
-        assert not run_dir.student_graphs_path.exists()
+        assert found.student_graphs is None and found.teacher_graphs is None
+        assert not run_dir.student_graphs_path.exists() and not run_dir.teacher_graphs_path.exists()
         assert isinstance(found.blocks, FixedBlock), "nobody drafts for a teacher that is not asked"
 
 
-def test_each_call_gets_graphs_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding, "try_graphs", lambda student, rows: GraphTrial(True, "because", rows))
-    monkeypatch.setattr(decoding, "StepGraphs", lambda student: [student])
-    config = config_with()
-    found = make(config, RunDir.create(tmp_path / "run", config), [])
-    assert found.graphs() == found.graphs() and found.graphs() is not found.graphs()
+def test_graphs_of_both_models_are_tried_with_blocks_and_kept_where_weights_stay(tmp_path, monkeypatch):
+    tried = {}
+
+    def trial(model, num_rows, *, tokens):
+        tried[model.name] = tokens
+        return GraphTrial(True, "because", num_rows)
+
+    monkeypatch.setattr(decoding, "try_graphs", trial)
+    monkeypatch.setattr(decoding, "StepGraphs", lambda model, **options: (model.name, options))
+    teacher, student = (SimpleNamespace(device=SimpleNamespace(type="cuda"), name=n) for n in ("teacher", "student"))
+    for residency, kept in (("resident", KEPT_BUFFER_BYTES), ("swap", 0)):
+        values = config_with(block_tokens=2).model_dump()
+        values["teacher"]["residency"] = residency
+        config, progress = build_config(values), SimpleNamespace(say=lambda text: None)
+        run_dir = RunDir.create(tmp_path / residency, config)
+        made = Decoding(config, run_dir, teacher=teacher, student=student, num_rows=6, progress=progress)
+        assert made.teacher_graphs == ("teacher", {"role": "teacher", "kept_bytes": kept})
+        assert made.student_graphs == ("student", {"role": "student", "kept_bytes": KEPT_BUFFER_BYTES})
+    assert tried == {"student": (1,), "teacher": (1, 4)}
 
 
 def test_pass_times_are_measured_once_on_a_machine_and_by_a_run_kept(tmp_path, monkeypatch):

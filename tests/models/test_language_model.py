@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
 from qswitch.errors import ModelError
-from qswitch.models.language_model import LanguageModel, verify_head
+from qswitch.models.language_model import LanguageModel, verify_head, weights_cast_once
 from tests.tiny import ARCHITECTURES, tiny_model
 
 EVERY = (*ARCHITECTURES, "cohere", "granite", "phi")
@@ -105,3 +107,32 @@ def test_bf16_arithmetic_over_fp32_weights_runs_under_autocast():
     assert hidden.dtype == torch.bfloat16
     assert model.logits(hidden).dtype == torch.bfloat16
     assert next(model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gpt2"])
+def test_weights_that_are_cast_once_give_the_same_states_and_come_back(arch):
+    """qwen2 and gpt2 tie their head to the embedding, whose own rows must stay in fp32."""
+    model = LanguageModel(tiny_model(arch), compute_dtype=torch.bfloat16).eval()
+    ids, before = torch.arange(12)[None], dict(model.hf.named_parameters())
+    casts: list[int] = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
+                casts[-1] += args[0].numel()
+            return func(*args, **(kwargs or {}))
+
+    def states() -> torch.Tensor:
+        casts.append(0)
+        with torch.no_grad(), Casts():
+            return model.logits(model.hidden(ids))
+
+    usual = states()
+    with weights_cast_once(model):
+        assert torch.equal(states(), usual)
+    assert all(p is before[n] for n, p in model.hf.named_parameters()), "nothing is left behind"
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D))
+    assert casts[0] - casts[1] >= weights
+    frozen = LanguageModel(tiny_model(arch).requires_grad_(False), compute_dtype=torch.bfloat16)
+    with weights_cast_once(frozen):
+        assert frozen.head.linear.weight.dtype == torch.float32, "planned for students that train every weight only"

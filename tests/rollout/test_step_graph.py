@@ -1,4 +1,4 @@
-"""Replayed student passes: the same tokens on every architecture, growing buffers, a model that cannot be recorded.
+"""Replayed passes: the same tokens on every architecture, growing buffers, a model that cannot be recorded.
 
 There is no GPU here, so the recorder of these tests repeats the recorded call over its fixed places; what torch records
 on a GPU is that call. `test_a_cuda_graph_gives_the_states_of_a_usual_pass` runs where there is one.
@@ -46,23 +46,28 @@ class Repeater:
 def test_replayed_passes_write_the_same_tokens(arch, monkeypatch):
     """Rows end and are refilled, drafts are taken back, and a recorded pass comes to read more slots."""
     monkeypatch.setattr(step_graph, "SPAN_SLOTS", 16)
+    monkeypatch.setattr(step_graph, "EAGER_PASSES", 1)
     pair = make_pair(arch)
     rng = random.Random(f"graphs {arch}")
-    replays = 0
+    recorder, replays = Repeater(), {"teacher": 0, "student": 0}
+    graphs = [StepGraphs(model, recorder) for model in pair]
     for name in ("switch", "student", "skd", "adaswitch", "mixture"):
         requests = draw_requests(rng, 12)
         expected, _ = write(pair, POLICIES[name], requests, batch_size=5, drafts=2)
-        recorder = Repeater()
+        for model in graphs:
+            model.forget()
+            recorder.rows.clear()
         written, stats = rollout(
             requests, teacher=pair[0], student=pair[1], policy=POLICIES[name], seed=11, temperature=1.0, eos_ids=[EOS],
-            pad_id=PAD, batch_size=5, keep="nothing", blocks=FixedBlock(2),
-            student_graphs=StepGraphs(pair[1], recorder),
+            pad_id=PAD, batch_size=5, keep="nothing", blocks=FixedBlock(2), teacher_graphs=graphs[0],
+            student_graphs=graphs[1],
         )  # fmt: skip
         assert all(same(a, b) for a, b in zip(expected, written, strict=True)), name
         assert set(recorder.rows) <= {1, 2, 4, 5}, "rows are padded to a power of two, or to all"
         assert 0 < stats.student_replays < stats.student_passes
-        replays += stats.student_replays
-    assert replays > 60
+        replays["student"] += stats.student_replays
+        replays["teacher"] += stats.teacher_replays
+    assert replays["student"] > 60 and replays["teacher"] > 10
 
 
 def states(
@@ -89,6 +94,33 @@ def test_a_pass_that_must_read_more_slots_is_recorded_anew(monkeypatch):
     assert graphs.num_replays == 2 * (8 - EAGER_PASSES)
 
 
+def test_small_buffers_and_what_was_recorded_over_them_are_kept_from_call_to_call():
+    """The weights may have changed meanwhile, where they lie; a call with more rows or slots begins anew."""
+    teacher, student = make_pair("qwen2")
+    requests = draw_requests(random.Random(4), 10)
+    recorder = Repeater()
+    kept, thrown = (StepGraphs(student, recorder, kept_bytes=size) for size in (2**20, 0))
+    num_recorded = []
+    for turn in range(3):
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.mul_(1.01)
+        expected, _ = write((teacher, student), POLICIES["switch"], requests, batch_size=4, drafts=2, seed=turn)
+        for graphs in (kept, thrown):
+            before = graphs.num_recorded
+            written, stats = rollout(
+                requests, teacher=teacher, student=student, policy=POLICIES["switch"], seed=turn, temperature=1.0,
+                eos_ids=[EOS], pad_id=PAD, batch_size=4, keep="nothing", blocks=FixedBlock(2), student_graphs=graphs,
+            )  # fmt: skip
+            assert all(same(a, b) for a, b in zip(expected, written, strict=True))
+            assert stats.student_replays > 0
+            num_recorded.append(graphs.num_recorded - before)
+    assert num_recorded[0] == num_recorded[1] > 0, "the first call"
+    assert num_recorded[2] + num_recorded[4] < num_recorded[3] + num_recorded[5]
+    makers = kept.layer_makers(4, 64)
+    assert kept.layer_makers(3, 32) is makers and kept.layer_makers(5, 64) is not makers
+
+
 def test_eager_attention_has_masks_that_are_added(monkeypatch):
     model = tiny_model("gemma2", dtype=torch.float64).eval()
     model.set_attn_implementation("eager")
@@ -107,7 +139,7 @@ def test_a_model_that_cannot_be_recorded_goes_on_as_usual(caplog):
     graphs = StepGraphs(model, refuse)
     torch.testing.assert_close(states(model, 2, graphs, 9), states(model, 2, None, 9), rtol=0, atol=0)
     assert graphs.num_replays == 0 and "not permitted" in str(graphs.failure)
-    assert sum("not recorded as CUDA graphs" in r.message for r in caplog.records) == 1
+    assert sum("The student's passes are not recorded as CUDA graphs" in r.message for r in caplog.records) == 1
     trial = try_graphs(model, 2, record=refuse)
     assert not trial.used and "not permitted" in trial.reason
 
@@ -128,7 +160,7 @@ def test_the_trial_uses_graphs_that_are_right_and_fast_and_no_others(monkeypatch
     model.train()
     assert try_graphs(model, 2).reason == "no CUDA graphs on cpu"
     monkeypatch.setattr(graph_trial, "WORTHWHILE", 100.0)  # whatever this machine's timing says
-    trial = try_graphs(model, 3, record=Repeater())
+    trial = try_graphs(model, 3, tokens=(1, 3), record=Repeater())
     assert trial.used and trial.difference is not None and trial.difference < 1e-12
     assert trial.usual_seconds is not None and 0 < trial.usual_seconds < 1
     assert model.training
