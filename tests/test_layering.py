@@ -46,7 +46,7 @@ LAYERS = [
     ["yaml_file", "hub", "manifest", "preset_index"],
     ["outside", "aside"],
     ["launch"],
-    ["errors", "state_files", "terminal", "time_limit", "units", "divergence"],
+    ["errors", "state_files", "terminal", "time_limit", "units", "divergence", "pinned"],
 ]
 COLD = [
     "__init__.py",

@@ -23,7 +23,7 @@ from torch import Tensor
 from qswitch.distill.cache_format import FORMATS, HeadFunction, LogitTargets, TopkTargets, encode_rows
 from qswitch.distill.sequence import TrainingSequence
 from qswitch.errors import TrainingError
-from qswitch.models.host_memory import host_buffer
+from qswitch.pinned import host_buffer
 from qswitch.units import GIB
 
 logger = logging.getLogger(__name__)

@@ -9,12 +9,10 @@ import contextlib
 import ctypes
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-
-from qswitch.models.messages import first_line, say_once
 
 _M_MMAP_THRESHOLD = -3
 """malloc.h: requests from this size on are mapped, and unmapped when freed."""
@@ -69,23 +67,6 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
     finally:
         return_freed_memory()
         release_memory(device)
-
-
-def host_buffer(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> torch.Tensor:
-    """Uninitialised host memory, pinned where that is asked for and can be had.
-
-    Where it cannot (a container's limit on locked memory, or too little of it) the memory is pageable, which is said
-    once: copies to and from the device are then slower, and the host waits for them.
-    """
-    if pinned:
-        try:
-            return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
-        except RuntimeError as error:
-            say_once(
-                f"host memory cannot be pinned ({first_line(error)}), so copies to and from the GPU are slower: raise "
-                "the limit on locked memory (ulimit -l), or free host memory"
-            )
-    return torch.empty(tuple(shape), dtype=dtype)
 
 
 def _set_mmap_threshold(num_bytes: int) -> None:

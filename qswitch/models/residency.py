@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qswitch.models.host_memory import host_buffer
 from qswitch.models.language_model import LanguageModel
+from qswitch.pinned import host_buffer
 
 SLAB_BYTES = 256 * 2**20
 """Size of one piece of the host copy. torch rounds a pinned request up to a power of two (CachingHostAllocator), which

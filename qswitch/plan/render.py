@@ -40,6 +40,7 @@ PART_TEXTS = {
     "activations": "activations",
     "loss_chunk": "logits of a chunk of the loss",
     "optimizer_step": "update of the weights",
+    "kept_kv_buffers": "KV caches kept with recorded passes",
     "validation": "scoring of held-out prompts",
     "fragmentation": "allowance for fragmentation",
     "teacher_copy": "copy of the swapped teacher",

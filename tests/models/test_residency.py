@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qswitch import pinned
 from qswitch.config import TeacherSection
-from qswitch.models import messages
-from qswitch.models.host_memory import host_buffer
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import load_base
 from qswitch.models.residency import SLAB_BYTES, SwappedModel, _own_storages, _tensors
 from qswitch.models.runtime import Runtime
+from qswitch.pinned import host_buffer
 from qswitch.plan.memory import PINNED_SLAB_BYTES, pinned_bytes
 from tests.tiny import ARCHITECTURES, save_tiny, tiny_model
 
@@ -118,7 +118,7 @@ def test_memory_that_cannot_be_pinned_is_pageable_and_said_once(monkeypatch, cap
         return original(*args, **kwargs)
 
     monkeypatch.setattr(torch, "empty", refuse)
-    monkeypatch.setattr(messages, "_said", set())
+    monkeypatch.setattr(pinned, "_said", set())
     buffers = [host_buffer([3, 5], torch.float16, pinned=True) for _ in range(2)]
     assert [(b.shape, b.dtype) for b in buffers] == [(torch.Size([3, 5]), torch.float16)] * 2
     said = [r.message for r in caplog.records if "cannot be pinned" in r.message]

@@ -146,8 +146,12 @@ def test_the_estimate_grows_with_batch_length_and_vocabulary(
 def test_a_swapped_teacher_is_absent_while_the_student_trains():
     resident, swap = planned(GPU), planned(GPU, teacher={"residency": "swap"})
     freed = resident.parts["teacher_weights"] - memory.head_bytes(shape_from_config(SHAPE), "nf4", 2)
+    # A teacher that stays keeps its small buffers and recorded passes; they count as what comes and goes.
+    kept = resident.parts["kept_kv_buffers"] - swap.parts["kept_kv_buffers"]
+    assert kept > 0
     for phase in ("train", "validate"):
-        assert resident.phases[phase] - swap.phases[phase] == freed
+        more = kept * (1 + memory.FRAGMENTATION_SHARE)
+        assert resident.phases[phase] - swap.phases[phase] == pytest.approx(freed + more, abs=2)
     for phase in ("load", "rollout"):
         assert resident.phases[phase] == swap.phases[phase]
     assert swap.host["teacher_copy"] >= freed and resident.host["teacher_copy"] == 0
