@@ -541,7 +541,7 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "both": (["distill", "--preset", "smollm2-demo", "--config", "x.yaml"], ("Name either", "presets list")),
     "unknown preset": (["plan", "--preset", "lama"], ("no preset 'lama'", "presets list")),
     "preset as a file": (["distill", "--config", "smollm2-demo"], ("expected a .yaml file", "write --preset")),
-    "folder as a file": (["distill", "--config", "f.yaml"], ("f.yaml is a folder", "not a YAML file")),
+    "folder as a file": (["distill", "--config", "f.yaml"], ("f.yaml is a folder, not a file",)),
     "override without a value": (
         ["plan", "--preset", "smollm2-demo", "--set", "seed"],
         ("'seed'", "section.key=value"),

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import GenerationConfig
 
+from qswitch.aside import folder_aside
 from qswitch.config import RunConfig
 from qswitch.errors import FileError, ModelError, PlanError, QSwitchError
 from qswitch.export.card import model_card, reference_names
@@ -30,13 +31,13 @@ from qswitch.models.load import read_model, read_tokenizer
 from qswitch.models.messages import first_line, quiet
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
-from qswitch.models.shrink import CALIBRATION_PROMPTS, refuse_non_empty, write_model_folder
+from qswitch.models.shrink import CALIBRATION_PROMPTS, refuse_non_empty, write_model_files
 from qswitch.models.student import attach_lora, load_adapter
 from qswitch.outside import read_json
 from qswitch.plan.machine import detect_budget_bytes
 from qswitch.plan.model_files import shape_for
 from qswitch.plan.shapes import ModelShape
-from qswitch.run_dir import RunDir, write_atomically
+from qswitch.run_dir import RunDir
 from qswitch.state_files import SummaryFile
 from qswitch.units import GIB
 
@@ -130,21 +131,22 @@ def merge_run(
     _set_end_tokens(merged, adapter)
     merged.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     card = model_card(config, base.name, _summary(run_dir), merge_error, dtype)
-    write_model_folder(merged, tokenizer, output_dir, {"README.md": card}, copies=_sentencepiece_files(base))
-    del merged, reference
-
-    kl_nats = _kl_nats(before, _logits(_plain(output_dir), ids))
-    report = MergeReport(
-        output_dir=output_dir,
-        max_logit_difference=difference,
-        pass_rounding=pass_rounding,
-        merge_error=merge_error,
-        kl_nats=kl_nats,
-        num_prompts=len(ids),
-        dtype=dtype,
-        adapter_sha256=adapter_sha256,
-    )
-    write_atomically(output_dir / REPORT_FILE, json.dumps({**asdict(report), "output_dir": None}, indent=1) + "\n")
+    with folder_aside(output_dir) as partial:  # with its report, without which the next call would find a stranger
+        write_model_files(merged, tokenizer, partial, {"README.md": card}, copies=_sentencepiece_files(base))
+        del merged, reference
+        kl_nats = _kl_nats(before, _logits(_plain(partial), ids))
+        report = MergeReport(
+            output_dir=output_dir,
+            max_logit_difference=difference,
+            pass_rounding=pass_rounding,
+            merge_error=merge_error,
+            kl_nats=kl_nats,
+            num_prompts=len(ids),
+            dtype=dtype,
+            adapter_sha256=adapter_sha256,
+        )
+        text = json.dumps({**asdict(report), "output_dir": None}, indent=1) + "\n"
+        (partial / REPORT_FILE).write_text(text, encoding="utf-8")
     if not report.agrees:
         logger.warning(
             "The model saved in %s differs from base + adapter by KL %.3g nats (limit %g). Compare them with `qswitch "

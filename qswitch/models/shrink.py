@@ -202,23 +202,27 @@ def refuse_non_empty(output_dir: Path) -> None:
         raise ModelError(f"{output_dir} is not empty. Give a new folder, or remove it first.")
 
 
-def write_model_folder(
-    hf: Any,
-    tokenizer: Any,
-    output_dir: Path,
-    extra: dict[str, str] | None = None,
-    *,
-    copies: Sequence[Path] = (),
-) -> None:
-    """Save model, tokenizer, chat template, generation config, `extra` text files and `copies`, all or nothing."""
+def write_model_folder(hf: Any, tokenizer: Any, output_dir: Path, extra: dict[str, str] | None = None) -> None:
+    """Save model, tokenizer, chat template, generation config and `extra` text files, all or nothing.
+
+    Raises:
+        ModelError: the folder cannot be written.
+    """
     try:
         with folder_aside(output_dir) as partial:
-            with quiet():
-                hf.save_pretrained(partial, safe_serialization=True)
-                tokenizer.save_pretrained(partial)
-            for name, text in (extra or {}).items():
-                (partial / name).write_text(text, encoding="utf-8")
-            for path in copies:
-                shutil.copyfile(path, partial / path.name)
+            write_model_files(hf, tokenizer, partial, extra)
     except OSError as error:
         raise ModelError(f"{output_dir} cannot be written: {error}. Check the path and the free space.") from error
+
+
+def write_model_files(
+    hf: Any, tokenizer: Any, folder: Path, extra: dict[str, str] | None = None, *, copies: Sequence[Path] = ()
+) -> None:
+    """Save model, tokenizer, chat template, generation config, `extra` text files and `copies` into a folder."""
+    with quiet():
+        hf.save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)
+    for name, text in (extra or {}).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for path in copies:
+        shutil.copyfile(path, folder / path.name)

@@ -140,6 +140,19 @@ def test_the_base_cut_into_the_run_directory_is_merged(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 1
 
 
+def test_a_merge_whose_report_could_not_be_written_leaves_nothing_in_the_way(tmp_path, monkeypatch):
+    run_dir, _ = trained_run(tmp_path)
+
+    def full(*_: object) -> float:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("qswitch.export.merge._kl_nats", full)
+        merge_run(run_dir.path, tmp_path / "out", prompts=TEXTS)
+    assert not (tmp_path / "out").exists()
+    assert merge_run(run_dir.path, tmp_path / "out", prompts=TEXTS).agrees
+
+
 def test_a_folder_that_holds_something_is_refused(tmp_path):
     run_dir, _ = trained_run(tmp_path)
     (tmp_path / "out").mkdir()
