@@ -266,6 +266,7 @@ FAMILIES = {
     "gemma4": Family(
         arch="gemma4_text", tied=True, eos=[2, 3], changes={"sliding_window": WINDOW},
         targets={*LLAMA_TARGETS, "per_layer_model_projection", "per_layer_input_gate", "per_layer_projection"},
+        left_out={"per_layer_projection"},
         what="Text models. Inputs of every layer beside the embedding, wider heads in layers without a window.",
     ),
     "glm4": Family(
