@@ -275,8 +275,7 @@ def sft(
             print(f"  or:      qswitch distill ... --set {setting}={path}")
 
 
-@app.command(epilog="Example: qswitch teach --preset llama-7b-to-1b --method kd --output-dir store, then: qswitch "
-             "distill --preset llama-7b-to-1b --method kd --set teacher.responses=store")  # fmt: skip
+@app.command(epilog="Example: qswitch teach --preset llama-7b-to-1b --method kd --output-dir store")
 def teach(
     teacher: Teacher = None,
     student: Student = None,
