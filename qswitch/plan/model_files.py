@@ -181,4 +181,4 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     try:
         return read_json(path, dict[str, Any])
     except FileError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"{path} cannot be read, or is not a model configuration: {error}") from None
