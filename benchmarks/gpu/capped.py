@@ -30,6 +30,7 @@ def capped(context: Context, report: Report, gib: int) -> dict[str, Any]:
         "data.template=plain",
         "data.num_validation=4",
         "train.max_steps=1",
+        "train.warmup_steps=0",
         f"train.device={context.device.type}",
     ]
     if context.tiny:
