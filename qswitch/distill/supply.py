@@ -22,7 +22,7 @@ from qswitch.data.gather import Prompts
 from qswitch.data.loader import PromptLoader
 from qswitch.data.template import Prompt
 from qswitch.distill.decoding import Decoding
-from qswitch.distill.logit_cache import LogitCache, merge_states, select_state
+from qswitch.distill.logit_cache import LogitCache
 from qswitch.distill.metrics import BatchKind, Clock, StepReport, Tally
 from qswitch.distill.objective import StudentObjective
 from qswitch.distill.processes import Processes
@@ -443,25 +443,6 @@ class Supply:
 def ground_truth_coin(seed: int, step: int) -> float:
     """In (0, 1): a step below data.ground_truth_mix learns from the data's responses."""
     return float(uniform(row_keys(seed, torch.tensor([_GROUND_TRUTH_COIN]), torch.tensor([step]))))
-
-
-class HeldRows:
-    """The teacher outputs that all processes hold, as one part of a checkpoint, which the first process writes."""
-
-    def __init__(self, supply: Supply, processes: Processes) -> None:
-        self._supply, self._processes = supply, processes
-
-    def state_dict(self) -> dict[str, Any]:
-        """As `LogitCache.state_dict`, of every process's rows; in the first process only, in step with the others."""
-        shares = self._processes.gather_to_first(self._supply.cache.state_dict())
-        return {**merge_states(shares), "processes": self._processes.count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Hold this process's rows of a `state_dict`; the sequences they belong to are loaded already."""
-        if state.get("processes", 1) != self._processes.count:
-            self._supply.hand_over()
-        own = {s.key for s in self._supply.held if s.owner == self._processes.rank}
-        self._supply.cache.load_state_dict(select_state(state, own))
 
 
 def _ground_truth(items: Sequence[tuple[Prompt, int]], owners: Sequence[int]) -> list[TrainingSequence]:

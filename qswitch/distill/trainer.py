@@ -2,6 +2,7 @@
 
 One step reads top to bottom in `Trainer.train_step`, a run in `Trainer.run`. Of several processes each runs this loop,
 in step with the others; the first one writes. Knows no command line; talks to the user through a `Progress`.
+The file is long because the loop stands in one place with all that it looks at, saves and resumes from.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from qswitch.distill.checkpoint import (
     set_aside,
 )
 from qswitch.distill.decoding import Decoding
+from qswitch.distill.held_rows import HeldRows, make_cache
 from qswitch.distill.learner import Learner
 from qswitch.distill.logit_cache import LogitCache
 from qswitch.distill.metrics import Clock, Counters, StepReport, peak_bytes
@@ -40,7 +42,7 @@ from qswitch.distill.processes import Processes
 from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes
 from qswitch.distill.stored_teacher import StoredTeacher
-from qswitch.distill.supply import HeldRows, Supply
+from qswitch.distill.supply import Supply
 from qswitch.distill.validation import ResponseLoss, Validation, written_by_teacher
 from qswitch.errors import NonFiniteError, TrainingError
 from qswitch.manifest import find_damage, read_manifest
@@ -462,28 +464,4 @@ def teacher_at_fault(text: str, config: RunConfig) -> TrainingError:
         f"{text} The teacher does not learn, so no learning rate is at fault: its files or teacher.precision="
         f"{config.teacher.precision} are. Set teacher.precision=fp32 or bf16, download its files again, or use another "
         "teacher, and start a new run."
-    )
-
-
-def make_cache(
-    config: RunConfig,
-    run_dir: RunDir,
-    *,
-    teacher: LanguageModel | None,
-    student: LanguageModel,
-    vocab_size: int,
-    rank: int = 0,
-) -> LogitCache:
-    """The cache of teacher outputs as `config.cache` describes it; without a teacher nothing will be put into it."""
-    cache = config.cache
-    return LogitCache(
-        cache.format,
-        head=teacher.head if teacher is not None else None,
-        vocab_size=vocab_size,
-        device=student.device,
-        dtype=student.compute_dtype if teacher is None else teacher.compute_dtype,
-        device_budget_bytes=int(cache.device_budget_gib * GIB),
-        host_budget_bytes=int(cache.host_budget_gib * GIB),
-        disk_path=run_dir.path / ("cache" if rank == 0 else f"cache-{rank}"),
-        topk=cache.topk,
     )

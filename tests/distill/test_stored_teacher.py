@@ -15,6 +15,7 @@ from qswitch.distill import session
 from qswitch.distill.teaching import PART_SEQUENCES, items_of_a_run
 from qswitch.errors import ConfigError, RunDirError
 from qswitch.layers import build_config
+from qswitch.models import load
 from qswitch.run_dir import RunDir
 from tests.distill.test_trainer import folders
 from tests.distill.test_training_by_method import with_method
@@ -183,3 +184,28 @@ def test_a_store_holds_each_sequence_of_the_run_once(kd, folders):
     _, prompts, _ = load_prompts(config, load_pair_tokenizer(config))
     drawn = [prompt.example_id for _, prompt, _ in items_of_a_run(config, prompts)]
     assert drawn == given
+
+
+def test_a_teacher_that_passes_by_layer_for_layer_says_the_same(folders, tmp_path, monkeypatch):
+    """Here the device is the host and the layers that do not fit wait on disk; the dispatch is the same."""
+    config = with_method(folders, "seqkd", **{**STEPS, "train__max_steps": 1, "train__compute_dtype": "fp32"})
+    custom = build_config({**config.model_dump(mode="json", exclude_unset=True), "method": "custom",
+                           "loss": {"objective": "divergence"}})  # fmt: skip
+    places: list[dict[str, Any]] = []
+    real = load.read_model
+
+    def seen(*args: Any, **options: Any) -> Any:
+        model = real(*args, **options)
+        places.append(getattr(model, "hf_device_map", {}))
+        return model
+
+    monkeypatch.setattr(load, "read_model", seen)
+    teach.teach(custom, tmp_path / "whole")
+    monkeypatch.setattr(load, "spread_limits", lambda _runtime: {"cpu": 250_000})
+    teach.teach(custom, tmp_path / "spread", spread=True)
+    assert "disk" in places[-1].values() and "disk" not in places[0].values()
+    parts = sorted(path.name for path in (tmp_path / "whole").glob("part-*"))
+    assert len(parts) == 2
+    for name in [*(f"{part}/rows.safetensors" for part in parts), "head.safetensors"]:
+        ours, theirs = (load_file(tmp_path / store / name) for store in ("whole", "spread"))
+        assert all((ours[key] - theirs[key]).abs().max() <= 1e-5 for key in theirs)
