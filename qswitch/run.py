@@ -76,7 +76,7 @@ def distill(config: RunConfig, path: Path, *, vram: str | None = None) -> Summar
             except QSwitchError:
                 if processes.is_first:
                     run_dir.discard_unstarted()
-            raise
+                raise
 
 
 def resume(path: Path, *, vram: str | None = None, changes: Layer | None = None) -> Summary:
