@@ -380,7 +380,7 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "corpus shorter than a block": (
         ("data.lm_corpus=short.txt",),
-        ("data.lm_corpus", "less than one block", "Add text"),
+        ("data.lm_corpus", "less than one passage", "Add text"),
     ),
     "template that is not there": (
         ("data.template=no.jinja",),

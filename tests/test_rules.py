@@ -26,13 +26,13 @@ SETTINGS_CODE = ("config.py", "rules.py", "layers.py", "presets.py")
 """What handles settings without doing anything because of them; a forecast of memory (plan/) does nothing either."""
 CONSUMED_ELSEWHERE = {
     "about.description": "preset_info.py",
-    "about.licences": "distill/session.py",
+    "about.licences": "distill/adapter_card.py",
     "about.gated": "preflight.py",
     "about.twin": "preflight.py",
     "about.paper": "preset_info.py",
     "about.vram": "preset_info.py",
     "about.shape_sources": "preset_info.py",
-    "about.name": "distill/session.py",
+    "about.name": "distill/adapter_card.py",
     # With a method that loads no teacher: what `qswitch eval RUN` measures the distance from.
     "teacher.precision": "evaluate/subjects.py",
     "teacher.adapter": "evaluate/subjects.py",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import get_scheduler
 
 from qswitch.config import RunConfig, TrainSection
@@ -22,6 +23,8 @@ SCHEDULE_SETTINGS = ("learning_rate", "lr_scheduler_type", "warmup_steps", "max_
 def make_accelerator(config: RunConfig, run_dir: RunDir, student: LanguageModel) -> Accelerator:
     """For this process's device, with the trackers of train.report_to started by the first process."""
     report_to = list(config.train.report_to)
+    # accelerate holds one precision for the life of a process, but a process may do runs of several, one by one.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=student.device.type == "cpu",
         mixed_precision="bf16" if student.compute_dtype == torch.bfloat16 else "no",

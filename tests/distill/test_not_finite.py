@@ -16,6 +16,7 @@ from qswitch import cli
 from qswitch.distill.learner import Learner
 from qswitch.errors import ModelError, NonFiniteError, TrainingError
 from qswitch.layers import dump_config
+from qswitch.manifest import MANIFEST, write_manifest
 from qswitch.run import distill, resume
 from qswitch.run_dir import RunDir
 from tests.distill.test_trainer import folders, make_trainer, settings
@@ -178,6 +179,8 @@ def trained(folders, tmp_path_factory) -> Path:
 def test_an_adapter_full_of_nan_is_refused_by_every_command(folders, trained, tmp_path, capsys, command, value):
     path = Path(shutil.copytree(trained, tmp_path / "run"))
     poison_file(path / "adapter" / "adapter_model.safetensors", value)
+    (path / "adapter" / MANIFEST).unlink()  # as if it had been written so
+    write_manifest(path / "adapter")
     data = str(folders[2])
     arguments = {
         "generate": ["generate", str(path), "--prompt", "hello"],

@@ -113,7 +113,7 @@ def test_kl_and_interventions_are_those_of_whole_logits(made):
     assert abs(reverse / found["kl_nats"]["mean"] - 1) > 5e-3, "the other direction would be seen"
     assert found["top1_agreement"]["mean"] == pytest.approx(sum(same) / len(same))
 
-    threshold = module._switch_policy(config, config.rollout.max_new_tokens).threshold
+    threshold = module._switch_policy(config, config.rollout.max_new_tokens, None).threshold
     above, teacher_wrote, total = 0, 0, 0
     for rollout in mixed:
         p, q = log_probs(bf16, rollout), log_probs(student, rollout)

@@ -148,7 +148,7 @@ def test_people_read_the_verdict_first_then_hours_then_advice_then_the_parts_tha
 
 
 def test_every_part_of_a_plan_has_words_for_people():
-    breakdown = gpu_plan(config(), 12).breakdown
+    breakdown = plan_run(config(), budget_bytes=12 * GIB, device="cuda", processes=2).breakdown
     assert {*breakdown.parts, *breakdown.host, *breakdown.disk} == set(PART_TEXTS)
     assert len(set(PART_TEXTS.values())) == len(PART_TEXTS)
 
