@@ -10,6 +10,7 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,10 +207,13 @@ def _json_file(path: Path) -> Iterator[Row]:
 def _delimiter(path: Path, usual: str) -> str:
     """What separates the cells: `usual`, or another of `; tab | ,` where that parts the header into more cells."""
     with open_bytes(path) as file:
-        header = file.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n")
+        header = re.split("[\r\n]", file.readline().decode("utf-8-sig", errors="replace"), maxsplit=1)[0]
 
     def cells(delimiter: str) -> int:
-        found = next(csv.reader([header], delimiter=delimiter), [])
+        try:
+            found = next(csv.reader([header], delimiter=delimiter), [])
+        except csv.Error:  # said, with its line, where the rows are read
+            return 0
         # A cell that begins with a blank is text in which the delimiter is punctuation: "response, if any".
         return 0 if any(cell.startswith(" ") for cell in found) else len(found)
 

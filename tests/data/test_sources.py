@@ -52,6 +52,18 @@ def test_a_damaged_compressed_file_is_named(tmp_path, ending, compress, damage):
         list(iter_rows(str(path)))
 
 
+@pytest.mark.parametrize("text", ["prompt;response\rwhy;so\r", "prompt;response\r\nwhy;so\r\n"])
+def test_a_csv_may_end_its_lines_as_old_systems_did(tmp_path, text):
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    assert [row.fields for row in iter_rows(str(tmp_path / "a.csv"))] == [{"prompt": "why", "response": "so"}]
+
+
+def test_a_csv_of_control_characters_is_one_message(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\r\x00")
+    with pytest.raises(DataError):
+        list(iter_rows(str(tmp_path / "a.csv")))
+
+
 def test_a_csv_that_is_not_utf8_is_named_with_its_line(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(b"prompt\nfine\nGr\xfc\xdfe\n")

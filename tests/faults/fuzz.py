@@ -307,8 +307,10 @@ def fuzz_reference(folder: Path, text: str) -> None:
 KINDS = ("configuration", "records", "state", "reference")
 
 
-def fuzz(kind: str, folder: Path, number: int, *, sound: dict[str, Any], files: dict[str, bytes]) -> int:
-    """Draw `number` inputs of a kind; the number that was tried.
+def fuzz(
+    kind: str, folder: Path, number: int, *, sound: dict[str, Any], files: dict[str, bytes], derandomize: bool = False
+) -> int:
+    """Draw `number` inputs of a kind, with `derandomize` the same ones each time; the number that was tried.
 
     Raises:
         Exception: the first failure, shrunk by hypothesis.
@@ -321,7 +323,13 @@ def fuzz(kind: str, folder: Path, number: int, *, sound: dict[str, Any], files: 
     }[kind]
     tried = 0
 
-    @settings(max_examples=number, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=number,
+        deadline=None,
+        database=None,
+        derandomize=derandomize,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(drawn)
     def attempt(one: Any) -> None:
         nonlocal tried
