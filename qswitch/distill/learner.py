@@ -152,11 +152,8 @@ class Learner:
             TrainingSequence(i, 0, passage[:1].tolist(), passage[1:].tolist(), list(range(len(passage) - 1)))
             for i, passage in enumerate(passages)
         ]
-        num_tokens, weight, total = (
-            float(sum(len(s.loss_steps) for s in sequences)),
-            self.config.loss.lm_coefficient,
-            0.0,
-        )
+        num_tokens = float(sum(len(s.loss_steps) for s in sequences))
+        weight, total = self.config.loss.lm_coefficient, 0.0
         sequences = sequences[self._processes.rank :: self._processes.count]
         for start in range(0, len(sequences), size):
             batch = collate_with_labels(sequences[start : start + size], self._pad_id, self._device)
