@@ -16,7 +16,6 @@ from itertools import islice
 from typing import Any
 
 from qswitch.config import DataSection, RunConfig, StudentSection, TeacherSection, TrainSection, reader
-from qswitch.data.records import iter_records
 from qswitch.data.sources import reference_path
 from qswitch.errors import ConfigError
 from qswitch.layers import Layer, build_config, by_section, flatten
@@ -196,6 +195,8 @@ def _of_the_data(config: RunConfig, teacher: ModelShape, student: ModelShape) ->
 
 def _lengths(data: DataSection) -> tuple[list[int], list[int]] | None:
     """Tokens of the sampled prompts and responses, estimated by their characters; None for data on the hub."""
+    from qswitch.data.records import iter_records  # no preset needs it
+
     references = [data.train] if isinstance(data.train, str) else data.train
     if any(reference_path(reference) is None for reference in references):
         return None

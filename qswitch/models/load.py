@@ -228,7 +228,7 @@ def read_model(
         model.set_experts_implementation("eager")  # the grouped product of experts has no fp64
     if precision not in (*QUANTISED, "stored") and not spread:
         model = model.to(runtime.device)
-    keep_from_repacking(model, trains=False)
+    keep_from_repacking(model, trains=False, compute_dtype=runtime.compute_dtype)
     require_finite(model.named_parameters(), resolved.name, "Download or convert the model again.")
     return model
 

@@ -24,15 +24,17 @@ CPU_ROWS = 32
 """The kernel of bitsandbytes for CPUs with AVX-512 BF16 packs so many outputs together."""
 
 
-def keep_from_repacking(model: nn.Module, *, trains: bool) -> None:
+def keep_from_repacking(model: nn.Module, *, trains: bool, compute_dtype: torch.dtype | None = None) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in no-grad CPU passes where that goes wrong.
 
     On a CPU with AVX-512 BF16 the first such pass repacks the weight. In a model that `trains`, the next training pass
-    then gives no input gradient, without any error; and a layer whose number of outputs is no multiple of CPU_ROWS is
-    refused by an assertion (bitsandbytes 0.50).
+    then gives no input gradient, without any error; in another `compute_dtype` than bf16 the packed product still
+    rounds to bf16, by the number of its rows; and a layer whose number of outputs is no multiple of CPU_ROWS is refused
+    by an assertion (bitsandbytes 0.50).
     """
+    wrong = trains or compute_dtype not in (None, torch.bfloat16)
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu") and (trains or module.out_features % CPU_ROWS):
+        if hasattr(module, "support_avx512bf16_for_cpu") and (wrong or module.out_features % CPU_ROWS):
             module.support_avx512bf16_for_cpu = False
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qswitch.errors import PlanError
+from qswitch.plan import memory
 from qswitch.plan.cost import step_seconds
 from qswitch.plan.render import shortage
 from qswitch.plan.run_plan import Plan
@@ -118,7 +119,8 @@ def faster(plan: Plan) -> list[str]:
                 rows = other.choices["rollout.batch_size"]
                 tried.append((share(other), f"rollout.steps_at_once={steps} ({rows} rollout rows, {staleness})"))
     lines = [f"{change}: about {100 * part:.0f} % of the time" for part, change in sorted(tried)]
-    if config.needs_teacher and config.teacher.precision in ("nf4", "int8"):
+    weights = memory.weight_bytes(model_shapes(config)[0], "bf16", plan.machine.compute_bytes)
+    if config.needs_teacher and config.teacher.precision in ("nf4", "int8") and weights <= (plan.budget_bytes or 0):
         exact = planned({"teacher.precision": "bf16"})
         if exact.fits and exact.choices["teacher.residency"] == plan.choices["teacher.residency"]:
             room, time = f"{exact.total_gib:.1f} GiB", f"about {100 * share(exact):.0f} % of the time"

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from heapq import merge
 from itertools import product
+from operator import itemgetter
 from typing import Any, Literal
 
 from qswitch.config import RunConfig
@@ -113,22 +116,10 @@ def plan_run(
     if keep_sizes:
         notes.append("The sizes are those of a run that has begun; none is chosen anew.")
     elif budget_bytes is not None:
-        plans = [asked]
-        for candidates in _candidates(config, processes):
-            for candidate in candidates:
-                plans.append(measure(candidate, teacher, student, machine, processes))
-                if plans[-1].total_bytes <= budget_bytes:
-                    break
-        fitting = [p for p in plans if p.total_bytes <= budget_bytes]
-        if fitting:
-            seconds = {id(p): step_seconds(share_of(p.config, processes), teacher, student, machine) for p in plans}
-            best = min(fitting, key=lambda p: (seconds[id(p)], p.total_bytes))
-            better = _next_better(plans, seconds, best, budget_bytes)
-        else:
-            best = min(plans, key=lambda p: p.total_bytes)
+        best, better = _fastest_within(budget_bytes, asked, teacher, student)
         changes = ", ".join(f"{k} {asked.choices[k]} -> {v}" for k, v in best.choices.items() if v != asked.choices[k])
-        if fitting and changes:
-            why = "for speed" if asked in fitting else "to fit"
+        if best.total_bytes <= budget_bytes and changes:
+            why = "for speed" if asked.total_bytes <= budget_bytes else "to fit"
             notes.append(f"As written it needs {asked.total_gib:.2f} GiB; changed {why}: {changes}.")
     return replace(
         best,
@@ -194,20 +185,51 @@ def model_shapes(config: RunConfig) -> tuple[ModelShape, ModelShape]:
     return shapes[0], shapes[1]
 
 
+def _fastest_within(
+    budget_bytes: int, asked: Plan, teacher: ModelShape, student: ModelShape
+) -> tuple[Plan, tuple[int, float] | None]:
+    """The fastest plan that fits, and what a larger budget would bring; where none fits, the smallest plan.
+
+    Sizes are tried in the order of their time, so that all that is faster than the first that fits needs more memory,
+    and nothing slower has to be measured.
+    """
+    machine, processes = asked.machine, asked.processes
+
+    def timed(configs: Iterator[RunConfig]) -> Iterator[tuple[float, RunConfig]]:
+        for config in configs:
+            yield step_seconds(share_of(config, processes), teacher, student, machine), config
+
+    groups = [iter([asked.config]), *_candidates(asked.config, processes)]
+    best, best_seconds = None, 0.0
+    larger: list[tuple[float, Plan]] = []
+    for seconds, config in merge(*map(timed, groups), key=itemgetter(0)):
+        if best is not None and seconds > best_seconds:
+            break
+        plan = measure(config, teacher, student, machine, processes)
+        if plan.total_bytes > budget_bytes:
+            larger.append((seconds, plan))
+        elif best is None or plan.total_bytes < best.total_bytes:
+            best, best_seconds = plan, seconds
+    if best is None:
+        return min((plan for _, plan in larger), key=lambda plan: plan.total_bytes), None
+    return best, _next_better(larger, best_seconds)
+
+
 def _candidates(config: RunConfig, processes: int = 1) -> Iterator[Iterator[RunConfig]]:
     """Every combination of sizes with the same effective batch: any number of rows, the rest at most as configured.
 
-    Those of one group differ in what costs little time, the fastest first: of them the first that fits will do.
+    Those of one group differ in what costs little time, and take longer from one to the next.
     """
     micro, effective = config.train.per_device_train_batch_size, config.train.sequences_per_step
     share = effective // processes
     checkpointing = [True] if config.student.gradient_checkpointing else [False, True]
     most = config.loss.chunk_tokens
     chunks = sorted({max(min(most, MIN_CHUNK_TOKENS), most // n) for n in (1, 2, 4)}, reverse=True)
+    # Rows from host memory cost one wait for each micro-batch, smaller chunks one for each chunk more.
     small = [
         {"loss.chunk_tokens": chunk, "cache.device_budget_gib": device_budget}
-        for device_budget in sorted({config.cache.device_budget_gib, 0.0}, reverse=True)
         for chunk in chunks
+        for device_budget in sorted({config.cache.device_budget_gib, 0.0}, reverse=True)
     ]
     residencies = ["swap"] if config.teacher.residency == "swap" else ["resident", "swap"]
     rows = _row_counts(share * config.rollout.steps_at_once)
@@ -220,7 +242,7 @@ def _candidates(config: RunConfig, processes: int = 1) -> Iterator[Iterator[RunC
             "train.gradient_accumulation_steps": effective // size,
             "student.gradient_checkpointing": recompute,
         })  # fmt: skip
-        yield (with_choices(large, choices) for choices in small)
+        yield map(partial(with_choices, large), small)
 
 
 def _row_counts(sequences: int) -> list[int]:
@@ -228,17 +250,14 @@ def _row_counts(sequences: int) -> list[int]:
     return sorted({-(-sequences // n) for n in range(1, sequences + 1)})
 
 
-def _next_better(
-    plans: list[Plan], seconds: dict[int, float], best: Plan, budget_bytes: int
-) -> tuple[int, float] | None:
+def _next_better(larger: list[tuple[float, Plan]], best_seconds: float) -> tuple[int, float] | None:
     """The smallest larger budget that is worth saying, and the share of the time that its fastest plan takes."""
-    limit = WORTH_SAYING * seconds[id(best)]
-    larger = [p for p in plans if p.total_bytes > budget_bytes and seconds[id(p)] <= limit]
-    if not larger:
+    worth = [(seconds, plan) for seconds, plan in larger if seconds <= WORTH_SAYING * best_seconds]
+    if not worth:
         return None
-    size = min(p.total_bytes for p in larger)
-    fastest = min(seconds[id(p)] for p in larger if p.total_bytes <= size)
-    return size, fastest / seconds[id(best)]
+    size = min(plan.total_bytes for _, plan in worth)
+    fastest = min(seconds for seconds, plan in worth if plan.total_bytes <= size)
+    return size, fastest / best_seconds
 
 
 def _notes(config: RunConfig, machine: Machine, teacher: ModelShape, student: ModelShape) -> list[str]:

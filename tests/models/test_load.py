@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,20 @@ def test_fp32_is_exact_and_frozen(tmp_path, arch):
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_teacher_is_repacked_only_for_arithmetic_in_bf16(tmp_path, monkeypatch, dtype):
+    import bitsandbytes as bnb
+
+    # On a CPU with AVX-512 BF16 the packed product rounds to bf16 whatever the dtype of its input.
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
+    packed = []
+    monkeypatch.setattr(bnb.nn.modules, "_convert_weight_packed_for_cpu", lambda w, s: packed.append(w) or (w, s))
+    folder = save_tiny(tmp_path / "m")
+    model = load_teacher(TeacherSection(model=str(folder), precision="nf4"), replace(FP32, compute_dtype=dtype))
+    logits(model)
+    assert bool(packed) == (dtype == torch.bfloat16)
+
+
 def test_nf4_layers_with_few_outputs_pass_on_any_cpu(tmp_path):
     """bitsandbytes cannot repack them where the CPU has AVX-512 BF16, and asserts in their first pass."""
     teacher = load_teacher(TeacherSection(model=str(save_tiny(tmp_path / "hybrid", "qwen3_5_text"))), FP32)
@@ -89,7 +104,8 @@ def test_layers_that_the_cpu_kernel_cannot_pack_are_kept_from_it(tmp_path, monke
         lambda w, state: (packed.append(state.shape[0]), (w, state))[1],
     )
     folder = save_tiny(tmp_path / "m", "deepseek_v2")
-    logits(load_teacher(TeacherSection(model=str(folder)), FP32))
+    runtime = replace(FP32, compute_dtype=torch.bfloat16)
+    logits(load_teacher(TeacherSection(model=str(folder)), runtime))
     assert packed and all(rows % 32 == 0 for rows in packed)
 
 

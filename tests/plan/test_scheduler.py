@@ -1,5 +1,6 @@
 """Plans fit or say what would; what is lowered keeps the effective batch."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from qswitch.errors import ConfigError, PlanError
 from qswitch.layers import build_config
 from qswitch.plan import machine, scheduler
 from qswitch.plan.advice import explain_no_fit, faster, require_fit
+from qswitch.plan.cost import step_seconds
 from qswitch.plan.machine import describe_machine, detect_budget_bytes, parse_size
 from qswitch.plan.render import PART_TEXTS, render
 from qswitch.plan.scheduler import model_shapes, plan_run
@@ -72,6 +74,55 @@ def test_a_plan_that_fits_keeps_the_effective_batch_and_the_upper_bounds(gib, mi
     assert chosen.train.per_device_train_batch_size <= micro
     assert chosen.rollout.batch_size <= max(rows, micro * steps)
     assert gpu_plan(chosen).total_bytes == plan.total_bytes
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    gib=st.floats(5.0, 16.0),
+    micro=st.sampled_from([2, 4, 6]),
+    chunk=st.sampled_from([48, 128, 1024]),
+    checkpointing=st.booleans(),
+)
+def test_the_plan_is_the_fastest_of_all_combinations_that_fit(gib, micro, chunk, checkpointing):
+    asked = config(
+        train={"per_device_train_batch_size": micro, "gradient_accumulation_steps": 2},
+        loss={"chunk_tokens": chunk},
+        student={"gradient_checkpointing": checkpointing},
+    )
+    plan = gpu_plan(asked, gib)
+    shapes, effective = model_shapes(asked), 2 * micro
+    chunks = {chunk, max(min(chunk, 32), chunk // 2), max(min(chunk, 32), chunk // 4)}
+    fitting, sizes = [], []
+    for residency, rows, size, recompute, tokens, cached in itertools.product(
+        ["resident", "swap"],
+        {-(-effective // n) for n in range(1, effective + 1)},
+        [n for n in range(1, micro + 1) if effective % n == 0],
+        {checkpointing, True},
+        chunks,
+        {asked.cache.device_budget_gib, 0.0},
+    ):
+        candidate = scheduler.with_choices(
+            asked,
+            {
+                "teacher.residency": residency,
+                "rollout.batch_size": rows,
+                "train.per_device_train_batch_size": size,
+                "train.gradient_accumulation_steps": effective // size,
+                "student.gradient_checkpointing": recompute,
+                "loss.chunk_tokens": tokens,
+                "cache.device_budget_gib": cached,
+            },
+        )
+        total = scheduler.measure(candidate, *shapes, plan.machine).total_bytes
+        sizes.append(total)
+        if total <= int(gib * GIB):
+            fitting.append((step_seconds(candidate, *shapes, plan.machine), total))
+    if fitting:
+        assert plan.fits
+        found = (step_seconds(plan.config, *shapes, plan.machine), plan.total_bytes)
+        assert found == pytest.approx(min(fitting), rel=1e-12)
+    else:
+        assert not plan.fits and plan.total_bytes == min(sizes)
 
 
 def test_less_memory_is_never_faster():
