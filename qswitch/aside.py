@@ -51,6 +51,24 @@ def file_aside(target: Path) -> Iterator[Path]:
         yield partial
 
 
+@contextlib.contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """A folder with its parents while the block runs; where the block raises, those made here vanish if they are empty.
+
+    Raises:
+        OSError: it cannot be made; then no parent of it was made either.
+    """
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for one in missing:
+            with contextlib.suppress(OSError):
+                one.rmdir()
+        raise
+
+
 def append_text(path: Path, text: str, *, sync: bool = False) -> None:
     """Add whole lines to a log, UTF-8; where the disk takes only a part of them, none of them.
 
@@ -101,31 +119,36 @@ def sweep(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _aside(target: Path, create: Callable[[Path], None], *, keep: bool = True) -> Iterator[Path]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target.parent)
-    while True:
-        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-        create(partial)
-        with _lock(partial, wait=True) as locked:
-            # A sweep of another process may have come between the two lines above; then there is nothing to fill.
-            if locked and not partial.exists():
-                continue
-            file_mode = stat.S_IMODE(partial.stat().st_mode) & 0o666  # the umask, which is read by setting it otherwise
-            try:
-                yield partial
-                if keep:
-                    _settle(partial, file_mode)
-                    os.replace(partial, target)
-                    _flush(target.parent)
-            except Exception as error:
-                number = system_number(error)
-                if number is None or (isinstance(error, OSError) and error.filename is not None):
-                    raise
-                # Of a library that wrote here itself; its own error says neither the kind nor the file.
-                raise OSError(number, os.strerror(number), str(target)) from error
-            finally:
-                _remove(partial)
-            return
+    with made_folder(target.parent):
+        sweep(target.parent)
+        while True:
+            partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+            create(partial)
+            with _lock(partial, wait=True) as locked:
+                # A sweep of another process may have come between the two lines above; then there is nothing to fill.
+                if locked and not partial.exists():
+                    continue
+                yield from _filled(partial, target, keep=keep)
+                return
+
+
+def _filled(partial: Path, target: Path, *, keep: bool) -> Iterator[Path]:
+    """What is locked, to be filled, and then renamed; gone where that fails."""
+    file_mode = stat.S_IMODE(partial.stat().st_mode) & 0o666  # the umask, which is read by setting it otherwise
+    try:
+        yield partial
+        if keep:
+            _settle(partial, file_mode)
+            os.replace(partial, target)
+            _flush(target.parent)
+    except Exception as error:
+        number = system_number(error)
+        if number is None or (isinstance(error, OSError) and error.filename is not None):
+            raise
+        # Of a library that wrote here itself; its own error says neither the kind nor the file.
+        raise OSError(number, os.strerror(number), str(target)) from error
+    finally:
+        _remove(partial)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qswitch.aside import PARTIAL, append_text, file_aside
+from qswitch.aside import PARTIAL, append_text, file_aside, made_folder
 from qswitch.config import RunConfig
 from qswitch.errors import ConfigError, RunDirError
 from qswitch.layers import Layer, build_config, by_section, dump_config, flatten
@@ -310,10 +310,10 @@ def make_folder(path: Path) -> Path:
         RunDirError: it cannot be made.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        with made_folder(path):
+            return path
     except OSError as error:
         raise RunDirError(f"{path} cannot be made ({error.strerror}). Choose another --output-dir.") from error
-    return path
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ Cold: not even pydantic.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -25,14 +26,15 @@ def parse_yaml(text: str) -> Any:
     """Plain values of a YAML text.
 
     Raises:
-        ValueError: the text is no YAML, nested too deep, or too much once its aliases are written out; says where.
+        ValueError: the text is no YAML, says a key twice, is nested too deep, or too much once its aliases are written
+            out; says where.
     """
     import yaml
 
     # libyaml reads a preset about ten times as fast; PyYAML's wheels have it, a build without a compiler does not.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        _refuse_bombs(yaml.parse(text, Loader=loader))
+        _check(yaml.parse(text, Loader=loader))
         return yaml.load(text, Loader=loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -40,36 +42,66 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"{line}not valid YAML: {getattr(error, 'problem', error)}") from None
 
 
-def _refuse_bombs(events: Iterator[Any]) -> None:
+@dataclass
+class _Open:
+    """A list or mapping of which the end has not come yet."""
+
+    anchor: str | None
+    before: int
+    """Nodes before it."""
+    keys: dict[str, int] | None
+    """Of a mapping: the line of each key so far."""
+    members: int = 0
+    """Keys and values so far."""
+
+
+def _check(events: Iterator[Any]) -> None:
     """Nothing, or an error for what would not end well as values: the events come one by one, whatever they stand for.
 
     Raises:
-        ValueError: too deep, or too many nodes with every alias written out.
+        ValueError: too deep, too many nodes with every alias written out, or a key twice, of which YAML's readers take
+            the last without a word.
     """
     import yaml
 
-    open_nodes: list[tuple[str | None, int]] = []  # (anchor, nodes before it) of every list and mapping that is open
+    open_nodes: list[_Open] = []
     sizes: dict[str, int] = {}
     nodes = 0
     for event in events:
-        line = f"line {event.start_mark.line + 1}: "
+        number = event.start_mark.line + 1
+        if isinstance(event, yaml.NodeEvent) and open_nodes:
+            _count_member(open_nodes[-1], event, number)
         if isinstance(event, yaml.AliasEvent):
-            if any(anchor == event.anchor for anchor, _ in open_nodes):
-                raise ValueError(f"{line}*{event.anchor} stands inside itself")
+            if any(node.anchor == event.anchor for node in open_nodes):
+                raise ValueError(f"line {number}: *{event.anchor} stands inside itself")
             nodes += sizes.get(str(event.anchor), 1)
         elif isinstance(event, yaml.CollectionStartEvent):
-            open_nodes.append((event.anchor, nodes))
+            keys: dict[str, int] | None = {} if isinstance(event, yaml.MappingStartEvent) else None
+            open_nodes.append(_Open(event.anchor, nodes, keys))
             nodes += 1
         elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = open_nodes.pop()
-            if anchor is not None:
-                sizes[anchor] = nodes - before
+            ended = open_nodes.pop()
+            if ended.anchor is not None:
+                sizes[ended.anchor] = nodes - ended.before
         elif isinstance(event, yaml.ScalarEvent):
             nodes += 1
         if len(open_nodes) > MAX_DEPTH:
-            raise ValueError(f"{line}nested deeper than {MAX_DEPTH} levels")
+            raise ValueError(f"line {number}: nested deeper than {MAX_DEPTH} levels")
         if nodes > MAX_NODES:
-            raise ValueError(f"{line}more than {MAX_NODES:,} values, with what its aliases (*name) stand for")
+            raise ValueError(f"line {number}: more than {MAX_NODES:,} values, with what its aliases (*name) stand for")
+
+
+def _count_member(inside: _Open, event: Any, number: int) -> None:
+    """In a mapping keys and values take turns; a key is remembered with its line."""
+    inside.members += 1
+    key = getattr(event, "value", None)  # an alias or a collection as a key is left to the reader
+    if inside.keys is None or inside.members % 2 == 0 or key is None or key == "<<":
+        return
+    if key in inside.keys:
+        raise ValueError(
+            f"line {number}: {key} is set a second time, first in line {inside.keys[key]}. Keep one of them"
+        )
+    inside.keys[key] = number
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qswitch.aside import append_text, file_aside
+from qswitch.aside import append_text, file_aside, folder_aside
 from qswitch.cli import run
 from qswitch.compare.cells import launch_process
 from qswitch.compare.spec import read_comparison
@@ -97,6 +97,22 @@ def test_a_name_that_is_too_long_is_a_message(arguments, here, capsys):
     assert list(here.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_made_leaves_no_parents_behind(here, capsys):
+    Path("old").mkdir()
+    with pytest.raises(OSError, match="name too long"), file_aside(Path("old/deep/er", "a" * 250)):
+        pass
+    with pytest.raises(OSError, match="name too long"), folder_aside(Path("old/deep/er", "a" * 250)):
+        pass
+    with pytest.raises(RunDirError, match="name too long"):
+        make_folder(Path("old/deep/er", "a" * 300))
+    assert [path.name for path in here.rglob("*")] == ["old"]
+    with pytest.raises(KeyError), file_aside(Path("old/deep/file")):
+        Path("old/mine").touch()
+        raise KeyError
+    assert sorted(path.name for path in here.rglob("*")) == ["mine", "old"]
+    assert make_folder(Path("new/deep")).is_dir()
+
+
 def test_output_to_a_full_disk_is_a_message_and_a_closed_pipe_is_the_end():
     command = [sys.executable, "-c", "from qswitch.cli import main; main()", "presets", "copy", "--help"]
     with open("/dev/full", "w") as full:
@@ -122,6 +138,18 @@ def test_yaml_that_would_end_the_process_is_refused():
         parse_yaml("a: &a [*a]")
     assert time.monotonic() - started < 5
     assert parse_yaml("a: &x {b: 1}\nc: *x") == {"a": {"b": 1}, "c": {"b": 1}}, "aliases themselves are fine"
+
+
+def test_a_setting_that_stands_twice_is_one_message_with_both_lines(here):
+    Path("run.yaml").write_text("seed: 3\ntrain:\n  max_steps: 4\n  device: cpu\n  max_steps: 5\nstudent: {seed: 3}\n")
+    message = r"run\.yaml, line 5: max_steps is set a second time, first in line 3\. Keep one of them\."
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(Path("run.yaml"))
+    with pytest.raises(ValueError, match="line 1: a is set a second time"):
+        parse_yaml("[{a: 1, b: {a: 2}, 'a': 3}]")
+    assert parse_yaml("a: {b: a, c: a}\nd: [{a: 1}, {a: 2}]") == {"a": {"b": "a", "c": "a"}, "d": [{"a": 1}, {"a": 2}]}
+    merged = parse_yaml("x: &x {a: 1}\ny: &y {b: 2}\nz: {<<: *x, <<: *y}")
+    assert merged["z"] == {"a": 1, "b": 2}, "two merged mappings are both kept"
 
 
 def test_a_pipe_is_not_waited_for(here):

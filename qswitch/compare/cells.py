@@ -31,7 +31,7 @@ from qswitch.compare.spec import CONTROLS, SFT, Cell, Comparison, flat_settings,
 from qswitch.evaluate.store import EvaluationDir
 from qswitch.outside import read_json
 from qswitch.state_files import CellFile, SummaryFile
-from qswitch.run_dir import RunDir, locked, write_atomically
+from qswitch.run_dir import RunDir, locked, make_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def compare(
     """
     launch = launch or launch_process
     comparison = read_comparison(path)
-    (output_dir / "cells").mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir / "cells")
     with locked(output_dir):
         return _compare(path, output_dir, comparison, launch, say)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
+import json
 import mmap
 import os
 import resource
@@ -16,11 +18,13 @@ import select
 import signal
 import struct
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 FAULT_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -43,6 +47,12 @@ class Ended:
         return next((line for line in self.output.splitlines() if line.lower().startswith("error:")), "")
 
 
+def opens_for_writing(arguments: tuple[object, ...]) -> bool:
+    """Whether an audit event `open`, of Python's open or of os.open, may change the file."""
+    _, mode, flags = arguments
+    return bool(set(mode) & set("wax+") if isinstance(mode, str) else isinstance(flags, int) and flags & _WRITES)
+
+
 class Events:
     """Counts file events below a folder, over a process and its children, and does something at one of them."""
 
@@ -61,11 +71,8 @@ class Events:
     def _hear(self, event: str, arguments: tuple[object, ...]) -> None:
         if event not in FAULT_EVENTS or not arguments or not isinstance(arguments[0], (str, bytes, os.PathLike)):
             return
-        if event == "open":
-            mode, flags = arguments[1], arguments[2]
-            writes = any(letter in mode for letter in "wax+") if isinstance(mode, str) else False
-            if not writes and not (isinstance(flags, int) and flags & _WRITES):
-                return
+        if event == "open" and not opens_for_writing(arguments):
+            return
         if not os.path.abspath(os.fsdecode(arguments[0])).startswith(self.folder):
             return
         count = self.count + 1
@@ -86,14 +93,21 @@ def no_more_writes() -> None:
 
 
 def preload() -> None:
-    """Import what commands import, so that a child need not."""
+    """Import what commands import, so that a child need not.
+
+    What is imported by then is frozen: a run collects garbage many times, and the child would look through the objects
+    of all these libraries each time, which is four fifths of a tiny run.
+    """
     import bitsandbytes  # noqa: F401
-    import datasets  # noqa: F401
+    import datasets.packaged_modules.generator.generator  # noqa: F401
+    import scipy.stats  # noqa: F401
     import torch
 
     import qswitch.__main__
+    import qswitch.choose
     import qswitch.cli
     import qswitch.compare.cells
+    import qswitch.data.template_checks
     import qswitch.distill.session
     import qswitch.evaluate.command
     import qswitch.evaluate.fidelity
@@ -103,6 +117,8 @@ def preload() -> None:
     import qswitch.run  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
 
 
 def command(
@@ -162,6 +178,26 @@ def command(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
     return Ended(os.waitstatus_to_exitcode(status), b"".join(pieces).decode("utf-8", errors="replace"))
+
+
+def in_child(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a function returns in a fork of this process, as JSON; where the fork ends otherwise, `output` says how."""
+    with tempfile.TemporaryFile() as answer:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                answer.write(json.dumps(function()).encode())
+                answer.flush()
+                code = 0
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        answer.seek(0)
+        text = answer.read()
+    return dict(json.loads(text)) if code == 0 else {"output": f"the process ended with {code}"}
 
 
 def _become(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import faulthandler
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -39,6 +41,7 @@ from qswitch.presets import load_preset
 from qswitch.report.page import write_report
 from qswitch.run_dir import RunDir
 from qswitch.time_limit import time_limit
+from tests.faults.forked import FAULT_EVENTS, opens_for_writing
 from tests.tiny import tiny_tokenizer
 
 LIMIT_S = 10.0
@@ -71,10 +74,13 @@ def watched(folder: Path) -> Iterator[None]:
         sys.addaudithook(_watch)
         _watch.installed = True
     started = time.process_time()
+    # Ends the process, with its stack, even where one call into C never returns to Python.
+    faulthandler.dump_traceback_later(HANG_S + 30, exit=True)
     try:
         with time_limit(HANG_S, "one input"):
             yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         _watch.folder = None
     seconds = time.process_time() - started
     assert seconds < LIMIT_S, f"took {seconds:.1f} s"
@@ -89,9 +95,7 @@ class _Watch:
     outside: list[str]
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.folder is None or event not in ("open", "os.mkdir", "os.rename"):
-            return
-        if event == "open" and not (isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")):
+        if self.folder is None or event not in FAULT_EVENTS or (event == "open" and not opens_for_writing(arguments)):
             return
         path = arguments[0]
         if isinstance(path, (str, bytes, os.PathLike)) and not os.fsdecode(path).startswith("/dev/"):
@@ -307,10 +311,8 @@ def fuzz_reference(folder: Path, text: str) -> None:
 KINDS = ("configuration", "records", "state", "reference")
 
 
-def fuzz(
-    kind: str, folder: Path, number: int, *, sound: dict[str, Any], files: dict[str, bytes], derandomize: bool = False
-) -> int:
-    """Draw `number` inputs of a kind, with `derandomize` the same ones each time; the number that was tried.
+def fuzz(kind: str, folder: Path, number: int, *, sound: dict[str, Any], files: dict[str, bytes], seed: int) -> int:
+    """Draw `number` inputs of a kind, the same ones for the same seed; the number that was tried.
 
     Raises:
         Exception: the first failure, shrunk by hypothesis.
@@ -323,13 +325,8 @@ def fuzz(
     }[kind]
     tried = 0
 
-    @settings(
-        max_examples=number,
-        deadline=None,
-        database=None,
-        derandomize=derandomize,
-        suppress_health_check=list(HealthCheck),
-    )
+    @hypothesis.seed(seed)
+    @settings(max_examples=number, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(drawn)
     def attempt(one: Any) -> None:
         nonlocal tried

@@ -64,6 +64,15 @@ class Workplace:
             return self.call("distill", "--resume", run, **how)
         return self.start(run, **how)
 
+    def whole_run(self) -> None:
+        """The undisturbed run, `whole`."""
+        ended = self.start("whole")
+        assert ended.code == 0, ended.output
+
+    def is_whole(self, run: str) -> bool:
+        """Whether a run has learnt and logged what the undisturbed one has."""
+        return signature(self.folder / run) == signature(self.folder / "whole")
+
     def stopped_run(self, run: str, *, before: str) -> None:
         """A run that was killed as it began to write a folder whose name holds `before`, such as `step-000004`."""
 
