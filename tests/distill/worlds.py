@@ -6,6 +6,7 @@ each run ended with. The processes of a world are forks of this one, which has i
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -89,6 +90,7 @@ def main() -> None:
     """Forks every process of every world, and waits for all of them."""
     request, folder = json.loads(sys.stdin.read()), Path(sys.argv[1])
     children = []
+    gc.freeze()  # what is imported stays: the runs' many collections need not look at it
     for number, one in enumerate(request):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
