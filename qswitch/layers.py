@@ -270,10 +270,13 @@ def _written(settings: Layer, section: str) -> Iterator[tuple[tuple[str, ...], A
 
 
 def _explain(error: Any) -> str:
-    path = tuple(p for p in error["loc"] if not (isinstance(p, str) and ("[" in p or p in ("str", "bool"))))
-    dotted = ".".join(str(p) for p in path)
+    # Beside keys stand the members of a union that were tried, such as list[str].
+    path = [str(p) for p in error["loc"] if not (isinstance(p, str) and ("[" in p or p in ("str", "bool")))]
     if error["type"] == "extra_forbidden":
-        return f"{dotted} is not a setting{_hint([str(p) for p in path])}"
+        unknown = str(error["loc"][-1])  # a user's own, which may look like a type
+        path = [*path[: -1 if path[-1:] == [unknown] else None], unknown]
+        return f"{'.'.join(path)} is not a setting{_hint(path)}"
+    dotted = ".".join(path)
     if error["type"] == "missing":
         return f"{dotted} is missing. Set it in the file or with --set {dotted}=..."
     value = error.get("input")

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -150,6 +151,14 @@ def test_a_setting_that_stands_twice_is_one_message_with_both_lines(here):
     assert parse_yaml("a: {b: a, c: a}\nd: [{a: 1}, {a: 2}]") == {"a": {"b": "a", "c": "a"}, "d": [{"a": 1}, {"a": 2}]}
     merged = parse_yaml("x: &x {a: 1}\ny: &y {b: 2}\nz: {<<: *x, <<: *y}")
     assert merged["z"] == {"a": 1, "b": 2}, "two merged mappings are both kept"
+
+
+@pytest.mark.parametrize("key", ["[", "list[str]", "str", "x"])
+def test_a_setting_that_does_not_exist_is_named_whatever_it_looks_like(key):
+    with pytest.raises(ConfigError, match=f"^{re.escape(key)} is not a setting"):
+        build_config({**BASE, key: []})
+    with pytest.raises(ConfigError, match=f"^train.{re.escape(key)} is not a setting"):
+        build_config({**BASE, "train": {key: 1}})
 
 
 def test_a_pipe_is_not_waited_for(here):

@@ -29,7 +29,7 @@ from qswitch.errors import DataError, QSwitchError, RunDirError
 from qswitch.compare.results_table import comparison_results, render_comparison
 from qswitch.compare.spec import CONTROLS, SFT, Cell, Comparison, flat_settings, read_comparison
 from qswitch.evaluate.store import EvaluationDir
-from qswitch.outside import read_json
+from qswitch.outside import read_json, read_text
 from qswitch.state_files import CellFile, SummaryFile
 from qswitch.run_dir import RunDir, locked, make_folder, write_atomically
 
@@ -77,7 +77,7 @@ def _compare(
     path: Path, output_dir: Path, comparison: Comparison, launch: Launch, say: Callable[[str], None]
 ) -> dict[str, Any]:
     _refuse_other_cells(output_dir, comparison)
-    shutil.copyfile(path, output_dir / "compare.yaml")
+    write_atomically(output_dir / "compare.yaml", read_text(path))
     total = len(comparison.cells)
     failed: dict[str, str] = {}
     for number, cell in enumerate(comparison.cells, 1):

@@ -7,14 +7,19 @@ and users wrote reaches it as escaped text; the one script is ours, and the page
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qswitch.report.charts import validation_charts
 from qswitch.report.read import ANSWERS_SHOWN, duration, view
 from qswitch.run_dir import RunDir, write_atomically
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 
 def write_report(run_paths: Sequence[Path | str], output: Path | None = None) -> Path:
@@ -30,8 +35,9 @@ def write_report(run_paths: Sequence[Path | str], output: Path | None = None) ->
     return path
 
 
-def render_page(run_dirs: Sequence[RunDir]) -> str:
-    """The page as text; a run that has not finished gives what there is."""
+@functools.cache
+def page_template() -> Template:
+    """The page with its blanks; compiled once in a process, which takes longer than to fill them in."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -42,11 +48,16 @@ def render_page(run_dirs: Sequence[RunDir]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["duration"] = duration
+    return environment.get_template("report.html")
+
+
+def render_page(run_dirs: Sequence[RunDir]) -> str:
+    """The page as text; a run that has not finished gives what there is."""
     templates = resources.files("qswitch.report") / "templates"
     script = (templates / "report.js").read_text(encoding="utf-8")
     runs = [view(run_dir) for run_dir in run_dirs]
     compared = validation_charts([(run.name, run.lines, run.summary) for run in runs]) if len(runs) > 1 else []
-    return environment.get_template("report.html").render(
+    return page_template().render(
         runs=runs,
         compared=compared,
         answers_shown=ANSWERS_SHOWN,

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"comma-separated, of {', '.join(SECTIONS)}")
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--damage", type=int, default=60)
-    parser.add_argument("--disks", type=int, default=1000, help="events of each command at most")
+    parser.add_argument("--disks", type=int, default=1000, help="events of each command, at most")
     parser.add_argument("--fuzz", type=int, default=20_000, help="inputs")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path)
@@ -44,7 +44,8 @@ def main() -> None:
         parser.error(f"no section is named {', '.join(unknown)}")
     os.environ["HF_HUB_OFFLINE"] = "1"
     forked.preload()
-    records = [run_section(name, getattr(args, name, 0), args.seed, args.output) for name in names]
+    numbers = {"kills": args.kills, "damage": args.damage, "fuzz": args.fuzz}
+    records = [run_section(name, numbers.get(name, args.disks), args.seed, args.output) for name in names]
     print(json.dumps({name: f"{one['passed']} of {one['cases']}" for name, one in zip(names, records, strict=True)}))
     sys.exit(any(one["passed"] < one["cases"] for one in records))
 
@@ -57,7 +58,7 @@ def run_section(name: str, number: int, seed: int, output: Path | None) -> dict[
     before, started = record["seconds"], time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix=f"qswitch-faults-{name}-"))
     try:
-        for index, trial in enumerate(SECTIONS[name](Workplace.make(folder), number, seed)):
+        for index, trial in enumerate(SECTIONS[name](Workplace.make(folder / "place"), number, seed)):
             if index < record["cases"]:
                 continue
             add(record, trial())

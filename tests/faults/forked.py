@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import json
 import mmap
@@ -57,8 +58,9 @@ class Events:
     """Counts file events below a folder, over a process and its children, and does something at one of them."""
 
     def __init__(self, folder: Path, at: int = 0, action: Callable[[], None] | None = None) -> None:
-        self.folder, self._at, self._action = str(folder), at, action
+        self.folder, self._at, self._action = f"{folder}{os.sep}", at, action
         self._count = mmap.mmap(-1, 8)
+        self._watching = False
 
     @property
     def count(self) -> int:
@@ -66,14 +68,16 @@ class Events:
 
     def watch(self) -> None:
         """From now on, in this process and its children."""
-        sys.addaudithook(self._hear)
+        if not self._watching:
+            self._watching = True
+            sys.addaudithook(self._hear)
 
     def _hear(self, event: str, arguments: tuple[object, ...]) -> None:
         if event not in FAULT_EVENTS or not arguments or not isinstance(arguments[0], (str, bytes, os.PathLike)):
             return
         if event == "open" and not opens_for_writing(arguments):
             return
-        if not os.path.abspath(os.fsdecode(arguments[0])).startswith(self.folder):
+        if not f"{os.path.abspath(os.fsdecode(arguments[0]))}{os.sep}".startswith(self.folder):
             return
         count = self.count + 1
         self._count[:8] = struct.pack("q", count)
@@ -93,15 +97,17 @@ def no_more_writes() -> None:
 
 
 def preload() -> None:
-    """Import what commands import, so that a child need not.
+    """Import and build what every command does, so that a child need not.
 
     What is imported by then is frozen: a run collects garbage many times, and the child would look through the objects
     of all these libraries each time, which is four fifths of a tiny run.
     """
     import bitsandbytes  # noqa: F401
     import datasets.packaged_modules.generator.generator  # noqa: F401
+    import rouge_score.rouge_scorer  # noqa: F401
     import scipy.stats  # noqa: F401
     import torch
+    import typer.main
 
     import qswitch.__main__
     import qswitch.choose
@@ -114,9 +120,12 @@ def preload() -> None:
     import qswitch.export.merge
     import qswitch.report.page
     import qswitch.rollout.generate
-    import qswitch.run  # noqa: F401
+    import qswitch.run
 
     torch.set_num_threads(1)
+    typer.main.get_command = functools.cache(typer.main.get_command)
+    typer.main.get_command(qswitch.cli.app)
+    qswitch.report.page.page_template()
     gc.collect()
     gc.freeze()
 
@@ -192,6 +201,8 @@ def in_child(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
                 answer.write(json.dumps(function()).encode())
                 answer.flush()
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -248,8 +259,14 @@ def _drop_capabilities() -> None:
         raise OSError(ctypes.get_errno(), "capset")
 
 
+on_launch: list[Callable[[], None]] = []
+"""Called in a command's process before it starts each process of its own; a fault may add to it."""
+
+
 def _relay(words: Sequence[str], cwd: Path) -> int:
     """What compare's own process is here: a child of this one, its output passed on."""
+    for listener in on_launch:
+        listener()
     ended = command(words, cwd=cwd, own_session=False)
     sys.stderr.write(ended.output)
     sys.stderr.flush()

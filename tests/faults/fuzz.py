@@ -100,7 +100,7 @@ class _Watch:
         path = arguments[0]
         if isinstance(path, (str, bytes, os.PathLike)) and not os.fsdecode(path).startswith("/dev/"):
             real = os.path.abspath(os.fsdecode(path))
-            if not real.startswith(self.folder) and "__pycache__" not in real:
+            if not f"{real}{os.sep}".startswith(f"{self.folder}{os.sep}") and "__pycache__" not in real:
                 self.outside.append(real)
 
 

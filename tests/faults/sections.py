@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -88,8 +89,8 @@ def leftovers(folder: Path) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- full disks
 
 
-def disks(place: Workplace, number: int, seed: int) -> Iterator[Trial]:
-    """From each file write of distill, merge, eval and compare on every write fails; then the same command goes on."""
+def full_disk(name: str, place: Workplace, number: int, seed: int) -> Iterator[Trial]:
+    """From each file write of a command on every write fails; then the same command goes on."""
     place.whole_run()
     answers = ("--data", "eval.jsonl", "--max-new-tokens", "4")
 
@@ -100,32 +101,62 @@ def disks(place: Workplace, number: int, seed: int) -> Iterator[Trial]:
         files = (place.folder / "merged").glob("*.safetensors")
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
-    commands: dict[str, tuple[Callable[..., Ended], str, Callable[[], Any]]] = {
+    act, made, look = {
         "distill": (partial(place.go_on, "run"), "run", lambda: signature(place.folder / "run")),
         "merge": (partial(place.call, "merge", "whole", "--output-dir", "merged"), "merged", weights),
         "eval": (partial(place.call, "eval", "whole", *answers, "--output-dir", "scores"), "scores",
                  partial(table, "scores")),
         "compare": (partial(place.call, "compare", "study.yaml", "--output-dir", "study"), "study",
                     partial(table, "study")),
-    }  # fmt: skip
+    }[name]  # fmt: skip
 
-    def full(name: str, at: int, total: int, expected: Any) -> Case:
-        act, made, look = commands[name]
+    place.remove(made)
+    total, begun = _counted(place, act, made)
+    expected = look()
+    assert name != "distill" or place.is_whole(made)
+
+    def full(at: int) -> Case:
         place.remove(made)
-        first = act(fault=Events(place.folder, at=at, action=forked.no_more_writes).watch)
+        before, saved = max((one for one in begun if one[0] < at), default=(0, None))
+        events = Events(place.folder, at=at - before, action=forked.no_more_writes)
+        fault = events.watch
+        if saved is not None:  # what the command does before, it does in the trials before
+            shutil.copytree(saved, place.folder / made)
+            fault = partial(forked.on_launch.append, events.watch)
+        first = act(fault=fault)
         last = act() if first.code != 0 else first
         same = last.code == 0 and look() == expected and not leftovers(place.folder / made)
         return _after_full_disk(first, last, same, kind=f"full disk, {name}", event=at, of=total)
 
-    for name, (act, made, look) in commands.items():
-        place.remove(made)
-        total = place.count(act)
-        expected = signature(place.folder / "whole") if name == "distill" else look()
-        every = range(1, total + 1)
-        for at in every if number >= total else sorted({1 + i * total // number for i in range(number)}):
-            yield partial(full, name, at, total, expected)
-    if os.geteuid() == 0:  # who may mount a disk
-        yield from (partial(_small_disk, place, kib) for kib in (40, 80, 120, 160, 200, 240, 280, 320, 400, 480))
+    every = range(1, total + 1)
+    yield from (
+        partial(full, at)
+        for at in (every if number >= total else sorted({1 + i * total // number for i in range(number)}))
+    )
+
+
+def _counted(place: Workplace, act: Callable[..., Ended], made: str) -> tuple[int, list[tuple[int, Path]]]:
+    """How many file events a command has; and a copy of the folder it makes as each of its own processes began, with
+    the number of events before."""
+    events, copies = Events(place.folder), place.folder.with_name(f"{place.folder.name}-begun")
+
+    def save() -> None:
+        shutil.copytree(place.folder / made, copies / str(events.count))
+
+    def fault() -> None:
+        forked.on_launch.append(save)
+        events.watch()
+
+    ended = act(fault=fault)
+    assert ended.code == 0, ended.output
+    return events.count, sorted((int(path.name), path) for path in copies.glob("*"))
+
+
+def small_disk(place: Workplace, number: int, seed: int) -> Iterator[Trial]:
+    """Runs on real disks that are too small for them, where this process may mount one."""
+    if os.geteuid() == 0:
+        place.whole_run()
+        yield from (partial(_small_disk, place, kib) for kib in range(40, 40 + 20 * min(number, 20), 20))
 
 
 def _after_full_disk(first: Ended, last: Ended, same: bool, **facts: Any) -> Case:
@@ -347,5 +378,6 @@ def _batch(place: Workplace, kind: str, count: int, seed: int) -> Case:
 
 
 SECTIONS: dict[str, Callable[[Workplace, int, int], Iterator[Trial]]] = {
-    "kills": kills, "disks": disks, "damage": damage, "weights": weights, "users": users, "fuzz": fuzzed,
+    "kills": kills, **{f"disk-{name}": partial(full_disk, name) for name in ("distill", "merge", "eval", "compare")},
+    "disk-small": small_disk, "damage": damage, "weights": weights, "users": users, "fuzz": fuzzed,
 }  # fmt: skip
