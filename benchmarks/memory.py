@@ -46,7 +46,7 @@ def compare(preset: str, overrides: list[str], vram: str | None, timeout_s: floa
         "measured_gib": summary["peak_gib"],
         "ratio": round(summary["peak_gib"] / planned, 3),
         "parts": plan["parts"],
-        "phases": plan["phases"],
+        "phases": summary["phases_gib"],
         "choices": plan["choices"],
         "notes": plan["notes"],
         "out_of_memory": [event for line in lines for event in line.get("out_of_memory", [])],

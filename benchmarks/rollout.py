@@ -2,7 +2,7 @@
 
     python -m benchmarks.rollout passes   --teacher DIR --student DIR --prompts FILE.jsonl   # teacher passes per token
     python -m benchmarks.rollout time     --teacher DIR --student DIR --prompts FILE.jsonl   # seconds per token, paired
-    python -m benchmarks.rollout simulate --pass-times FILE.json ...                         # by another table of times
+    python -m benchmarks.rollout simulate --teacher DIR --student DIR --prompts FILE.jsonl   # by the times of a plan
     python -m benchmarks.rollout rounding --teacher DIR --student DIR --prompts FILE.jsonl   # same tokens in floats?
     python -m benchmarks.rollout assisted --teacher DIR --student DIR --prompts FILE.jsonl   # against transformers
     python -m benchmarks.rollout graphs   --teacher DIR --student DIR --prompts FILE.jsonl   # CUDA graphs, on a GPU
@@ -19,12 +19,14 @@ import itertools
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.planned_pass_times import planned_pass_times
 from benchmarks.provenance import publish
 from qswitch.data.records import load_records
 from qswitch.data.template import PromptEncoder
@@ -231,30 +233,30 @@ def timed(bench: Bench) -> dict[str, Any]:
 
 
 def simulate(bench: Bench) -> dict[str, Any]:
-    """What `auto` would gain where passes take other times: real agreement of the writers, a given table of pass times.
+    """What `auto` would gain where passes take other times: real agreement of the writers, planned times of passes.
 
     A rollout's tokens do not depend on the block length, so from where the student agreed in one run every round of any
     other block length follows; only the seconds are the table's.
     """
-    times = PassTimes.from_dict(json.loads(Path(bench.args.pass_times).read_text()))
-    cells = []
-    for decay in bench.args.decay:
-        written, _ = bench.write(1 / decay, max(bench.args.batch), AskAlways(0))
+    args = bench.args
+    tables = [planned_pass_times(args.preset, args.gpu, recorded=recorded) for recorded in (False, True)]
+    cells: list[dict[str, Any]] = []
+    for decay in args.decay:
+        written, _ = bench.write(1 / decay, max(args.batch), AskAlways(0))
         agreements = [np.array(r.student_agrees, dtype=bool) for r in written]
-        tail = SwitchPolicy(Threshold("exponential", 1.0, 1 / decay, 0.2, bench.args.new_tokens)).tail_start
-        for batch in bench.args.batch:
-            acceptance = Acceptance()
-            replayed_seconds(
-                agreements, batch, AutoBlock(times, acceptance), times, tail, bench.args.new_tokens
-            )  # warm
-            auto = replayed_seconds(agreements, batch, AutoBlock(times, acceptance), times, tail, bench.args.new_tokens)
-            single = replayed_seconds(agreements, batch, FixedBlock(0), times, tail, bench.args.new_tokens)
+        tail = SwitchPolicy(Threshold("exponential", 1.0, 1 / decay, 0.2, args.new_tokens)).tail_start
+        for times, batch in itertools.product(tables, args.batch):
+            replay = partial(replayed_seconds, agreements, batch, times=times, tail=tail, limit=args.new_tokens)
+            blocks = AutoBlock(times, Acceptance())
+            replay(blocks)  # warm
+            auto, single = replay(blocks), replay(FixedBlock(0))
             cells.append(
-                {"batch": batch, "decay_rate": f"1/{decay}", "speed_of_auto_over_sequential": single / auto,
-                 "seconds_per_token_auto": auto, "seconds_per_token_sequential": single}
+                {"passes": times.device, "batch": batch, "decay_rate": f"1/{decay}",
+                 "speed_of_auto_over_sequential": single / auto, "seconds_per_token_auto": auto,
+                 "seconds_per_token_sequential": single}
             )  # fmt: skip
             print(json.dumps(cells[-1]), flush=True)
-    return {"table": times.to_dict(), "cells": cells}
+    return {"preset": args.preset, "tables": [times.to_dict() for times in tables], "cells": cells}
 
 
 def replayed_seconds(
@@ -434,9 +436,9 @@ def main() -> None:
     parser.add_argument(
         "--prompts-per-row", type=int, default=2, help="part time: prompts of a batch of B are B times this"
     )
-    parser.add_argument(
-        "--pass-times", type=Path, help="parts time and simulate: a pass_times.json instead of measuring"
-    )
+    parser.add_argument("--pass-times", type=Path, help="part time: a pass_times.json instead of measuring")
+    parser.add_argument("--preset", default="llama-7b-to-1b", help="part simulate: whose models' times")
+    parser.add_argument("--gpu", default="rtx3060-12gb", help="part simulate: on which card, as `qswitch plan --gpu`")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

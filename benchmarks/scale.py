@@ -132,7 +132,7 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
     """The table for cards of one kind, by the planner's arithmetic."""
     config = load_run_config(args.preset)
     teacher, student = model_shapes(config)
-    machine = Machine("cuda", 2, 4, GPUS[args.gpu])
+    machine = Machine("cuda", "bf16", GPUS[args.gpu])
     drafts, kept = 3, 0.6  # as plan/cost.py assumes
     tokens = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     student_precision: memory.Precision = "bf16" if config.student.precision == "auto" else config.student.precision

@@ -88,10 +88,11 @@ class TrlRow:
 
         self.config, self.counters = donor.config, Counters()
         micro = settings.pop("per_device_train_batch_size", args.micro_batch)
+        settings = {"bf16": False, **settings}
         self.accumulation = args.sequences // micro
         config = DistillationConfig(
             output_dir=str(folder / "trl"), max_completion_length=args.new_tokens, max_steps=1000, report_to=[],
-            per_device_train_batch_size=micro, gradient_accumulation_steps=self.accumulation, bf16=False, fp16=False,
+            per_device_train_batch_size=micro, gradient_accumulation_steps=self.accumulation, fp16=False,
             gradient_checkpointing=False, learning_rate=donor.config.train.learning_rate, shuffle_dataset=False,
             use_cpu=donor.device.type == "cpu", dataloader_pin_memory=False, **settings,
         )  # fmt: skip
@@ -134,6 +135,7 @@ def trl_settings(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "trl": {},
         "trl one micro-batch": {"per_device_train_batch_size": args.sequences},
         "trl static cache": {"cache_implementation": "static"},
+        "trl autocast": {"bf16": True, "per_device_train_batch_size": args.sequences},
     }
 
 

@@ -139,7 +139,8 @@ class StudentSection(Section):
     trust_remote_code: bool = False
     """Run Python code that ships with the model."""
     precision: Literal["auto", "bf16", "nf4", "fp32"] = "auto"
-    """How frozen weights are stored. auto: bf16 where the device computes in bf16 natively, else fp32."""
+    """How frozen weights are stored. bf16: in 16 bits, those of the compute dtype where that is fp16. auto: bf16 where
+    the run computes in 16 bits, else fp32."""
     adapter: Literal["lora", "none"] = "lora"
     """lora: train adapters. none: train every weight, kept in fp32."""
     lora: LoraSection = Field(default_factory=LoraSection)
@@ -379,8 +380,9 @@ class TrainSection(Section):
     """Steps between checkpoints."""
     save_total_limit: int = Field(default=2, ge=1, le=MAX_COUNT)
     """Checkpoints kept, besides the best."""
-    compute_dtype: Literal["auto", "bf16", "fp32", "fp64"] = "auto"
-    """Arithmetic of both models. auto: bf16 where the device has it natively, else fp32. fp64 is for tests."""
+    compute_dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
+    """Arithmetic of both models. auto: bf16 where the device has it natively, fp16 with loss scaling on GPUs that have
+    only that (T4, RTX 20), else fp32. fp64 is for tests."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to run."""
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)

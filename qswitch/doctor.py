@@ -16,7 +16,7 @@ def examine() -> dict[str, Any]:
     """Findings by name; a finding that went wrong holds the reason as text."""
     import torch
 
-    from qswitch.models.runtime import has_native_bf16, unusable_gpu
+    from qswitch.models.runtime import native_dtype, unusable_gpu
     from qswitch.plan.machine import detect_budget_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,7 +27,7 @@ def examine() -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
         "gpu": unusable_gpu(),
         "device": torch.cuda.get_device_name(0) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "native_bf16": has_native_bf16(device),
+        "compute_dtype": str(native_dtype(device)).removeprefix("torch."),
         "free_gib": round(budget / GIB, 1),
         "free_source": source,
         "bitsandbytes": _try_nf4(device),
@@ -38,7 +38,10 @@ def examine() -> dict[str, Any]:
 def render(findings: dict[str, Any]) -> str:
     """Findings as aligned lines."""
     versions = ", ".join(f"{name} {number or 'missing'}" for name, number in findings["versions"].items())
-    bf16 = "yes" if findings["native_bf16"] else "no: models compute in fp32"
+    dtype = findings["compute_dtype"]
+    bf16 = {"bfloat16": "yes", "float16": "no: models compute in fp16, with loss scaling"}.get(
+        dtype, "no: models compute in fp32"
+    )
     lines = {
         "python": f"{findings['python']} on {findings['system']}",
         "packages": versions,

@@ -65,7 +65,7 @@ FROM_ELSEWHERE = {
     "lmbda": "set data.ground_truth_mix to 1 - lmbda, the share of batches that the data's own responses make",
     "batch_size": "set train.per_device_train_batch_size for the loss, rollout.batch_size for decoding",
     "bf16": "set train.compute_dtype=bf16, or leave it at auto",
-    "fp16": "there is no fp16 arithmetic; set train.compute_dtype=bf16 or fp32, or leave it at auto",
+    "fp16": "set train.compute_dtype=fp16, or leave it at auto",
     "load_in_4bit": "the teacher's is teacher.precision=nf4 (the default), the student's student.precision=nf4",
     "load_in_8bit": "set teacher.precision=int8",
     "max_length": "set data.max_prompt_tokens and rollout.max_new_tokens",

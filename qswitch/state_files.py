@@ -32,6 +32,7 @@ class MetricsLine(TypedDict, total=False):
     loss_tokens: Count | None
     rollout_tokens_per_s: Number | None
     peak_gib: Number | None
+    phases_gib: dict[str, dict[str, Number]]
     seconds: dict[str, Number]
 
 
@@ -89,6 +90,7 @@ class SummaryFile(TypedDict, total=False):
     seconds: Number
     peak_gib: Number
     planned_gib: Number
+    phases_gib: dict[str, dict[str, Number]]
     device: str
     versions: dict[str, str]
     commit: str | None

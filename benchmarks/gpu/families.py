@@ -169,9 +169,8 @@ def _capped(context: Context, folder: Path, family: str, precision: str) -> dict
     shutil.rmtree(folder / "wide", ignore_errors=True)
     wide = settings(context, folder, family, precision, batch_size=8, block_tokens=16)
     before = torch.cuda.memory_reserved(context.device)
-    torch.cuda.reset_peak_memory_stats(context.device)
-    distill(wide, folder / "wide")
-    peak = torch.cuda.max_memory_reserved(context.device)
+    summary = distill(wide, folder / "wide")
+    peak = max(figures["reserved"] for figures in summary.phases_gib.values()) * GIB
     total = torch.cuda.get_device_properties(context.device).total_memory
 
     def cap(*_: Any) -> None:

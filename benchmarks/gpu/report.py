@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.provenance import provenance
-from qswitch.distill.metrics import peak_bytes
+from qswitch.distill.phase_peaks import forget_peaks, process_peaks
 
 GIB = 2**30
 POISONED = 76
@@ -91,7 +91,7 @@ class Report:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self._device)
+        forget_peaks(self._device)
         started = time.perf_counter()
         try:
             found = run()
@@ -108,13 +108,9 @@ class Report:
             sys.exit(POISONED)
 
     def _peaks(self) -> dict[str, float]:
-        if self._device.type != "cuda":
-            return {"process_peak_gib": round(peak_bytes(self._device) / GIB, 3)}
         try:
-            return {
-                "peak_allocated_gib": round(torch.cuda.max_memory_allocated(self._device) / GIB, 3),
-                "peak_reserved_gib": round(torch.cuda.max_memory_reserved(self._device) / GIB, 3),
-            }
+            found = process_peaks(self._device)
+            return {f"peak_{kind}_gib": round(size / GIB, 3) for kind, size in found.items()}
         except RuntimeError:
             return {}
 

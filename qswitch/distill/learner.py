@@ -5,6 +5,7 @@ Knows neither where sequences come from nor what a run saves and shows.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -12,12 +13,12 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from qswitch.config import RunConfig
 from qswitch.data.loader import PassageLoader
 from qswitch.distill.logit_cache import LogitCache, Targets
-from qswitch.distill.objective import StudentObjective, collate, collate_with_labels
+from qswitch.distill.loss_scale import LossScale
+from qswitch.distill.objective import MicroBatch, StudentObjective, collate, collate_with_labels
 from qswitch.distill.optimizer import Schedule, make_optimizer
 from qswitch.distill.processes import Processes
 from qswitch.distill.recovery import Recovery
@@ -25,6 +26,11 @@ from qswitch.distill.sequence import TrainingSequence
 from qswitch.distill.stored_teacher import StoredTeacher
 from qswitch.errors import NonFiniteError
 from qswitch.models.language_model import LanguageModel
+
+logger = logging.getLogger(__name__)
+
+NARROW = (torch.bfloat16, torch.float16)
+"""Arithmetic in which the trained weights, which are fp32, are cast for each product."""
 
 
 class Learnt(NamedTuple):
@@ -36,6 +42,8 @@ class Learnt(NamedTuple):
     """The language-model loss on data.lm_corpus in it, before its weight, nats per token; None without a corpus."""
     grad_norm: float
     """Of the gradient before it was clipped."""
+    overflows: int
+    """Attempts whose gradients left the range of fp16: no weight moved, and the step was repeated."""
 
 
 class Learner:
@@ -44,6 +52,7 @@ class Learner:
     Args:
         corpus: passages of plain text for the language-model loss; None without one.
         spent: says which share of the run's budget is spent, which the learning rate follows.
+        say: tells the user of a step that is repeated.
     """
 
     def __init__(
@@ -58,8 +67,9 @@ class Learner:
         recovery: Recovery,
         spent: Callable[[], float],
         processes: Processes | None = None,
+        say: Callable[[str], None] = logger.warning,
     ) -> None:
-        self.config, self._pad_id = config, pad_id
+        self.config, self._pad_id, self._say = config, pad_id, say
         self._processes = processes or Processes()
         self.corpus, self._cache, self._accelerator, self._recovery = corpus, cache, accelerator, recovery
         self._device = student.device
@@ -70,13 +80,16 @@ class Learner:
         # evaluation_mode leaves out the wrapper that adds up gradients in every backward pass; `Processes` says why.
         self._wrapped = accelerator.prepare_model(self.objective, evaluation_mode=True)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.loss_scale = LossScale(student.device, student.compute_dtype)
+        self._compute_dtype = student.compute_dtype
         self.schedule = Schedule(config.train, optimizer, spent)
 
     def learn_step(self, sequences: Sequence[TrainingSequence], step: int) -> Learnt | None:
         """Loss and gradient of a step; None for one that has no loss token.
 
         `sequences` are those of all processes; this one learns from its own. The gradients are left for `update`, the
-        same in each process. Where memory runs out the step is undone and repeated, smaller.
+        same in each process. Where memory runs out the step is undone and repeated, smaller; where gradients overflow
+        the range of fp16, with half the loss scale.
 
         Raises:
             NonFiniteError: the loss or the gradient is not finite; no weight has moved.
@@ -94,19 +107,31 @@ class Learner:
         def learn_share() -> tuple[float, float | None]:
             return self._recovery.attempt("loss", lambda: self._gradients(sequences, step), undo=undo)
 
-        shares = self._processes.everyone(learn_share)
-        self._processes.sum_gradients(self.trainable)
-        norm = float(self._accelerator.clip_grad_norm_(self.trainable, self.config.train.max_grad_norm))
-        if not math.isfinite(norm):
-            raise NonFiniteError("student", "gradient norm is")
+        overflows = 0
+        while True:
+            shares = self._processes.everyone(learn_share)
+            self._processes.sum_gradients(self.trainable)
+            scale = self.loss_scale.value
+            self.loss_scale.unscale(self.optimizer)
+            norm = float(self._accelerator.clip_grad_norm_(self.trainable, self.config.train.max_grad_norm))
+            if math.isfinite(norm):
+                break
+            if not self.loss_scale.overflowed():
+                raise NonFiniteError("student", "gradient norm is")
+            overflows += 1
+            undo()
+            self._say(
+                f"the gradients of step {step + 1} overflow fp16 at a loss scale of {scale:g}: no weight moved, the "
+                f"step is repeated at {self.loss_scale.value:g}"
+            )
         own, lm_loss = (sum(part or 0.0 for part in parts) for parts in zip(*shares, strict=True))
         loss = own + self.config.loss.lm_coefficient * lm_loss
-        return Learnt(loss, None if self.corpus is None else lm_loss, norm)
+        return Learnt(loss, None if self.corpus is None else lm_loss, norm, overflows)
 
     def update(self, loss: float | None) -> None:
         """Step the optimizer with the gradients of a step that had a loss, and the schedule always."""
         if loss is not None:
-            self.optimizer.step()
+            self.loss_scale.step(self.optimizer)
         self.optimizer.zero_grad()
         self.schedule.step()
 
@@ -129,7 +154,7 @@ class Learner:
                 batch, targets = collate(group, self._pad_id, self._device), self._cache.get(group)
             else:
                 batch, targets = collate_with_labels(group, self._pad_id, self._device), None
-            total += self._backward(self._wrapped(batch, targets, num_tokens), targets)
+            total += self._backward(batch, targets, num_tokens)
         return total
 
     def _gradients(self, sequences: Sequence[TrainingSequence], step: int) -> tuple[float, float | None]:
@@ -157,11 +182,16 @@ class Learner:
         sequences = sequences[self._processes.rank :: self._processes.count]
         for start in range(0, len(sequences), size):
             batch = collate_with_labels(sequences[start : start + size], self._pad_id, self._device)
-            total += self._backward(weight * self._wrapped(batch, None, num_tokens), None)
+            total += self._backward(batch, None, num_tokens, weight)
         return total / weight
 
-    def _backward(self, loss: Tensor, targets: Targets | None) -> float:
-        value = float(loss.detach())
+    def _backward(self, batch: MicroBatch, targets: Targets | None, num_tokens: float, weight: float = 1.0) -> float:
+        """Add the gradients of a micro-batch, scaled; its part of the loss, which is not."""
+        scale, narrow = self.loss_scale.value, self._compute_dtype in NARROW
+        with torch.autocast(self._device.type, dtype=self._compute_dtype if narrow else None, enabled=narrow):
+            # Scaled by its normalizer, because the loss takes its gradient, in the compute dtype, in the forward pass.
+            loss = weight * self._wrapped(batch, targets, num_tokens / scale)
+        value = float(loss.detach()) / scale
         if not math.isfinite(value):
             chunk_tokens = self.objective.settings.chunk_tokens
             if targets is not None and not targets.are_finite(chunk_tokens, self._device):

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from qswitch.rollout.policy import TEACHER
 from qswitch.rollout.requests import Rollout, RolloutStats
@@ -30,6 +29,8 @@ class Counters:
     response_tokens: int = 0
     """Generated, or read from the data where a batch was ground truth."""
     steps_without_loss: int = 0
+    overflows: int = 0
+    """Attempts at a step that moved no weight, because gradients left the range of fp16; they count as no step."""
     best_nats: float = math.inf
     """Lowest of the validations: KL from the teacher, or the response loss where no teacher is loaded."""
     best_step: int = -1
@@ -52,6 +53,7 @@ class Counters:
         self.trained_tokens += report.loss_tokens
         self.response_tokens += report.loss_tokens if report.batch == "ground_truth" else report.written_tokens
         self.steps_without_loss += report.loss is None
+        self.overflows += report.overflows
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -97,6 +99,8 @@ class StepReport:
     lm_loss: float | None = None
     """The language-model loss on data.lm_corpus, before its weight; nats per token."""
     grad_norm: float | None = None
+    overflows: int = 0
+    """Attempts at this step whose gradients left the range of fp16, before the one that counts."""
     batch: BatchKind = "rollout"
     loss_tokens: int = 0
     replayed: int = 0
@@ -131,6 +135,7 @@ class StepReport:
             "loss": self.loss,
             "lm_loss": self.lm_loss,
             "grad_norm": self.grad_norm,
+            "overflows": self.overflows,
             "batch": self.batch,
             "loss_tokens": self.loss_tokens,
             "fresh": self.tally.rollouts,
@@ -166,15 +171,6 @@ class Clock:
         now = time.perf_counter()
         self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
         self._last = now
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Highest memory use of the process so far: allocated on the GPU, resident set on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 def _shares(stats: RolloutStats) -> list[float]:

@@ -27,7 +27,7 @@ def make_accelerator(config: RunConfig, run_dir: RunDir, student: LanguageModel)
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=student.device.type == "cpu",
-        mixed_precision="bf16" if student.compute_dtype == torch.bfloat16 else "no",
+        mixed_precision="no",  # the learner's passes choose their arithmetic themselves; on a CPU it refuses fp16
         log_with=report_to or None,
         project_dir=str(run_dir.path) if report_to else None,
     )

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import GenerationConfig
 
@@ -24,7 +24,7 @@ from qswitch.data.template import PromptEncoder, template_source
 from qswitch.distill.adapter_card import adapter_card
 from qswitch.distill.answers import keep_first_answers, keep_last_answers
 from qswitch.distill.checkpoint import newest_whole, saved_part
-from qswitch.distill.metrics import peak_bytes
+from qswitch.distill.phase_peaks import PhasePeaks, highest_of, in_gib_beside
 from qswitch.distill.processes import Processes
 from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.recovery import Recovery, Sizes, limit_device_memory
@@ -75,6 +75,8 @@ class Summary:
     steps: int
     steps_without_loss: int
     """Steps whose rollouts held no intervention, so that nothing was learnt."""
+    overflows: int
+    """Attempts at a step that moved no weight, because gradients left the range of fp16; they count as no step."""
     validation_prompts: int
     validation_tokens: int
     rollout_tokens: int
@@ -86,12 +88,23 @@ class Summary:
     peak_gib: float
     """Highest memory use of any process that worked on the run."""
     planned_gib: float
+    phases_gib: dict[str, dict[str, float]]
+    """load, rollout, train, validate -> what was planned for it, and its peak: on a GPU what torch allocated and
+    reserved, on a CPU the resident set of the process."""
     device: str
     teacher: str
     student: str
     versions: dict[str, str]
     commit: str | None
     processes: int = 1
+
+
+class Measured(NamedTuple):
+    """The memory of a run: its plan as it is at the end, and what this start of it took."""
+
+    planned_bytes: int
+    peak_bytes: int
+    phases_gib: dict[str, dict[str, float]]
 
 
 def saved_sizes(run_dir: RunDir) -> Sizes | None:
@@ -136,6 +149,7 @@ def train(
             f"{(plan.budget_bytes or 0) / GIB:.2f} that are free; they are lowered if memory runs out"
         )
     runtime = make_runtime(config.train)
+    peaks = PhasePeaks(runtime.device, plan.phases)
     _bound_memory(runtime, plan)
     processes.from_first(lambda: _cut_student(run_dir, progress))
     teacher, student = processes.each(lambda: _load_models(run_dir, runtime, pair, progress, resumes=resumes))
@@ -148,7 +162,7 @@ def train(
         Sizes.of(plan.config),
         runtime.device,
         planned_bytes=plan.total_bytes,
-        planned_bytes_of=lambda sizes: _plan_again(run_dir, sizes, plan, processes.count),
+        planned_bytes_of=lambda sizes: _plan_again(run_dir, sizes, plan, processes.count, peaks),
         say=progress.say,
         budget_bytes=plan.budget_bytes,
     )
@@ -162,6 +176,7 @@ def train(
         validation_prompts=data.held_out,
         corpus=prepared.corpus,
         recovery=recovery,
+        peaks=peaks,
         progress=progress,
         processes=processes,
         stored=stored,
@@ -169,18 +184,20 @@ def train(
     if resumes:
         trainer.resume()
     if trainer.step == 0:
+        peaks.enter("rollout")
         processes.from_first(lambda: keep_first_answers(trainer, data.held_out, prepared.encoder))
     with _stop_on_signal(trainer, progress):
         trainer.run()
     if not trainer.finished:
         raise Interrupted
     trainer.replace_damaged_best()
-    peak = max(processes.gather(peak_bytes(trainer.device)))
-    return processes.from_first(
-        lambda: _finish(
-            run_dir, trainer, pair, prepared.encoder, plan, recovery.planned_bytes or plan.total_bytes, peak
-        )
+    last = processes.gather((peaks.take(), peaks.highest_bytes))
+    measured = Measured(
+        recovery.planned_bytes or plan.total_bytes,
+        max(highest for _, highest in last),
+        in_gib_beside(highest_of(found for found, _ in last), peaks.planned),
     )
+    return processes.from_first(lambda: _finish(run_dir, trainer, pair, prepared.encoder, plan, measured))
 
 
 def _bound_memory(runtime: Runtime, plan: Plan) -> None:
@@ -230,7 +247,7 @@ def _load_models(
     return teacher, student
 
 
-def _plan_again(run_dir: RunDir, sizes: Sizes, plan: Plan, processes: int) -> int:
+def _plan_again(run_dir: RunDir, sizes: Sizes, plan: Plan, processes: int, peaks: PhasePeaks) -> int:
     """Bytes with the sizes that are left after memory ran out; RUN/plan.json becomes the plan of what runs."""
     smaller = plan_run(
         sizes.write_into(run_dir.config),
@@ -241,6 +258,7 @@ def _plan_again(run_dir: RunDir, sizes: Sizes, plan: Plan, processes: int) -> in
         processes=processes,
     )
     run_dir.write_json("plan.json", smaller.to_dict())
+    peaks.planned = dict(smaller.phases)
     return smaller.total_bytes
 
 
@@ -250,13 +268,13 @@ def _finish(
     pair: TokenizerPair,
     encoder: PromptEncoder,
     plan: Plan,
-    planned_bytes: int,
-    peak: int,
+    measured: Measured,
 ) -> Summary:
     """Put the best adapter, its tokenizer and a model card into RUN/adapter, and write the summary."""
     config, counters = run_dir.config, trainer.counters
     assert counters.before_nats is not None and counters.last_nats is not None
     figures = {"before": counters.before_nats, "after": counters.best_nats, "last": counters.last_nats}
+    logged = run_dir.read_metrics()  # also by processes that were stopped
     kl, response_loss = (figures, {}) if config.learns_from_teacher else ({}, figures)
     summary = Summary(
         method=config.method,
@@ -271,14 +289,16 @@ def _finish(
         best_step=counters.best_step,
         steps=trainer.step,
         steps_without_loss=counters.steps_without_loss,
+        overflows=counters.overflows,
         validation_prompts=trainer.validation.num_prompts,
         validation_tokens=trainer.validation.num_tokens,
         rollout_tokens=counters.rollout_tokens,
         trained_tokens=counters.trained_tokens,
         seconds=round(counters.seconds, 1),
         planned_seconds=plan.seconds,
-        peak_gib=round(max(peak / GIB, *_logged_peaks(run_dir)), 3),
-        planned_gib=round(planned_bytes / GIB, 3),
+        peak_gib=round(max([measured.peak_bytes / GIB, *(line.get("peak_gib") or 0.0 for line in logged)]), 3),
+        planned_gib=round(measured.planned_bytes / GIB, 3),
+        phases_gib=highest_of([*(line.get("phases_gib") or {} for line in logged), measured.phases_gib]),
         device=str(trainer.device),
         teacher=_name(config.teacher.model),
         student=_name(config.student.model),
@@ -302,11 +322,6 @@ def _finish(
         shutil.rmtree(run_dir.adapter_path, ignore_errors=True)  # of a run that ended before its summary was written
     run_dir.write_json("summary.json", asdict(summary))
     return summary
-
-
-def _logged_peaks(run_dir: RunDir) -> list[float]:
-    """Peaks that the steps logged, also those of processes that were stopped, GiB."""
-    return [line["peak_gib"] for line in run_dir.read_metrics() if "peak_gib" in line] or [0.0]
 
 
 def _name(reference: str | list[str]) -> str:

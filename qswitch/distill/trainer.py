@@ -35,9 +35,10 @@ from qswitch.distill.decoding import Decoding
 from qswitch.distill.held_rows import HeldRows, make_cache
 from qswitch.distill.learner import Learner
 from qswitch.distill.logit_cache import LogitCache
-from qswitch.distill.metrics import Clock, Counters, StepReport, peak_bytes
+from qswitch.distill.metrics import Clock, Counters, StepReport
 from qswitch.distill.optimizer import end_trackers, make_accelerator
 from qswitch.distill.own_responses import own_figures
+from qswitch.distill.phase_peaks import PhasePeaks, highest_of, in_gib_beside
 from qswitch.distill.processes import Processes
 from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes
@@ -72,6 +73,7 @@ class Trainer:
         validation_prompts: Sequence[Prompt],
         corpus: Tensor | None = None,
         recovery: Recovery | None = None,
+        peaks: PhasePeaks | None = None,
         progress: Progress | None = None,
         processes: Processes | None = None,
         stored: StoredTeacher | None = None,
@@ -87,6 +89,7 @@ class Trainer:
 
         self.accelerator = make_accelerator(config, run_dir, student)
         self.recovery = recovery or Recovery(Sizes.of(config), self.device)
+        self.peaks = peaks or PhasePeaks(self.device)
         self.cache: LogitCache | StoredTeacher = stored or make_cache(
             config, run_dir, teacher=teacher, student=student, vocab_size=pair.vocab_size, rank=self.processes.rank
         )
@@ -100,6 +103,7 @@ class Trainer:
             recovery=self.recovery,
             spent=lambda: self.spent,
             processes=self.processes,
+            say=self.progress.say,
         )
         self.processes.copy_from_first(self.learner.trainable)
         response_loss = None
@@ -121,6 +125,7 @@ class Trainer:
             self.validation = response_loss
         else:
             self.progress.say(f"the teacher answers the {len(validation_prompts)} held-out prompts")
+            self.peaks.enter("rollout")
             try:
                 self.validation = written_by_teacher(
                     validation_prompts,
@@ -132,7 +137,7 @@ class Trainer:
                     processes=self.processes,
                 )
             except NonFiniteError as error:
-                raise teacher_at_fault(f"{error} No step was taken.", config) from error
+                raise teacher_at_fault(f"{error} No step was taken.{self._of_fp16()}", config) from error
         threshold = None
         if AdaptiveThreshold.is_needed(config.rollout):
             threshold = AdaptiveThreshold(config.rollout)
@@ -159,6 +164,7 @@ class Trainer:
             "counters": self.counters,
             "sizes": self.recovery,
             "optimizer": self.learner.optimizer,
+            "loss_scale": self.learner.loss_scale,
             "schedule": self.learner.schedule,
             "corpus": self.learner.corpus,
             "loader": self.supply.loader,
@@ -242,13 +248,15 @@ class Trainer:
         """One optimizer step: its sequences and the teacher's outputs, the loss, the update."""
         report = StepReport()
         clock = Clock(report.seconds)
+        self.peaks.enter("rollout")
         prepared = self.supply.next(self.step, self.spent, report, clock)
         sequences = [s for s in prepared.sequences if s.loss_steps]
         report.batch, report.written_tokens = prepared.batch, prepared.num_written
         report.loss_tokens = sum(len(s.loss_steps) for s in sequences)
+        self.peaks.enter("train")
         learnt = self.learner.learn_step(sequences, self.step)
         if learnt is not None:
-            report.loss, report.lm_loss, report.grad_norm = learnt
+            report.loss, report.lm_loss, report.grad_norm, report.overflows = learnt
         clock.lap("loss")
         self.learner.update(report.loss)
         self.supply.taken(self.step)
@@ -258,11 +266,12 @@ class Trainer:
     def _compare_notes(self, seconds: float) -> float:
         """Agree on what a step took: the first process's seconds, the smallest sizes, the highest peak."""
         notes = self.processes.gather(
-            (seconds, self.recovery.sizes, self.recovery.take_events(), peak_bytes(self.device))
+            (seconds, self.recovery.sizes, self.recovery.take_events(), self.peaks.take(), self.peaks.highest_bytes)
         )
-        self.recovery.lower_to([sizes for _, sizes, _, _ in notes])
-        self._events = [event for _, _, events, _ in notes for event in events]
-        self._peak_bytes = max(peak for _, _, _, peak in notes)
+        self.recovery.lower_to([sizes for _, sizes, _, _, _ in notes])
+        self._events = [event for _, _, events, _, _ in notes for event in events]
+        self._phases = highest_of(peaks for _, _, _, peaks, _ in notes)
+        self._peak_bytes = max(peak for _, _, _, _, peak in notes)
         return notes[0][0]
 
     def _at_the_floor(self, error: MemoryFloorError) -> MemoryFloorError:
@@ -274,6 +283,7 @@ class Trainer:
 
     def _not_finite(self, text: str, role: str = "student") -> TrainingError:
         """`text` with what to do about it; the folders that it names exist."""
+        text += self._of_fp16()
         if role == "teacher":
             return teacher_at_fault(text, self.config)
         failed = self.run_dir.checkpoints_path / checkpoint_name(self.step)
@@ -291,6 +301,11 @@ class Trainer:
             )
         return TrainingError(f"{text} There is no earlier checkpoint. Start a new run with {lower}.")
 
+    def _of_fp16(self) -> str:
+        if self.student.compute_dtype != torch.float16:
+            return ""
+        return " It computed in fp16, which holds nothing above 65,504: train.compute_dtype=fp32 has the range."
+
     # ---------------------------------------------------------------- looking
 
     def validate(self) -> float:
@@ -306,6 +321,7 @@ class Trainer:
             return self.recovery.sizes.chunk_tokens, self.recovery.sizes.validation_rows
 
         attempt = partial(self.recovery.attempt, "validation")
+        self.peaks.enter("validate")
         nats = held_out.nats(self.learner.objective, self.device, sizes, attempt)
         if not math.isfinite(nats):  # the teacher's side was written, and found finite, before the first step
             text = f"The student's {held_out.what} is {nats} after step {self.step}."
@@ -324,6 +340,7 @@ class Trainer:
 
     def _measure_own(self) -> dict[str, Any]:
         assert self.teacher is not None
+        self.peaks.enter("rollout")
         self.supply.teacher_comes()
         try:
             return own_figures(
@@ -355,9 +372,11 @@ class Trainer:
             "step": self.step,
             **report.metrics(),
             "learning_rate": self.learner.schedule.learning_rate,
+            "loss_scale": self.learner.loss_scale.value if self.learner.loss_scale.used else None,
             "spent": round(self.spent, 6),
             "peak_gib": self._peak_bytes / GIB,
             "planned_gib": None if planned is None else planned / GIB,
+            "phases_gib": in_gib_beside(self._phases, self.peaks.planned),
             "out_of_memory": self._events,
         }
         self.run_dir.append_metrics(metrics)

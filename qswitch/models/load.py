@@ -153,9 +153,9 @@ def load_base(
 
 
 def resolve_precision(precision: str, runtime: Runtime) -> str:
-    """`auto` is bf16 where the run computes in bf16, else fp32."""
+    """`auto` is bf16 where the run computes in 16 bits, else fp32."""
     if precision == "auto":
-        return "bf16" if runtime.compute_dtype == torch.bfloat16 else "fp32"
+        return "bf16" if runtime.compute_dtype in (torch.bfloat16, torch.float16) else "fp32"
     return precision
 
 
@@ -170,7 +170,7 @@ def read_model(
     """Read a resolved model in a precision, checked to be a complete decoder-only model.
 
     Weights asked for in bf16 where the run computes wider are rounded to bf16 and then kept in the compute dtype (said
-    once): a CPU without bf16 units is 25 times slower in it.
+    once): a CPU without bf16 units is 25 times slower in it. Where the run computes in fp16 they are read as fp16.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -187,7 +187,8 @@ def read_model(
     options: dict[str, Any] = {"use_safetensors": True, "attn_implementation": attention_kind(config), **common}
     if precision in (*QUANTISED, "stored") or runtime.device.type == "cuda":
         options["device_map"] = {"": runtime.device}  # tensor by tensor; a model never lies in host memory as a whole
-    load_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision, runtime.compute_dtype)
+    narrow = torch.float16 if runtime.compute_dtype == torch.float16 else torch.bfloat16
+    load_dtype = {"bf16": narrow, "fp32": torch.float32}.get(precision, runtime.compute_dtype)
     stored = check_stored(config, resolved.name, precision, runtime.device)
     if stored is not None and precision == "bf16":
         config.quantization_config = {**_as_mapping(config.quantization_config), "dequantize": True}
@@ -229,7 +230,10 @@ def read_model(
     if precision not in (*QUANTISED, "stored") and not spread:
         model = model.to(runtime.device)
     keep_from_repacking(model, trains=False, compute_dtype=runtime.compute_dtype)
-    require_finite(model.named_parameters(), resolved.name, "Download or convert the model again.")
+    remedy = "Download or convert the model again."
+    if load_dtype == torch.float16:
+        remedy = "fp16 holds nothing above 65,504: set train.compute_dtype=fp32, or download the model again."
+    require_finite(model.named_parameters(), resolved.name, remedy)
     return model
 
 

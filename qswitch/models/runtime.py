@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from qswitch.config import TrainSection
 from qswitch.errors import ModelError
 from qswitch.launch import launched
-from qswitch.plan.machine import detected_gpu
+from qswitch.plan.machine import detected_gpu, gpu_dtype, has_native_bf16_cpu
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +51,7 @@ def make_runtime(train: TrainSection) -> Runtime:
         torch.cuda.set_device(device)
     if train.compute_dtype != "auto":
         return Runtime(device=device, compute_dtype=DTYPES[train.compute_dtype])
-    return Runtime(device=device, compute_dtype=torch.bfloat16 if has_native_bf16(device) else torch.float32)
+    return Runtime(device=device, compute_dtype=native_dtype(device))
 
 
 def unusable_gpu() -> str | None:
@@ -74,12 +72,8 @@ def unusable_gpu() -> str | None:
     )
 
 
-def has_native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 in hardware; elsewhere bf16 is up to 25 times slower than fp32."""
+def native_dtype(device: torch.device) -> torch.dtype:
+    """The narrowest arithmetic that the device has in hardware; elsewhere bf16 is up to 25 times slower than fp32."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return re.search(r"\b(avx512_bf16|amx_bf16)\b", flags) is not None
+        return DTYPES[gpu_dtype(torch.cuda.get_device_capability(device))]
+    return torch.bfloat16 if has_native_bf16_cpu() else torch.float32

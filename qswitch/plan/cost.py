@@ -11,7 +11,7 @@ from __future__ import annotations
 from qswitch.config import RunConfig
 from qswitch.plan import memory
 from qswitch.plan.breakdown import share_of
-from qswitch.plan.machine import Gpu, Machine
+from qswitch.plan.machine import Dtype, Gpu, Machine
 from qswitch.plan.shapes import LinearShape, ModelShape
 
 PASS_OVERHEAD_S_PER_LAYER = 7.3e-4
@@ -53,7 +53,7 @@ def pass_seconds(shape: ModelShape, precision: memory.Precision, tokens: int, kv
         unpacked = sum(
             count * module.weight_parameters
             for module, count in shape.counted_linears.items()
-            if tokens > fused_tokens(module, machine.gpu, b)
+            if tokens > fused_tokens(module, machine.gpu, machine.compute_dtype)
         )
         traffic += 2 * unpacked * b
     arithmetic = 2 * shape.linear_weight_parameters * tokens
@@ -61,17 +61,21 @@ def pass_seconds(shape: ModelShape, precision: memory.Precision, tokens: int, kv
     return PASS_OVERHEAD_S_PER_LAYER * shape.num_layers + slower
 
 
-def fused_tokens(module: LinearShape, gpu: Gpu, compute_bytes: int) -> int:
+def fused_tokens(module: LinearShape, gpu: Gpu, compute_dtype: Dtype) -> int:
     """The most tokens of a product that bitsandbytes makes with the packed weight of a layer; exact up to 512 tokens.
 
     The thresholds of `gemm_4bit` in bitsandbytes 0.50 (backends/cuda/ops.py), for the architectures of the table of
-    cards and bf16; in fp32 it has a fused kernel for fewer than 8 tokens. tests/plan/test_cost.py compares them.
+    cards in their 16-bit dtype; in fp32, and on Turing in bf16, it has a fused kernel for fewer than 8 tokens.
+    tests/plan/test_cost.py compares them.
     """
-    if compute_bytes > 2 or module.in_features % memory.NF4_BLOCK:
+    narrow = compute_dtype == "fp16" if gpu.capability == (7, 5) else compute_dtype in ("bf16", "fp16")
+    if not narrow or module.in_features % memory.NF4_BLOCK:
         return 7 if module.in_features % memory.NF4_BLOCK == 0 else 0
     inputs, outputs, multiprocessors = module.in_features, module.out_features, gpu.num_multiprocessors
     waves = -(-outputs // 64) / multiprocessors
     blocks = -(-outputs // 64)
+    if gpu.capability == (7, 5):
+        return _fused_on_turing(inputs, outputs, waves)
     if inputs * outputs < 4 * 2**20:
         if inputs * 2 < outputs:
             return 192 if waves < 1 and blocks * inputs > multiprocessors * 320 else 320
@@ -99,6 +103,20 @@ def fused_tokens(module: LinearShape, gpu: Gpu, compute_bytes: int) -> int:
     if inputs > outputs and blocks <= 48:
         return 12 if inputs >= outputs * 3 else 10
     return 16 if inputs > outputs * 2 or blocks < 48 else 8
+
+
+def _fused_on_turing(inputs: int, outputs: int, waves: float) -> int:
+    """`fused_tokens` of compute capability 7.5; small layers of half a wave to a whole one unpack 5 to 8 tokens, which
+    is not told apart here."""
+    if inputs * outputs >= 4 * 2**20:
+        if waves >= 3:
+            return 128 if inputs < outputs else 64
+        return 64 if waves >= 1 / 2 else 32
+    if inputs * 2 < outputs:
+        if waves >= 3 or inputs < 704:
+            return 320
+        return 64 if inputs >= 1024 else 96
+    return 64 if waves < 1 else FUSED_ALWAYS_TOKENS
 
 
 def run_seconds(

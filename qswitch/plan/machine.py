@@ -34,7 +34,8 @@ class Gpu:
     nominal_gib: int
     bandwidth_bytes_per_s: float
     flops: float
-    """bf16 matrix products with fp32 accumulation, without sparsity: twice the fp32 rate on GeForce cards."""
+    """bf16 (Turing: fp16) matrix products with fp32 accumulation, without sparsity: on GeForce cards twice the fp32
+    rate from Ampere on, four times on Turing."""
     num_multiprocessors: int
     capability: tuple[int, int]
     """CUDA compute capability."""
@@ -45,8 +46,14 @@ class Gpu:
         return self.nominal_gib * GIB - DRIVER_RESERVE_BYTES
 
 
-# Memory, bandwidth, fp32 rate, multiprocessors: NVIDIA's product pages and its Ampere GA102, Ada and Blackwell papers.
+# Memory, bandwidth, fp32 rate, multiprocessors: NVIDIA's product pages and its Turing, Ampere GA102, Ada and Blackwell
+# papers. A T4's memory is that with its error correction, which notebook services leave on.
 GPUS = {
+    "rtx2060-6gb": Gpu(6, 336e9, 25.8e12, 30, (7, 5)),
+    "rtx2070-8gb": Gpu(8, 448e9, 29.9e12, 36, (7, 5)),
+    "rtx2080-8gb": Gpu(8, 448e9, 40.3e12, 46, (7, 5)),
+    "rtx2080ti-11gb": Gpu(11, 616e9, 53.8e12, 68, (7, 5)),
+    "tesla-t4-15gb": Gpu(15, 320e9, 65.0e12, 40, (7, 5)),
     "rtx3050-6gb": Gpu(6, 168e9, 13.6e12, 18, (8, 6)),
     "rtx4050-laptop-6gb": Gpu(6, 192e9, 18.0e12, 20, (8, 9)),
     "rtx3060ti-8gb": Gpu(8, 448e9, 32.4e12, 38, (8, 6)),
@@ -65,17 +72,39 @@ REFERENCE_GPU = GPUS["rtx3060-12gb"]
 """The card whose times order the candidates where none is named."""
 
 
+Dtype = Literal["bf16", "fp16", "fp32", "fp64"]
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What bytes and seconds depend on beside the models."""
 
     device: Device
-    compute_bytes: int
-    """Width of the compute dtype."""
-    accumulate_bytes: int
-    """Width of log-probabilities, losses and trainable weights: 8 with fp64 arithmetic, else 4."""
+    compute_dtype: Dtype
+    """The arithmetic of both models."""
     gpu: Gpu = REFERENCE_GPU
     """Whose times are used, also for a CPU: only the order of candidates depends on it."""
+
+    @property
+    def compute_bytes(self) -> int:
+        """Width of the compute dtype."""
+        return {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}[self.compute_dtype]
+
+    @property
+    def accumulate_bytes(self) -> int:
+        """Width of log-probabilities, losses and trainable weights: 8 with fp64 arithmetic, else 4."""
+        return 8 if self.compute_dtype == "fp64" else 4
+
+
+def gpu_dtype(capability: tuple[int, int]) -> Dtype:
+    """What train.compute_dtype=auto is on a card of a CUDA compute capability.
+
+    bf16 from Ampere (8.0) on. Volta and Turing (7.0, 7.5: V100, T4, RTX 2060 to 2080) multiply fp16 in their tensor
+    cores and have no bf16; older cards have neither.
+    """
+    if capability >= (8, 0):
+        return "bf16"
+    return "fp16" if capability >= (7, 0) else "fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +257,8 @@ def _control_group_free_bytes() -> int | None:
         return None  # no limit ("max"), or another hierarchy
 
 
-def _has_native_bf16_cpu() -> bool:
+def has_native_bf16_cpu() -> bool:
+    """Whether this CPU multiplies bf16 in hardware."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -244,15 +274,14 @@ def describe_machine(
     here = _detect_gpu() if wanted == "auto" or (wanted == "cuda" and device is None) else None
     if wanted == "auto":
         wanted = "cuda" if here is not None else "cpu"
+    card = gpu or (None if here is None else _card_called(here.label))
     dtype = train.compute_dtype
-    if dtype == "auto":
-        # A card that is not here is taken to be one of the table, all of which multiply bf16.
-        narrow = here is None or here.capability is None or here.capability >= (8, 0)
-        dtype = "bf16" if (narrow if wanted == "cuda" else _has_native_bf16_cpu()) else "fp32"
-    compute_bytes = {"bf16": 2, "fp32": 4, "fp64": 8}[dtype]
-    accumulate_bytes = 8 if dtype == "fp64" else 4
-    gpu = gpu or (None if here is None else _card_called(here.label)) or REFERENCE_GPU
-    return Machine(wanted, compute_bytes, accumulate_bytes, gpu)
+    if dtype == "auto" and wanted == "cuda":
+        # What neither the driver nor the card's name says is taken for the reference card's.
+        dtype = gpu_dtype((here and here.capability) or (card or REFERENCE_GPU).capability)
+    elif dtype == "auto":
+        dtype = "bf16" if has_native_bf16_cpu() else "fp32"
+    return Machine(wanted, dtype, card or REFERENCE_GPU)
 
 
 def _card_called(label: str) -> Gpu | None:

@@ -261,9 +261,10 @@ def _next_better(larger: list[tuple[float, Plan]], best_seconds: float) -> tuple
 
 
 def _notes(config: RunConfig, machine: Machine, teacher: ModelShape, student: ModelShape) -> list[str]:
-    names = {2: "bf16", 4: "fp32", 8: "fp64"}
     where = "a GPU" if machine.device == "cuda" else "the CPU"
-    notes = [f"Planned for {where}, arithmetic in {names[machine.compute_bytes]}."]
+    notes = [f"Planned for {where}, arithmetic in {machine.compute_dtype}."]
+    if machine.compute_dtype == "fp16":
+        notes.append("fp16: weights that do not train are kept in it, those that train in fp32; the loss is scaled.")
     if machine.device == "cuda":
         context = memory.CUDA_CONTEXT_BYTES / GIB
         notes.append(

@@ -202,7 +202,8 @@ def seconds_by_phase(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, floa
 def memory_rows(
     plan: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Plan and measured peak, GiB; phases and parts of the plan with their shares of it, from large to small."""
+    """Plan and measured peak, GiB; parts of the plan with their shares of it, from large to small; phases with what was
+    planned and measured, by kind of figure."""
     peaks = [line["peak_gib"] for line in lines if line.get("peak_gib") is not None]
     planned = plan.get("total_gib")
 
@@ -212,12 +213,20 @@ def memory_rows(
             (name.replace("_", " "), size, min(size / planned, 1) if planned else 0) for name, size in ordered if size
         ]
 
+    phases: dict[str, dict[str, float]] = {}
+    for found in [*(line.get("phases_gib", {}) for line in lines), summary.get("phases_gib", {})]:
+        for phase, figures in found.items():
+            mine = phases.setdefault(phase, {})
+            mine.update({kind: max(size, mine.get(kind, size)) for kind, size in figures.items()})
+    for phase, size in (plan.get("phases") or {}).items():
+        phases.setdefault(phase, {})["planned"] = size
     return {
         "planned": planned,
         "measured": summary.get("peak_gib") or (max(peaks) if peaks else None),
         "budget": plan.get("budget_gib"),
         "parts": shares(plan.get("parts")),
-        "phases": shares(plan.get("phases")),
+        "phases": sorted(phases.items(), key=lambda item: -item[1].get("planned", 0.0)),
+        "kinds": [k for k in ("planned", "allocated", "reserved", "resident") if any(k in f for f in phases.values())],
         "notes": plan.get("notes") or [],
         "on_cpu": summary.get("device") == "cpu",
     }

@@ -12,7 +12,8 @@ from qswitch.config import TeacherSection, TrainSection
 from qswitch.errors import ModelError
 from qswitch.models import messages
 from qswitch.models.load import load_teacher, load_tokenizer
-from qswitch.models.runtime import Runtime, has_native_bf16, make_runtime
+from qswitch.models.runtime import Runtime, make_runtime
+from qswitch.plan.machine import has_native_bf16_cpu
 from tests.tiny import ARCHITECTURES, save_tiny, tiny_model
 
 FP32 = Runtime(device=torch.device("cpu"), compute_dtype=torch.float32)
@@ -34,7 +35,7 @@ def logits(model) -> torch.Tensor:
 
 def test_runtime_auto_and_explicit(monkeypatch):
     runtime = make_runtime(TrainSection(device="cpu"))
-    native = has_native_bf16(torch.device("cpu"))
+    native = has_native_bf16_cpu()
     assert runtime.compute_dtype == (torch.bfloat16 if native else torch.float32)
     assert make_runtime(TrainSection(device="cpu", compute_dtype="fp64")).compute_dtype == torch.float64
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -26,8 +26,8 @@ from qswitch.presets import load_run_config, preset_names
 from qswitch.units import GIB
 from tests.tiny import ARCHITECTURES, save_tiny_pair
 
-CPU = Machine("cpu", 4, 4)
-GPU = Machine("cuda", 2, 4)
+CPU = Machine("cpu", "fp32")
+GPU = Machine("cuda", "bf16")
 
 
 def configure(teacher_path: Path, student_path: Path, /, **sections: dict[str, Any]) -> RunConfig:

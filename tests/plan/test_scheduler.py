@@ -228,7 +228,7 @@ def test_a_card_is_known_by_the_name_that_nvidia_smi_gives_it():
              "NVIDIA GeForce RTX 4050 Laptop GPU": "rtx4050-laptop-6gb", "the first GPU, NVIDIA GeForce RTX 4090":
              "rtx4090-24gb"}  # fmt: skip
     assert {label: _card_called(label) for label in named} == {label: GPUS[card] for label, card in named.items()}
-    assert _card_called("Tesla T4") is None
+    assert _card_called("Tesla V100-SXM2-16GB") is None and _card_called("NVIDIA T400") is None
 
 
 def test_full_training_costs_weights_gradients_and_moments():
@@ -251,7 +251,7 @@ def test_rows_of_a_large_cache_move_down_the_tiers():
 
 
 def test_on_a_cpu_there_is_no_context_and_the_device_is_the_host(monkeypatch):
-    monkeypatch.setattr(machine, "_has_native_bf16_cpu", lambda: False)
+    monkeypatch.setattr(machine, "has_native_bf16_cpu", lambda: False)
     asked = config(train={"device": "cpu"}, student={"precision": "bf16"})
     plan = plan_run(asked)
     _, student = model_shapes(asked)
@@ -324,22 +324,24 @@ def test_the_gpu_that_cuda_sees_first_is_planned_for(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     train = build_config({"teacher": {"model": "a"}, "student": {"model": "b"}, "data": {"train": "c.jsonl"}}).train
-    # A card without bf16 units computes in fp32, and is planned so; for one that is only named, bf16 is assumed.
-    assert detect_budget_bytes()[0] == 22 * GIB and describe_machine(train).compute_bytes == 4
-    assert describe_machine(train, "cuda").compute_bytes == 2
+    # A card without bf16 units computes in fp16, and is planned so, also where it is only named.
+    assert detect_budget_bytes()[0] == 22 * GIB and describe_machine(train).compute_dtype == "fp16"
+    assert describe_machine(train, "cuda").compute_dtype == "bf16", "of a card that is called by its memory alone"
+    assert describe_machine(train, "cuda", machine.GPUS["tesla-t4-15gb"]).compute_dtype == "fp16"
+    assert machine.gpu_dtype((6, 1)) == "fp32" and machine.gpu_dtype((7, 0)) == "fp16"
     for first in ("1", "1,0", "GPU-bbbb"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", first)
         size, source = detect_budget_bytes()
         assert size == 11 * GIB and source.startswith(
             f"free memory of GPU {first.split(',')[0]}, NVIDIA GeForce RTX 3060"
         )
-        assert describe_machine(train).compute_bytes == 2
+        assert describe_machine(train).compute_dtype == "bf16"
     for hidden in ("", "-1", "7"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert "nvidia-smi" not in detect_budget_bytes()[1] and describe_machine(train).device == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("OLD_DRIVER", "yes")
-    assert detect_budget_bytes()[0] == 22 * GIB and describe_machine(train).compute_bytes == 2, "not known, so assumed"
+    assert detect_budget_bytes()[0] == 22 * GIB and describe_machine(train).compute_dtype == "fp16", "by its name"
 
 
 def test_planning_is_cold():

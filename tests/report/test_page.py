@@ -68,6 +68,7 @@ def make_run(folder: Path, *, hostile: str = "", finished: bool = True) -> RunDi
         run_dir.append_metrics(
             {"step": step, "loss": 1.0 / step, "batch": "rollout", "teacher_share": 0.5, "jsd_bits": 0.25,
              "rollout_tokens": 100, "loss_tokens": 50, "rollout_tokens_per_s": 10.0, "peak_gib": 2.0 + step / 10,
+             "phases_gib": {"train": {"planned": 2.5, "allocated": 1.0 + step / 8, "reserved": 2.25}},
              "seconds": {"rollout": 3.0, "loss": 1.0}}
         )  # fmt: skip
     run_dir.append_metrics({"step": 4, "kl_nats": 0.5})
@@ -103,6 +104,7 @@ def test_the_page_shows_what_the_run_did(tmp_path: Path, capsys):
     text = " ".join("".join(page.text).split())
     pieces = [
         *("before2.000", "after0.500", "-75%", "4 of 200", "planned2.50", "measured peak2.40", "a note"),
+        *("phaseplanned, GiBallocated, GiBreserved, GiB", "train2.5001.5002.250"),
         *("teacher weights", "24 of the 30 rollouts", "50 % by the teacher", "abc123", "rollout12 s"),
     ]
     for piece in pieces:
