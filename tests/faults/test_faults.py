@@ -37,6 +37,12 @@ def test_a_disk_that_is_full_is_a_message_and_costs_nothing(place):
     assert signature(place.folder / "full") == signature(place.folder / "whole")
 
 
+def test_a_comparison_that_cannot_even_begin_names_the_file(place):
+    events = forked.Events(place.folder, at=1, action=forked.no_more_writes)
+    ended = place.call("compare", "study.yaml", "--output-dir", "study", fault=events.watch)
+    assert ended.code == 2 and "error: study/compare.yaml: File too large." in ended.message, ended.output
+
+
 def test_a_damaged_checkpoint_gives_way_and_a_changed_log_is_named(place):
     run = place.copy("whole", "damaged")
     (run / "summary.json").unlink()
