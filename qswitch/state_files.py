@@ -114,12 +114,12 @@ class AnswerText(TypedDict):
 
 
 class Answer(TypedDict):
-    """A held-out prompt with its answers."""
+    """A held-out prompt with its answers; None for one that is not there yet."""
 
     prompt: str
-    before: NotRequired[AnswerText | None]
-    after: NotRequired[AnswerText | None]
-    reference: NotRequired[AnswerText | None]
+    before: AnswerText | None
+    after: AnswerText | None
+    reference: AnswerText | None
 
 
 class HeldOutFile(TypedDict, total=False):

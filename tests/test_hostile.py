@@ -189,6 +189,11 @@ def test_files_from_outside_have_limits(here):
         (SummaryFile, [1], "its content"),
         (HeldOutFile, {"answers": [{"prompt": 3}]}, "answers.0.prompt"),
         (HeldOutFile, {"answers": [], "reference": "nobody"}, "reference"),
+        (
+            HeldOutFile,
+            {"answers": [{"prompt": "a", "Before": None, "after": None, "reference": None}]},
+            "answers.0.before",
+        ),
     ],
 )
 def test_a_state_file_that_says_something_else_is_named_with_its_entry(here, kind, value, entry):
