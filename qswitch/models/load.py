@@ -20,6 +20,7 @@ from qswitch.models.messages import explained, first_line, quiet, say_once
 from qswitch.models.quantise import QUANTISED, check_stored, keep_from_repacking, quantization_config
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
+from qswitch.models.weight_files import check_weight_files
 from qswitch.plan.adapters import find_adapter
 from qswitch.plan.counted import unusable_because
 
@@ -182,6 +183,7 @@ def read_model(
     if reason is not None:
         raise ModelError(f"{resolved.name} ({config.model_type}) cannot be distilled here: {reason}")
 
+    check_weight_files(resolved)
     meta = on_meta(config, resolved.name, trust_remote_code)
 
     options: dict[str, Any] = {"use_safetensors": True, "attn_implementation": attention_kind(config), **common}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
@@ -41,6 +42,18 @@ def test_a_comparison_that_cannot_even_begin_names_the_file(place):
     events = forked.Events(place.folder, at=1, action=forked.no_more_writes)
     ended = place.call("compare", "study.yaml", "--output-dir", "study", fault=events.watch)
     assert ended.code == 2 and "error: study/compare.yaml: File too large." in ended.message, ended.output
+
+
+def test_weights_that_may_not_be_read_are_not_called_missing(place):
+    file = place.folder / "student" / "model.safetensors"
+    mode = file.stat().st_mode
+    file.chmod(0)
+    try:
+        words = ("generate", "whole", "--prompt", "hi", "--max-new-tokens", "2")
+        ended = place.call(*words, unprivileged=os.geteuid() == 0)
+    finally:
+        file.chmod(mode)
+    assert ended.code == 2 and "student/model.safetensors: Permission denied" in ended.message, ended.output
 
 
 def test_a_damaged_checkpoint_gives_way_and_a_changed_log_is_named(place):

@@ -15,8 +15,8 @@ import yaml
 from tests.faults.forked import Ended, Events, command, kill_here
 from tests.tiny import save_tiny_pair
 
-TIMES = ("seconds", "rollout_tokens_per_s", "train_tokens_per_s", "peak_gib", "planned_gib", "planned_seconds",
-         "commit")  # fmt: skip
+TIMES = ("seconds", "rollout_tokens_per_s", "train_tokens_per_s", "peak_gib", "phases_gib", "planned_gib",
+         "planned_seconds", "commit")  # fmt: skip
 """Figures that differ from call to call, and the commit, which may change under a long harness."""
 
 
