@@ -20,6 +20,7 @@ counted.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import statistics
 import tempfile
@@ -211,6 +212,8 @@ def main() -> None:
         for name, settings in trl_settings(args).items() if has_trl else ():
             donor = make_row(args, Path(folder), f"gkd donor of {name}")
             rows[name], seconds[name] = TrlRow(donor, args, Path(folder), **settings), []
+        gc.collect()
+        gc.freeze()  # each collection of a step would look through the models of all rows; a run of its own has one
         settled = max(args.reuse) + 1
         for turn in range(settled + args.steps):
             for name, trainer in rows.items():

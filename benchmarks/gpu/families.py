@@ -141,12 +141,12 @@ def train(context: Context, family: str, precision: str) -> dict[str, Any]:
 def _stopped_and_resumed(config: RunConfig, path: Path) -> None:
     original = Trainer.train_step
 
-    def stop_at_one(trainer: Trainer) -> Any:
-        trainer.stop_requested = trainer.stop_requested or trainer.step == 1
+    def stop_after_one(trainer: Trainer) -> Any:
+        trainer.stop_requested = trainer.stop_requested or trainer.step == 0
         return original(trainer)
 
     try:
-        with mock.patch.object(Trainer, "train_step", stop_at_one):
+        with mock.patch.object(Trainer, "train_step", stop_after_one):
             distill(config, path)
     except Interrupted:
         resume(path)
