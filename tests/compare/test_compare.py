@@ -21,8 +21,8 @@ from tests.evaluate.runs import WORDS, write_test_set
 from tests.tiny import save_tiny_pair
 
 
-def write_comparison(folder: Path, **changes: Any) -> Path:
-    """study.yaml with a base configuration, data and a tiny pair beside it."""
+def write_comparison(folder: Path, name: str = "study", **changes: Any) -> Path:
+    """`name`.yaml with a base configuration, data and a tiny pair beside it."""
     if not (folder / "pair").exists():
         save_tiny_pair(folder / "pair")
         lines = [{"prompt": f"tell {w} {i}", "response": f"{w} is it"} for i, w in enumerate(WORDS)]
@@ -44,7 +44,7 @@ def write_comparison(folder: Path, **changes: Any) -> Path:
         "cells": {"switch": {}, "gkd": {"settings": {"method": "gkd"}}},
         "evaluate": {"data": [str(folder / "questions.jsonl")], "max_new_tokens": 8, "limit": 5},
     }
-    path = folder / "study.yaml"
+    path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values | changes, sort_keys=False), encoding="utf-8")
     return path
 
@@ -64,6 +64,14 @@ class Launcher:
 
     def kinds(self) -> list[str]:
         return [f"{c[0]} {Path(c[1].partition('=')[2] or c[1]).name}" for c in self.commands]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, Path, dict[str, Any]]:
+    """(file, output folder, results) of a comparison that is finished: tests go on from a copy of its output."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = write_comparison(folder)
+    return path, folder / "out", compare(path, folder / "out", launch=Launcher(), say=lambda _: None)
 
 
 def test_an_interrupted_comparison_goes_on_and_repeats_no_finished_cell(tmp_path: Path, capsys, monkeypatch):
@@ -269,9 +277,9 @@ def test_a_control_meets_every_seed():
     assert verdict["seed_interval"] == pytest.approx((0.25 - 0.6454, 0.25 + 0.6454), abs=1e-3)
 
 
-def test_what_is_measured_against_another_teacher_or_lost_is_measured_anew(tmp_path: Path):
-    path, out = write_comparison(tmp_path), tmp_path / "out"
-    before = compare(path, out, launch=Launcher(), say=lambda _: None)
+def test_what_is_measured_against_another_teacher_or_lost_is_measured_anew(tmp_path: Path, finished):
+    path, out = finished[0], shutil.copytree(finished[1], tmp_path / "out")
+    before = finished[2]
     # As if a later cell had been scored against another teacher: its responses are marked, the others' distances not.
     (out / "eval/models/gkd-seed1/teacher.txt").write_text("another\n")
     (out / "eval/models/sft-seed1/questions.jsonl").unlink()
@@ -280,15 +288,12 @@ def test_what_is_measured_against_another_teacher_or_lost_is_measured_anew(tmp_p
     assert launcher.kinds() == ["eval gkd-seed1", "eval sft-seed1"] and after["sets"] == before["sets"]
 
 
-def test_another_evaluation_of_the_same_runs_trains_nothing(tmp_path: Path):
-    evaluate = {"data": [str(tmp_path / "questions.jsonl")], "max_new_tokens": 8, "limit": 4}
-    out = tmp_path / "out"
-    compare(write_comparison(tmp_path), out, launch=Launcher(), say=lambda _: None)
-    path = write_comparison(tmp_path, evaluate=evaluate)
+def test_another_evaluation_of_the_same_runs_trains_nothing(tmp_path: Path, finished):
+    folder, out = finished[0].parent, shutil.copytree(finished[1], tmp_path / "out")
+    evaluate = {"data": [str(folder / "questions.jsonl")], "max_new_tokens": 8, "limit": 4}
+    path = write_comparison(folder, "shorter", evaluate=evaluate)
     with pytest.raises(RunDirError, match=r"scored with other settings \(evaluate.limit\).*the runs stay"):
         compare(path, out, launch=Launcher(), say=lambda _: None)
-    import shutil
-
     shutil.rmtree(out / "eval")
     for file in (out / "cells").glob("*.json"):
         if not file.name.endswith(".start.json"):
@@ -366,11 +371,9 @@ def test_two_commands_do_not_write_into_one_folder(tmp_path: Path, capsys):
     assert cli.run(asked) == 0
 
 
-def test_finished_cells_without_their_runs_keep_their_controls(tmp_path: Path, capsys):
-    import shutil
-
-    path, out = write_comparison(tmp_path), tmp_path / "out"
-    before = compare(path, out, launch=Launcher(), say=lambda _: None)
+def test_finished_cells_without_their_runs_keep_their_controls(tmp_path: Path, finished, capsys):
+    path, out = finished[0], shutil.copytree(finished[1], tmp_path / "out")
+    before = finished[2]
     shutil.rmtree(out / "runs")
     launcher = Launcher()
     assert compare(path, out, launch=launcher, say=lambda _: None) == before and not launcher.commands

@@ -32,8 +32,10 @@ from tests.rollout.test_engines import POLICIES, draw_requests, make_pair, same,
 GPU = {
     "train__device": "cuda", "train__compute_dtype": "bf16", "teacher__precision": "nf4", "student__precision": "bf16",
     "rollout__block_tokens": 2, "student__gradient_checkpointing": True, "train__max_steps": 2,
-    "student__lora": {"r": 4, "alpha": 8, "dropout": 0.1},
+    "student__lora": {"r": 4, "alpha": 8, "dropout": 0.1}, "rollout__max_new_tokens": 6, "data__num_validation": 2,
 }  # fmt: skip
+NO_LOOKS = {"train__eval_own_prompts": 0}
+"""The student's own responses are looked at in one run here: every operation costs ten times as much as elsewhere."""
 
 
 @pytest.fixture
@@ -119,7 +121,7 @@ def test_nf4_teacher_lora_student_and_checkpointing(folders, tmp_path, rounds, m
 
 
 def test_swap_resume_and_ground_truth(folders, tmp_path, rounds, monkeypatch):  # noqa: F811
-    changes = {"teacher__residency": "swap", "data__ground_truth_mix": 0.5, "train__max_steps": 4}
+    changes = {"teacher__residency": "swap", "data__ground_truth_mix": 0.5, "train__max_steps": 4, **NO_LOOKS}
     original = Trainer.train_step
 
     def stop_at_one(trainer: Trainer) -> Any:
@@ -139,7 +141,7 @@ def test_swap_resume_and_ground_truth(folders, tmp_path, rounds, monkeypatch):  
 def test_a_cache_that_moves_through_the_tiers(folders, tmp_path, rounds, monkeypatch):  # noqa: F811
     changes = {
         "cache__device_budget_gib": 1e-6, "cache__host_budget_gib": 2e-6, "rollout__reuse": 2, "loss__scope": "all",
-        "cache__format": "topk", "cache__topk": 8,
+        "cache__format": "topk", "cache__topk": 8, **NO_LOOKS,
     }  # fmt: skip
     with pretended_cuda() as seen:
         run(seen, settings(folders, **{**GPU, **changes}), tmp_path / "run", monkeypatch)
@@ -151,7 +153,8 @@ def test_a_cache_that_moves_through_the_tiers(folders, tmp_path, rounds, monkeyp
 def test_passes_that_are_recorded(folders, tmp_path, rounds, monkeypatch):  # noqa: F811
     monkeypatch.setattr(decoding, "try_graphs", lambda *_, **__: GraphTrial(True, "forced", 4))
     with pretended_cuda() as seen:
-        run(seen, settings(folders, **{**GPU, "rollout__max_new_tokens": 16}), tmp_path / "run", monkeypatch)
+        changes = {"rollout__max_new_tokens": 16, "train__max_steps": 1, **NO_LOOKS}
+        run(seen, settings(folders, **{**GPU, **changes}), tmp_path / "run", monkeypatch)
         check(rounds)
         assert seen.captures > 0 and seen.replayed_launches > 0
     assert sum(m["student_replays"] for m in RunDir.open(tmp_path / "run").read_metrics() if "batch" in m) > 0
