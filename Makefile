@@ -37,7 +37,7 @@ demo: $(STAMP)
 	$(BIN)/qswitch distill --preset smollm2-demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(TEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 families: $(STAMP)
 	QSWITCH_FAMILIES_TABLE=write $(BIN)/python -m pytest -m 'not gpu' tests/models/test_families.py

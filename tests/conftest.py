@@ -9,6 +9,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,15 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+SLOWEST_FIRST = (
+    "models/test_families.py", "rollout/test_engines.py", "compare/test_compare.py", "test_docs.py",
+    "distill/test_processes.py", "test_layers.py", "evaluate/test_evaluate.py", "test_rules.py", "test_bad_inputs.py",
+    "distill/test_pretended_device.py", "distill/test_recovery.py", "distill/test_residency_runs.py",
+    "distill/test_trainer.py", "distill/test_training_by_method.py", "rollout/test_hybrids.py",
+    "distill/test_checkpoint.py", "faults/test_faults.py", "distill/test_not_finite.py",
+    "distill/test_stored_teacher.py", "distill/test_supply.py", "faults/test_fuzz.py", "evaluate/test_fidelity.py",
+)  # fmt: skip
+"""Files of more than ten seconds, so that none of them is left to one worker at the end (`--no-loadscope-reorder`)."""
 MODULES_BETWEEN_FREEZES = 20
 _frozen_modules = 0
 
@@ -36,6 +46,14 @@ def pytest_collection() -> Iterator[None]:
     finally:
         freeze_what_is_imported()
         gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file of `SLOWEST_FIRST` comes before all others; the rest stays as it was collected."""
+    tests = Path(__file__).parent
+    order = {tests / name: place for place, name in enumerate(SLOWEST_FIRST)}
+    assert all(path.is_file() for path in order), "SLOWEST_FIRST names a file that is no more"
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.hookimpl(tryfirst=True)
