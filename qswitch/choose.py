@@ -24,6 +24,7 @@ from qswitch.plan.model_files import shape_for
 from qswitch.plan.scheduler import plan_run, with_choices
 from qswitch.plan.shapes import ModelShape
 from qswitch.plan.stored import GPU_ONLY
+from qswitch.plan.vocabulary import with_tokenizer
 from qswitch.presets import load_run_config, preset_names
 from qswitch.units import GIB
 
@@ -91,8 +92,14 @@ def choose(own: Layer, *, vram: str | None = None, gpu: str | None = None) -> Ch
         if (block := _published_shape(section)) is not None
     }
     asked = build_config(shapes, own)
+    asked = with_tokenizer(asked)
     teacher, student = shape_for(asked.teacher), shape_for(asked.student)
-    found = [*_of_the_data(asked, teacher, student), *_of_the_student(student, asked.train)]
+    tokenizer = [Choice("student.tokenizer", "own", "the tokenizers differ, so the teacher's responses pass as text")]
+    found = [
+        *(tokenizer if asked.passes_text else []),
+        *_of_the_data(asked, teacher, student),
+        *_of_the_student(student, asked.train),
+    ]
     found.append(_teacher_precision(build_config(shapes, _layer(found), own), vram=vram, gpu=gpu))
     config = build_config(shapes, _layer(found), own)
     read = reader(config)

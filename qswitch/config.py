@@ -138,6 +138,10 @@ class StudentSection(Section):
     """Branch, tag or commit on the hub."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model."""
+    tokenizer: Literal["auto", "shared", "own"] = "auto"
+    """shared: the teacher's, token for token. own: another one; the teacher writes all its responses first, and they
+    reach the student as text, which method=seqkd alone allows. auto: own where the two differ and the method allows it.
+    """
     precision: Literal["auto", "bf16", "nf4", "fp32"] = "auto"
     """How frozen weights are stored. bf16: in 16 bits, those of the compute dtype where that is fp16. auto: bf16 where
     the run computes in 16 bits, else fp32."""
@@ -433,17 +437,42 @@ class RunConfig(Section):
         return rules.needs_teacher(reader(self))
 
     @property
+    def passes_text(self) -> bool:
+        """Whether the teacher's responses reach the student as text, because it reads other tokens."""
+        return self.student.tokenizer == "own"
+
+    @property
+    def awaits_text(self) -> bool:
+        """Whether that is so, and these settings are not yet those of the student's half, which reads the text."""
+        return self.passes_text and self.writes_rollouts
+
+    @property
     def drafts_tokens(self) -> bool:
         """Whether the student drafts tokens that the teacher then scores."""
         return rules.drafts_tokens(reader(self))
 
     @model_validator(mode="after")
     def _refuse_settings_without_effect(self) -> RunConfig:
-        read = reader(self)
-        changed = [key for key in known_keys() if read(key) != default_of(key, self.method)]
-        if problems := list(rules.problems(read, changed)):
-            raise ConfigError(problems)
+        _refuse_what_nothing_reads(self)
         return self
+
+
+def _refuse_what_nothing_reads(config: RunConfig) -> None:
+    read = reader(config)
+    changed = [key for key in known_keys() if read(key) != default_of(key, config.method)]
+    if problems := list(rules.problems(read, changed)):
+        raise ConfigError(problems)
+
+
+def as_text(config: RunConfig) -> RunConfig:
+    """The configuration with student.tokenizer=own.
+
+    Raises:
+        ConfigError: it has settings that nothing reads then.
+    """
+    found = config.model_copy(update={"student": config.student.model_copy(update={"tokenizer": "own"})})
+    _refuse_what_nothing_reads(found)
+    return found
 
 
 def reader(config: RunConfig) -> rules.Read:

@@ -11,7 +11,7 @@ from rich.text import Text
 from qswitch.plan.render import duration
 from qswitch.run_dir import RunDir
 from qswitch.terminal import printable
-from qswitch.units import GIB
+from qswitch.units import GIB, bits_per_byte
 
 if TYPE_CHECKING:
     from qswitch.distill.session import Summary
@@ -35,12 +35,15 @@ def print_summary(run_dir: RunDir, summary: Summary) -> None:
     before, after = summary.kl_before_nats, summary.kl_after_nats
     if before is None or after is None:
         what = f"Loss on the responses of {summary.validation_prompts} held-out prompts"
+        if run_dir.config.passes_text:
+            what = f"Loss on what the teacher wrote to {summary.validation_prompts} held-out prompts, as text"
         before, after = summary.response_loss_before_nats, summary.response_loss_after_nats
     assert before is not None and after is not None, "a finished run has validated"
     fall = 1 - after / before if before else 0.0
     print(
         f"\n{what} ({summary.validation_tokens} tokens):\n"
         f"  before {before:.3f}   after {after:.3f} nats/token ({fall:.0%} lower)\n"
+        f"{_by_byte(run_dir, summary)}"
         f"  {summary.steps} steps, {summary.rollout_tokens} rollout tokens, {summary.trained_tokens} trained tokens, "
         f"{_time(summary)} of training\n"
         f"  memory: {summary.peak_gib:.2f} GiB measured, {summary.planned_gib:.2f} GiB planned\n"
@@ -49,6 +52,16 @@ def print_summary(run_dir: RunDir, summary: Summary) -> None:
         f"  next:    qswitch chat {run_dir.path}\n"
         f"           qswitch merge {run_dir.path}"
     )
+
+
+def _by_byte(run_dir: RunDir, summary: Summary) -> str:
+    """The figure in bits per byte, and why there is no KL; nothing where teacher and student read the same tokens."""
+    if not run_dir.config.passes_text:
+        return ""
+    bits = [bits_per_byte(nats, summary.validation_tokens, summary.validation_bytes) for nats in
+            (summary.response_loss_before_nats, summary.response_loss_after_nats)]  # fmt: skip
+    shown = "" if bits[0] is None or bits[1] is None else f"  before {bits[0]:.3f}   after {bits[1]:.3f} bits/byte\n"
+    return f"{shown}  no KL(teacher || student): their tokenizers differ\n"
 
 
 def _time(summary: Summary) -> str:

@@ -280,6 +280,9 @@ def prepare(
 ) -> Prepared:
     """Tokenizers and data of a run, read and checked; still no weights.
 
+    Of a run that passes text they are those of its teacher's half; of the student's, whose data is not written yet, the
+    tokenizer and the template are checked.
+
     `notify` hears how far reading the data is. `known` are problems found before, by `settings_problems`: with any,
     the rest is read only as far as it takes to add to them.
 
@@ -288,10 +291,11 @@ def prepare(
     """
     from qswitch.data.gather import gather_prompts, make_encoder
     from qswitch.data.template_checks import end_token_problems, template_problems, warn_of_end_of_turn
-    from qswitch.models.pair import load_pair_tokenizer
+    from qswitch.models.pair import load_pair_tokenizer, teacher_half
     from qswitch.models.runtime import make_runtime
 
     problems = list(known)
+    half = teacher_half(config) if config.awaits_text else config
 
     def attempt(action: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -305,20 +309,24 @@ def prepare(
     problems += unreadable
     pair = encoder = None
     if not unreadable and not any(_names_model(p, role) for p in known for role in ("teacher", "student")):
-        pair = attempt(load_pair_tokenizer, config)
-        encoder = attempt(make_encoder, config, pair) if pair is not None else None
+        pair = attempt(load_pair_tokenizer, half)
+        encoder = attempt(make_encoder, half, pair) if pair is not None else None
+        if config.awaits_text and (own := attempt(load_pair_tokenizer, config)) is not None:
+            attempt(make_encoder, config, own)
+            if config.data.lm_corpus is not None:
+                attempt(_corpus, config, own)
     if pair is not None and encoder is not None:
-        problems += end_token_problems(config, pair)
-        problems += template_problems(config, pair, encoder)
+        problems += end_token_problems(half, pair)
+        problems += template_problems(half, pair, encoder)
         warn_of_end_of_turn(pair, encoder)
     if pair is None or encoder is None or problems:
         found = _unreadable_data(config, PROBED_RECORDS)
         problems += [problem for problem in found if problem not in problems]
         raise PreflightError(problems)
-    prompts = attempt(gather_prompts, config, encoder, notify)
+    prompts = attempt(gather_prompts, half, encoder, notify)
     if prompts is None:  # of several sets that cannot be read, it named the first
         problems = _unreadable_data(config, PROBED_RECORDS) or problems
-    corpus = attempt(_corpus, config, pair) if config.data.lm_corpus is not None else None
+    corpus = attempt(_corpus, half, pair) if half.data.lm_corpus is not None else None
     if problems:
         raise PreflightError(problems)
     return Prepared(pair, encoder, prompts, corpus, runtime.device.type)

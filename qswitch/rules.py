@@ -71,6 +71,21 @@ def _stored(read: Read) -> bool:
     return read("teacher.responses") is not None
 
 
+def may_pass_text(read: Read) -> bool:
+    """Whether the teacher's text is all that the method learns from: then the student may read other tokens."""
+    return not imitates(read) and not reads_responses(read) and read("rollout.policy") == "teacher"
+
+
+def _passes_text(read: Read) -> bool:
+    return read("student.tokenizer") == "own"
+
+
+OTHER_TOKENIZER_REMEDY = (
+    "Set method=seqkd, which learns from the teacher's text with the student's own tokenizer; or take a student of the "
+    "teacher's family, or cut one from the teacher (--student shrink, or qswitch shrink)."
+)
+
+
 def why_teacher_is_asked(read: Read) -> str | None:
     """Why a teacher cannot have worked before the run, with the nearest method that allows it; None where it can."""
     policy = read("rollout.policy")
@@ -180,6 +195,12 @@ UNREAD = (
         "with teacher.responses={teacher.responses}, which was written earlier",
     ),
     Unread(
+        ("rollout.steps_at_once", "teacher.residency", "train.eval_own_prompts", "rollout.reuse",
+         "rollout.teacher_graphs"),
+        lambda read: not _passes_text(read),
+        "with student.tokenizer=own: the teacher writes everything first, and has left when the student learns",
+    ),
+    Unread(
         ("loss.divergence", *_BY_WRITER, "loss.alpha", "loss.beta", "loss.temperature"), imitates,
         "with loss.objective=cross_entropy",
     ),
@@ -248,6 +269,16 @@ CONFLICTS = (
         lambda read: (
             f"teacher.responses cannot be used: {why_teacher_is_asked(read)}. Set it, or leave teacher.responses out."
         ),
+    ),
+    Conflict(
+        lambda read: _passes_text(read) and not may_pass_text(read),
+        f"student.tokenizer=own cannot be combined with method={{method}}, which mixes tokens of both models. "
+        f"{OTHER_TOKENIZER_REMEDY}",
+    ),
+    Conflict(
+        lambda read: _passes_text(read) and _stored(read),
+        "teacher.responses holds tokens of the teacher, which mean nothing to a student with student.tokenizer=own. "
+        "Leave teacher.responses out: the run lets the teacher write text by itself.",
     ),
     Conflict(
         lambda read: methods.writes_rollouts(read("method")) and not writes_rollouts(read),

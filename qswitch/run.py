@@ -1,5 +1,7 @@
 """One run, top to bottom: what would stop it, its one plan, its folder and lock, training, the report.
 
+Where the student has a tokenizer of its own, the teacher writes text between the folder and the training.
+
 `distill` begins a run and `resume` goes on with one; `rehearse` says what either would do and loads nothing. The plan
 is made here, once, with the lengths of the data that was read, and handed down: nothing below chooses sizes but the
 recovery from an out-of-memory error, which says so. Started as several processes, each one comes through here, in step
@@ -24,10 +26,12 @@ from qswitch.plan.advice import require_fit, require_own_sizes_fit
 from qswitch.plan.machine import Budget, Machine, describe_machine, find_budget
 from qswitch.plan.run_plan import Plan
 from qswitch.plan.scheduler import plan_for, plan_run, unequal_shares, with_choices
+from qswitch.plan.vocabulary import with_tokenizer
 from qswitch.preflight import check_settings, prepare, settings_problems
 from qswitch.run_dir import RunDir, locked, make_folder
 
 if TYPE_CHECKING:
+    from qswitch.distill.phase_peaks import PhasePeaks
     from qswitch.distill.session import Summary
     from qswitch.preflight import Prepared
 
@@ -40,6 +44,7 @@ def rehearse(config: RunConfig, *, vram: str | None = None, resumes: bool = Fals
     Raises:
         PreflightError: what would stop the run on this machine, or with `vram` on any.
     """
+    config = with_tokenizer(config)
     check_settings(config, elsewhere=vram is not None)
     return plan_for(config, vram=vram, keep_sizes=resumes, processes=launched().count)
 
@@ -63,6 +68,8 @@ def distill(config: RunConfig, path: Path, *, vram: str | None = None) -> Summar
         problems = settings_problems(config, path) if processes.is_first else []
         if (unequal := unequal_shares(config, processes.count)) is not None:
             problems.append(unequal)
+        if not any(processes.gather(bool(problems))):
+            config = processes.in_turn(lambda: _with_own_tokenizer(config))
         prepared = processes.in_turn(lambda: _prepare(config, problems, processes))
         config = with_steps(config, prepared.prompts.report.training_prompts)
         _require_same(config, prepared, processes)
@@ -124,7 +131,7 @@ def _first_plan(config: RunConfig, prepared: Prepared, budget: Budget, vram: str
         config,
         budget_bytes=budget.num_bytes,
         machine=_machine(config, prepared, vram),
-        longest_prompt_tokens=prepared.prompts.report.longest_prompt_tokens,
+        longest_prompt_tokens=_longest_prompt(config, prepared),
         processes=processes.count,
     )
     require_fit(plan)
@@ -140,13 +147,18 @@ def _plan_as_it_is(run_dir: RunDir, prepared: Prepared, budget: Budget, vram: st
         run_dir.config if sizes is None else sizes.write_into(run_dir.config),
         budget_bytes=budget.num_bytes,
         machine=_machine(run_dir.config, prepared, vram),
-        longest_prompt_tokens=prepared.prompts.report.longest_prompt_tokens,
+        longest_prompt_tokens=_longest_prompt(run_dir.config, prepared),
         keep_sizes=True,
         processes=processes.count,
     )
     if vram is not None:
         require_own_sizes_fit(plan)
     return plan
+
+
+def _longest_prompt(config: RunConfig, prepared: Prepared) -> int | None:
+    """Tokens of the data's longest prompt; not known where the student reads other tokens than those that were read."""
+    return None if config.awaits_text else prepared.prompts.report.longest_prompt_tokens
 
 
 def _smallest_budget(config: RunConfig, vram: str | None, processes: Processes) -> Budget:
@@ -191,6 +203,12 @@ def _prepare(config: RunConfig, problems: list[str], processes: Processes) -> Pr
 
     progress = Progress(total_steps(config.train), quiet=not processes.is_first)
     return prepare(config, notify=progress.loading, known=problems)
+
+
+def _with_own_tokenizer(config: RunConfig) -> RunConfig:
+    from qswitch.models.pair import with_own_tokenizer
+
+    return with_own_tokenizer(config)
 
 
 def _machine(config: RunConfig, prepared: Prepared, vram: str | None) -> Machine:
@@ -243,7 +261,10 @@ def _carry_out(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool
         run_dir.record_changes()
         run_dir.write_json("data.json", prepared.prompts.report.to_dict())
         run_dir.write_json("plan.json", plan.to_dict())
-        summary = train(run_dir, prepared, plan, resumes=resumes, processes=processes)
+        config, peaks = run_dir.config, None
+        if config.awaits_text:
+            config, prepared, peaks = _pass_text(run_dir, prepared, plan, processes)
+        summary = train(run_dir, prepared, plan, resumes=resumes, processes=processes, config=config, peaks=peaks)
         processes.from_first(lambda: str(write_report([run_dir.path])))
     except KeyboardInterrupt:
         raise Interrupted(str(run_dir.path)) from None
@@ -254,6 +275,31 @@ def _carry_out(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool
         go_on = f" What was trained is kept: qswitch distill --resume {run_dir.path}" if run_dir.has_begun else ""
         raise StorageError(f"{problem}{go_on}") from error
     return summary
+
+
+def _pass_text(
+    run_dir: RunDir, prepared: Prepared, plan: Plan, processes: Processes
+) -> tuple[RunConfig, Prepared, PhasePeaks]:
+    """The student's half of a run with two tokenizers, for which the teacher has written what was missing, and the
+    memory that it took; `prepared` is the teacher's half."""
+    from qswitch.distill.phase_peaks import PhasePeaks
+    from qswitch.distill.progress import Progress
+    from qswitch.distill.teacher_text import text_files, write_text
+    from qswitch.models.pair import student_half, teacher_half
+    from qswitch.models.runtime import make_runtime
+
+    peaks = PhasePeaks(make_runtime(run_dir.config.train).device, plan.phases)
+    peaks.enter("write")
+    folder, progress = run_dir.teacher_text_path, Progress(None, quiet=not processes.is_first)
+    rows = plan.config.rollout.batch_size
+    written = teacher_half(run_dir.config)
+    processes.from_first(
+        lambda: write_text(folder, written, prepared, rows=rows, say=progress.say, notify=progress.loading)
+    )
+    half = student_half(run_dir.config, *text_files(folder))
+    half_prepared = processes.in_turn(lambda: _prepare(half, [], processes))
+    peaks.enter("load")
+    return half, half_prepared, peaks
 
 
 def _require_folder(run_dir: RunDir, processes: Processes) -> None:

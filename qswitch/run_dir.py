@@ -134,8 +134,9 @@ class RunDir:
 
     @property
     def has_begun(self) -> bool:
-        """Whether a step was taken."""
-        return self.metrics_path.exists() or bool(self.checkpoints())
+        """Whether a step was taken, or a teacher has written text for it."""
+        text = any(self.teacher_text_path.glob("*.jsonl"))
+        return text or self.metrics_path.exists() or bool(self.checkpoints())
 
     @property
     def config_path(self) -> Path:
@@ -180,6 +181,11 @@ class RunDir:
     def student_base_path(self) -> Path:
         """The student's base where it was cut from a larger model for this run."""
         return self.path / "student"
+
+    @property
+    def teacher_text_path(self) -> Path:
+        """What a teacher with another tokenizer wrote, as records."""
+        return self.path / "teacher_text"
 
     @property
     def pass_times_path(self) -> Path:

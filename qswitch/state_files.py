@@ -79,6 +79,8 @@ class SummaryFile(TypedDict, total=False):
     kl_after_nats: Number | None
     response_loss_before_nats: Number | None
     response_loss_after_nats: Number | None
+    validation_tokens: Count
+    validation_bytes: Count | None
     own_before: OwnFigures | None
     own_after: OwnFigures | None
     best_step: int

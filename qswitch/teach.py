@@ -13,6 +13,7 @@ from qswitch.errors import ConfigError, Interrupted, QSwitchError, RunDirError
 from qswitch.layers import build_config
 from qswitch.plan.machine import Budget, describe_machine, find_budget
 from qswitch.plan.teacher_alone import TeachingPlan, plan_teaching
+from qswitch.plan.vocabulary import with_tokenizer
 from qswitch.preflight import check_settings, prepare, settings_problems
 from qswitch.rules import why_teacher_is_asked
 from qswitch.run import with_steps
@@ -30,6 +31,7 @@ def rehearse(config: RunConfig, *, vram: str | None = None, spread: bool = False
         PreflightError, ConfigError: what would stop it.
         PlanError: no rows fit.
     """
+    config = with_tokenizer(config)
     _require_teachable(config)
     check_settings(config, elsewhere=vram is not None)
     return _plan(config, find_budget(config.train, vram=vram), vram, None, spread)
@@ -64,7 +66,9 @@ def _work(config: RunConfig, path: Path, vram: str | None, spread: bool, *, prob
     _require_teachable(config)
     budget = find_budget(config.train, vram=vram)  # before torch and the data take their share of a CPU's memory
     from qswitch.distill.progress import Progress
+    from qswitch.models.pair import with_own_tokenizer
 
+    _require_teachable(config if problems else with_own_tokenizer(config))
     prepared = prepare(config, notify=Progress(None).loading, known=problems)
     num_prompts = prepared.prompts.report.training_prompts
     config = with_steps(config, num_prompts)
@@ -103,5 +107,10 @@ def _require_teachable(config: RunConfig) -> None:
         )
     if not config.learns_from_teacher:
         raise ConfigError(f"method={config.method} learns from no teacher, so there is nothing to store.")
+    if config.passes_text:
+        raise ConfigError(
+            "A store holds tokens of the teacher, which mean nothing to a student with another tokenizer. `qswitch "
+            "distill` with method=seqkd lets the teacher write text first, by itself."
+        )
     if (reason := why_teacher_is_asked(reader(config))) is not None:
         raise ConfigError(f"A teacher cannot work before this run: {reason}.")

@@ -31,7 +31,7 @@ LAYERS = [
     ["report"],
     ["compare"],
     ["evaluate", "export"],
-    ["distill.session", "distill.teaching"],
+    ["distill.session", "distill.teaching", "distill.teacher_text"],
     ["preflight", "choose"],
     ["distill.answers"],
     ["distill.trainer"],

@@ -198,7 +198,8 @@ def test_every_rule_speaks_somewhere():
         build_config(MINIMAL, {"rollout": {"schedule": schedule}}) for schedule in ("linear", "constant", "growth")
     ]
     others: list[dict[str, Any]] = [{"student.adapter": "none"}, {"data.template": "alpaca"}, {"epochs": 1},
-                                   {"method": "kd", "teacher.responses": "store"}]  # fmt: skip
+                                   {"method": "kd", "teacher.responses": "store"},
+                                   {"method": "seqkd", "student.tokenizer": "own"}]  # fmt: skip
     configs += [build_config(MINIMAL, other) for other in others]
     said = [text for config in configs for text in unread(reader(config)).values()]
     assert said and not any("{" in text for text in said)

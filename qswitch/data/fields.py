@@ -26,6 +26,7 @@ USUAL_NAMES = {
     "max_new_tokens": ("max_new_tokens",),
     "tools": ("tools",),
     "chat_template_kwargs": ("chat_template_kwargs",),
+    "teacher_response": ("teacher_response",),
 }
 """Field of a record -> names that its column usually has; `data.columns` decides first."""
 MAPPABLE_FIELDS = (*USUAL_NAMES, "output")

@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,13 +78,12 @@ def load_prompts(config: RunConfig, pair: TokenizerPair) -> tuple[PromptEncoder,
 
 def make_encoder(config: RunConfig, pair: TokenizerPair) -> PromptEncoder:
     """The encoder of data.template."""
-    template = config.data.template
-    return PromptEncoder(
-        template_tokenizer(pair, template),
-        template,
-        end_token_ids=pair.eos_ids,
-        template_kwargs=config.data.template_kwargs,
-    )
+    template, kwargs = config.data.template, config.data.template_kwargs
+    make = partial(PromptEncoder, template_tokenizer(pair, template), template, end_token_ids=pair.eos_ids)
+    if config.passes_text:  # they are for the teacher's template; the student's may know none of them
+        reads = make().reads
+        kwargs = {name: value for name, value in kwargs.items() if reads(name)}
+    return make(template_kwargs=kwargs)
 
 
 def gather_prompts(config: RunConfig, encoder: PromptEncoder, notify: Notify | None = None) -> RunPrompts:

@@ -9,7 +9,7 @@ import difflib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from qswitch.config import RESERVED_TEMPLATE_KWARGS, DataSection
 from qswitch.data.fields import USUAL_NAMES, Fields, check_columns, kind_of, unknown_column
@@ -25,7 +25,7 @@ _FORMATS = {
     "prompt": ("response",),
 }
 """What says that a row is of a format -> the other fields that this format reads."""
-_ALWAYS_READ = ("system", "max_new_tokens", "tools", "chat_template_kwargs")
+_ALWAYS_READ = ("system", "max_new_tokens", "tools", "chat_template_kwargs", "teacher_response")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ class Record:
     """JSON schemas of the tools that may be called."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """What this row tells the chat template, over data.template_kwargs."""
+    teacher_response: Literal["whole", "cut"] | None = None
+    """The response is what a teacher wrote, to its end or up to a limit: it alone is learnt, a cut one without an end
+    token. None: it is the data's, and earlier turns of the assistant are learnt with it."""
     unused: tuple[str, ...] = ()
     """Columns of the row that hold something and are not read."""
 
@@ -124,6 +127,7 @@ def record_of_row(row: Row, index: int, data: DataSection) -> Record:
         response_extra={} if response is None else response.extra,
         tools=tuple(read_tools(fields)),
         template_kwargs=_template_kwargs(fields),
+        teacher_response=_teacher_response(fields),
         unused=fields.unused((chosen, *_FORMATS[chosen], *_ALWAYS_READ)),
     )
 
@@ -231,6 +235,16 @@ def _template_kwargs(fields: Fields) -> dict[str, Any]:
     if reserved:
         raise fields.error(f"{column} holds {reserved[0]}, which is not for the data to say. Remove it")
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _teacher_response(fields: Fields) -> Any:
+    value = fields.raw("teacher_response")
+    if value not in (None, "", "whole", "cut"):
+        raise fields.error(
+            f"{fields.column('teacher_response')} says whether the response is one that a teacher wrote: whole or cut, "
+            f"found {str(value)[:40]!r}. Rename or remove the column if it means something else"
+        )
+    return value or None
 
 
 def _check_turns(fields: Fields, messages: list[Message]) -> None:

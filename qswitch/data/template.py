@@ -210,6 +210,9 @@ class PromptEncoder:
             else:
                 left_out[i] += tuple(f"turns.{key}" for key in records[i].response_extra if self.reads(key))
             responses[i] = self._ended(self.tokenizer(apart, add_special_tokens=False)["input_ids"])
+        for i in answered:
+            if records[i].teacher_response == "cut":
+                responses[i] = responses[i][:-1]
         spans = self._earlier_turns(records, prompt_ids)
         return [
             Prompt(
@@ -258,7 +261,7 @@ class PromptEncoder:
             (i, turn)
             for i, record in enumerate(records)
             for turn, message in enumerate(record.messages)
-            if message.role == "assistant" and turn > 0
+            if message.role == "assistant" and turn > 0 and record.teacher_response is None
         ]
         before, upto = [], []
         for i, turn in places:

@@ -35,7 +35,7 @@ def adapter_card(config: RunConfig, summary: Mapping[str, Any]) -> str:
         made = f"distilled from {summary['teacher']}"
         figure, before, after = "KL(teacher \\|\\| student)", summary["kl_before_nats"], summary["kl_after_nats"]
     else:
-        made = "fine-tuned"
+        made = f"distilled from the text of {summary['teacher']}" if config.passes_text else "fine-tuned"
         figure, before, after = (
             "Cross-entropy of the responses",
             summary["response_loss_before_nats"],

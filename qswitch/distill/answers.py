@@ -51,7 +51,7 @@ def keep_first_answers(trainer: Trainer, prompts: Sequence[Prompt], encoder: Pro
     kept = {
         "figure": trainer.validation.key,
         "tokens": [len(sequence.loss_steps) for sequence in sequences],
-        "reference": "teacher" if trainer.config.learns_from_teacher else "data",
+        "reference": "teacher" if trainer.config.learns_from_teacher or trainer.config.passes_text else "data",
         "answers": answers,
     }
     trainer.run_dir.write_json(trainer.run_dir.held_out_path.name, kept)

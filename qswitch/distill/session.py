@@ -10,7 +10,7 @@ import platform
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from transformers import GenerationConfig
 
 from qswitch.aside import folder_aside
+from qswitch.config import RunConfig
 from qswitch.data.template import PromptEncoder, template_source
 from qswitch.distill.adapter_card import adapter_card
 from qswitch.distill.answers import keep_first_answers, keep_last_answers
@@ -28,6 +29,7 @@ from qswitch.distill.phase_peaks import PhasePeaks, highest_of, in_gib_beside
 from qswitch.distill.processes import Processes
 from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.recovery import Recovery, Sizes, limit_device_memory
+from qswitch.distill.sequence import TrainingSequence
 from qswitch.distill.stored_teacher import StoredTeacher
 from qswitch.distill.trainer import Trainer
 from qswitch.errors import Interrupted, RunDirError
@@ -66,6 +68,8 @@ class Summary:
     """Where no teacher was loaded: mean cross-entropy per token of the held-out prompts' own responses."""
     response_loss_after_nats: float | None
     response_loss_last_nats: float | None
+    validation_bytes: int | None
+    """UTF-8 bytes of those responses, by which loss of students with different tokenizers can be compared."""
     own_before: dict[str, Any] | None
     """Figures of the student's own responses to a few held-out prompts, as read by the teacher, before the first step;
     None where they are not measured."""
@@ -127,15 +131,25 @@ def saved_sizes(run_dir: RunDir) -> Sizes | None:
 
 
 def train(
-    run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool, processes: Processes | None = None
+    run_dir: RunDir,
+    prepared: Prepared,
+    plan: Plan,
+    *,
+    resumes: bool,
+    processes: Processes | None = None,
+    config: RunConfig | None = None,
+    peaks: PhasePeaks | None = None,
 ) -> Summary:
     """Train from the start, or with `resumes` from the newest checkpoint, and put the result into the run directory.
+
+    `config` are the settings of the student's half, where the run has two, and `peaks` knows of the other; else they
+    are the run's.
 
     Raises:
         ModelError, TrainingError: as their messages say.
         Interrupted: stopped by SIGINT or SIGTERM after a checkpoint.
     """
-    config, pair, data = run_dir.config, prepared.pair, prepared.prompts
+    config, pair, data = config or run_dir.config, prepared.pair, prepared.prompts
     processes = processes or Processes()
     progress = Progress(total_steps(config.train), quiet=not processes.is_first)
     progress.say(f"run directory: {run_dir.path}")
@@ -149,10 +163,13 @@ def train(
             f"{(plan.budget_bytes or 0) / GIB:.2f} that are free; they are lowered if memory runs out"
         )
     runtime = make_runtime(config.train)
-    peaks = PhasePeaks(runtime.device, plan.phases)
+    peaks = peaks or PhasePeaks(runtime.device, plan.phases)
     _bound_memory(runtime, plan)
-    processes.from_first(lambda: _cut_student(run_dir, progress))
-    teacher, student = processes.each(lambda: _load_models(run_dir, runtime, pair, progress, resumes=resumes))
+    if config.student.shrink_to_layers is not None:
+        peaks.enter("cut")
+        processes.from_first(lambda: _cut_student(run_dir, progress))
+    peaks.enter("load")
+    teacher, student = processes.each(lambda: _load_models(run_dir, config, runtime, pair, progress, resumes=resumes))
     stored = None
     if config.teacher.responses is not None and config.learns_from_teacher:
         folder = Path(config.teacher.responses).expanduser()
@@ -226,10 +243,9 @@ def _cut_student(run_dir: RunDir, progress: Progress) -> None:
 
 
 def _load_models(
-    run_dir: RunDir, runtime: Runtime, pair: TokenizerPair, progress: Progress, *, resumes: bool
+    run_dir: RunDir, config: RunConfig, runtime: Runtime, pair: TokenizerPair, progress: Progress, *, resumes: bool
 ) -> tuple[LanguageModel | None, LanguageModel]:
     """The teacher, None where the method needs none, and the student with its adapter as the run begins."""
-    config = run_dir.config
     loaded = f"the teacher ({config.teacher.precision}) and the student" if config.needs_teacher else "the student"
     progress.say(f"loading {loaded} on {runtime.device}")
     teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size) if config.needs_teacher else None
@@ -271,7 +287,7 @@ def _finish(
     measured: Measured,
 ) -> Summary:
     """Put the best adapter, its tokenizer and a model card into RUN/adapter, and write the summary."""
-    config, counters = run_dir.config, trainer.counters
+    config, counters = trainer.config, trainer.counters
     assert counters.before_nats is not None and counters.last_nats is not None
     figures = {"before": counters.before_nats, "after": counters.best_nats, "last": counters.last_nats}
     logged = run_dir.read_metrics()  # also by processes that were stopped
@@ -284,6 +300,7 @@ def _finish(
         response_loss_before_nats=response_loss.get("before"),
         response_loss_after_nats=response_loss.get("after"),
         response_loss_last_nats=response_loss.get("last"),
+        validation_bytes=_bytes_of(trainer.validation.sequences, pair) if response_loss else None,
         own_before=counters.own_before,
         own_after=counters.own_best,
         best_step=counters.best_step,
@@ -322,6 +339,12 @@ def _finish(
         shutil.rmtree(run_dir.adapter_path, ignore_errors=True)  # of a run that ended before its summary was written
     run_dir.write_json("summary.json", asdict(summary))
     return summary
+
+
+def _bytes_of(sequences: Sequence[TrainingSequence], pair: TokenizerPair) -> int:
+    """Of the learnt tokens of some sequences as UTF-8 text."""
+    learnt = ([s.response_ids[step] for step in s.loss_steps] for s in sequences)
+    return sum(len(pair.tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in learnt)
 
 
 def _name(reference: str | list[str]) -> str:

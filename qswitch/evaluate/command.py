@@ -62,7 +62,7 @@ def run_eval(request: EvalRequest, *, say: Callable[[str], None]) -> tuple[dict[
         find_subject(m, precision=request.precision, trust_remote_code=request.trust_remote_code)
         for m in request.models
     ]
-    teacher = _teacher(request, subjects)
+    teacher = _teacher(request, subjects, say)
     folder = request.output_dir or _default_folder(subjects[0], protocol.name)
     settings = EvaluationSettings(
         subjects=subjects,
@@ -137,7 +137,7 @@ def _columns(pairs: list[str]) -> dict[str, str]:
     return columns
 
 
-def _teacher(request: EvalRequest, subjects: list[Subject]) -> Subject | None:
+def _teacher(request: EvalRequest, subjects: list[Subject], say: Callable[[str], None]) -> Subject | None:
     if request.no_teacher:
         if request.teacher is not None:
             raise ConfigError("--teacher and --no-teacher contradict each other; keep one.")
@@ -147,6 +147,9 @@ def _teacher(request: EvalRequest, subjects: list[Subject]) -> Subject | None:
             request.teacher, precision=request.teacher_precision, trust_remote_code=request.trust_remote_code
         )
     run_dir = next((s.run_dir for s in subjects if s.run_dir is not None), None)
+    if run_dir is not None and run_dir.config.passes_text:
+        say("The teacher has another tokenizer than the student, so the distance from it (KL) is left out.")
+        return None
     return None if run_dir is None else find_subject(f"{run_dir.path.resolve()}:teacher")
 
 

@@ -32,7 +32,7 @@ from qswitch.evaluate.score_table import markdown_table
 from qswitch.evaluate.versions import versions
 from qswitch.models.language_model import Head, LanguageModel
 from qswitch.models.load import context_tokens, load_teacher
-from qswitch.models.pair import TokenizerPair, load_pair_tokenizer
+from qswitch.models.pair import TokenizerPair, load_pair_tokenizer, with_own_tokenizer
 from qswitch.models.references import resolve_reference
 from qswitch.models.runtime import Runtime, make_runtime
 from qswitch.models.shrink import shrink_to_folder
@@ -121,6 +121,12 @@ def fidelity(
     unknown = [p for p in precisions if p not in PRECISIONS]
     if unknown:
         raise ConfigError(f"--precision {unknown[0]}: choose among {', '.join(PRECISIONS)}.")
+    config = with_own_tokenizer(config)
+    if config.passes_text:
+        raise ConfigError(
+            "Fidelity compares rollouts that teacher and student write together, and the tokenizers of this pair "
+            "differ. Name a pair with one tokenizer, for example the same teacher with --student shrink."
+        )
     runtime = make_runtime(config.train if device is None else config.train.model_copy(update={"device": device}))
     pair = load_pair_tokenizer(config)
     _, _, held_out = load_prompts(config, pair)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from qswitch.config import TrainSection
+from qswitch.config import RunConfig, TrainSection
 from qswitch.errors import ModelError
 from qswitch.models.finite import require_finite
 from qswitch.models.language_model import LanguageModel, verify_head
@@ -25,7 +25,7 @@ from qswitch.models.load import (
     read_tokenizer,
     resolve_precision,
 )
-from qswitch.models.pair import load_pair_tokenizer, template_tokenizer
+from qswitch.models.pair import load_pair_tokenizer, teacher_half, template_tokenizer
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime, make_runtime
 from qswitch.models.student import ADAPTER_CONFIG, load_adapter, load_student, read_adapter_config
@@ -99,7 +99,7 @@ class Subject:
     def tokenizer(self, template: str) -> Any:
         """The tokenizer, with the chat template that `template` means; loads no weights."""
         if self.run_dir is not None:
-            return template_tokenizer(load_pair_tokenizer(self.run_dir.config), template)
+            return template_tokenizer(load_pair_tokenizer(self._own_config(self.run_dir)), template)
         return read_tokenizer(self._tokenizer_source(), self.trust_remote_code)
 
     def context_tokens(self) -> int:
@@ -140,7 +140,7 @@ class Subject:
         return LoadedSubject(model=model, tokenizer=tokenizer, eos_ids=ids, pad_id=tokenizer.pad_token_id)
 
     def _load_from_run(self, run_dir: RunDir, runtime: Runtime) -> LoadedSubject:
-        config = run_dir.config
+        config = self._own_config(run_dir)
         pair = load_pair_tokenizer(config)
         if self.part == "teacher":
             model = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size)
@@ -153,6 +153,11 @@ class Subject:
                 load_adapter(model, find_adapter(start, "student.init_adapter"))
         model.requires_grad_(False).eval()
         return LoadedSubject(model=model, tokenizer=pair.tokenizer, eos_ids=pair.eos_ids, pad_id=pair.pad_id)
+
+    def _own_config(self, run_dir: RunDir) -> RunConfig:
+        """The run's settings; of a teacher that reads other tokens than the student, its half of them."""
+        config = run_dir.config
+        return teacher_half(config) if config.passes_text and self.part == "teacher" else config
 
     def _base(self) -> ResolvedModel:
         base = read_adapter_config(Path(self.reference)).get("base_model_name_or_path")

@@ -1,4 +1,8 @@
-"""What teacher and student share: one tokenizer, one vocabulary, the tokens that end a response."""
+"""What teacher and student share: one tokenizer, one vocabulary, the tokens that end a response.
+
+Or do not share: then each has its own, and a run is two halves (`teacher_half`, `student_half`) of one tokenizer each,
+between which responses pass as text.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,12 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
-from qswitch.config import RunConfig, StudentSection, TeacherSection
-from qswitch.errors import ModelError
+from qswitch import rules
+from qswitch.config import RunConfig, StudentSection, TeacherSection, as_text, reader
+from qswitch.errors import ModelError, TokenizerMismatchError
 from qswitch.models.load import load_tokenizer
 from qswitch.models.references import resolve_reference
-from qswitch.models.vocab import check_tokenizers
+from qswitch.models.vocab import check_head, check_tokenizers
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +40,58 @@ class TokenizerPair:
     student_eos_ids: tuple[int, ...] = ()
 
 
+def with_own_tokenizer(config: RunConfig) -> RunConfig:
+    """The configuration with student.tokenizer=auto turned into `own`, where the tokenizers differ and the method
+    allows it; else as it is, and `load_pair_tokenizer` says what is wrong.
+
+    Raises:
+        ConfigError: it has settings that nothing reads then.
+    """
+    if config.student.tokenizer != "auto" or not rules.may_pass_text(reader(config)):
+        return config
+    try:
+        load_pair_tokenizer(config)
+    except TokenizerMismatchError:
+        return as_text(config)
+    except ModelError:
+        pass  # a model that is not there is for the list of the preflight
+    return config
+
+
+def teacher_half(config: RunConfig) -> RunConfig:
+    """Of a run that passes text, what the teacher does: the same with the teacher in the student's place."""
+    teacher = config.teacher
+    student = StudentSection(
+        model=teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code,
+        shape=teacher.shape, tokenizer="shared",
+    )  # fmt: skip
+    own = {"template": "teacher"} if config.data.template == "student" else {}
+    data = config.data.model_copy(update={"lm_corpus": None, **own})
+    return config.model_copy(update={"student": student, "data": data})
+
+
+def student_half(config: RunConfig, training: Sequence[Path], held_out: Sequence[Path]) -> RunConfig:
+    """Of a run that passes text, what the student does: it learns the responses in files that the teacher has written.
+
+    Their records are ours, so nothing that says how to read the user's is left.
+    """
+    files = {"train": [*map(str, training)], "validation": [*map(str, held_out)]}
+    said = {"weights": None, "limit": None, "columns": {}, "split": "train", "validation_split": None,
+            "system_prompt": None, "ground_truth_mix": 1.0}  # fmt: skip
+    return config.model_copy(update={"data": config.data.model_copy(update={**files, **said})})
+
+
 def load_pair_tokenizer(config: RunConfig) -> TokenizerPair:
-    """Load both tokenizers and check that they map the same text to the same ids.
+    """Load both tokenizers and check that they map the same text to the same ids; or the student's alone, where it has
+    its own.
 
     Raises:
         TokenizerMismatchError: they do not.
         ModelError: a tokenizer cannot be loaded, none of the two knows an end-of-sequence token, or data.end_tokens
             names a token that they do not have.
     """
+    if config.passes_text:
+        return _student_alone(config)
     teacher, student = load_tokenizer(config.teacher), load_tokenizer(config.student)
     vocab_size = check_tokenizers(
         teacher, student, teacher_rows=_num_rows(config.teacher), student_rows=_num_rows(config.student)
@@ -58,6 +107,22 @@ def load_pair_tokenizer(config: RunConfig) -> TokenizerPair:
             "Set eos_token in the teacher's tokenizer_config.json."
         )
     return TokenizerPair(teacher, teacher, student, vocab_size, eos_ids, teacher.pad_token_id, own[0], own[1])
+
+
+def _student_alone(config: RunConfig) -> TokenizerPair:
+    """The student in both places. data.end_tokens are the teacher's; those that the student has, end its own too."""
+    tokenizer, rows = load_tokenizer(config.student), _num_rows(config.student)
+    check_head("student", tokenizer.get_vocab(), rows)
+    known = tokenizer.get_vocab()
+    named = {known[token] for token in config.data.end_tokens if token in known}
+    found = (_generation_eos(config.student) | {tokenizer.eos_token_id} | named) - {None}
+    eos_ids = tuple(sorted(i for i in found if i < rows))
+    if not eos_ids:
+        raise ModelError(
+            "The student's tokenizer has no end-of-sequence token, so its responses would always run to "
+            "rollout.max_new_tokens. Set eos_token in its tokenizer_config.json."
+        )
+    return TokenizerPair(tokenizer, tokenizer, tokenizer, rows, eos_ids, tokenizer.pad_token_id, eos_ids, eos_ids)
 
 
 def _ids_of_tokens(tokenizer: Any, tokens: Sequence[str]) -> set[int]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qswitch.errors import TokenizerMismatchError
+from qswitch.errors import ModelError, TokenizerMismatchError
+from qswitch.rules import OTHER_TOKENIZER_REMEDY
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -36,7 +37,8 @@ def check_tokenizers(teacher_tokenizer: Any, student_tokenizer: Any, *, teacher_
     refused, one with more is padded and gets sliced.
 
     Raises:
-        TokenizerMismatchError: token -> id maps or probe encodings differ (shows the first), or a head is too small.
+        TokenizerMismatchError: token -> id maps or probe encodings differ (shows the first).
+        ModelError: a head has fewer rows than the tokenizer has ids.
     """
     teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
     if teacher != student:
@@ -47,14 +49,23 @@ def check_tokenizers(teacher_tokenizer: Any, student_tokenizer: Any, *, teacher_
             b = student_tokenizer.encode(probe, add_special_tokens=special)
             if a != b:
                 raise TokenizerMismatchError(_describe_encodings(probe, a, b, teacher_tokenizer, special))
-    needed = max(teacher.values()) + 1
     for role, rows in (("teacher", teacher_rows), ("student", student_rows)):
-        if rows < needed:
-            raise TokenizerMismatchError(
-                f"The {role}'s head has {rows:,} rows, but the shared tokenizer has ids up to {needed - 1:,}. "
-                "Use the tokenizer that belongs to the model, or a model with a head that covers it."
-            )
+        check_head(role, teacher, rows)
     return min(teacher_rows, student_rows)
+
+
+def check_head(role: str, vocabulary: dict[str, int], rows: int) -> None:
+    """Nothing, or an error where a head cannot produce every id of its tokenizer.
+
+    Raises:
+        ModelError: it has too few rows.
+    """
+    needed = max(vocabulary.values()) + 1
+    if rows < needed:
+        raise ModelError(
+            f"The {role}'s head has {rows:,} rows, but the tokenizer has ids up to {needed - 1:,}. "
+            "Use the tokenizer that belongs to the model, or a model with a head that covers it."
+        )
 
 
 def _describe_maps(teacher: dict[str, int], student: dict[str, int]) -> str:
@@ -68,9 +79,8 @@ def _describe_maps(teacher: dict[str, int], student: dict[str, int]) -> str:
     )
     return (
         f"Teacher and student have different vocabularies ({len(teacher):,} and {len(student):,} tokens, "
-        f"{len(different):,} of them with different ids). First: {shown}. SWITCH mixes tokens of both models, so they "
-        "must share one tokenizer: take a student of the same family, or cut one from the teacher "
-        "(--student shrink, or qswitch shrink)."
+        f"{len(different):,} of them with different ids). First: {shown}. SWITCH and most methods mix tokens of both "
+        f"models, which must share one tokenizer then. {OTHER_TOKENIZER_REMEDY}"
     )
 
 
@@ -81,5 +91,5 @@ def _describe_encodings(probe: str, a: list[int], b: list[int], tokenizer: Any, 
     return (
         f"Teacher and student have one vocabulary but encode text differently{with_special}: {probe[:40]!r} from token "
         f"{at} on is {left} for the teacher and {right} for the student. Use the same tokenizer files "
-        "(merges, normaliser, BOS settings) for both."
+        "(merges, normaliser, BOS settings) for both, or method=seqkd."
     )

@@ -109,7 +109,8 @@ def faster(plan: Plan) -> list[str]:
         if other.fits and not other.choices["student.gradient_checkpointing"] and share(other) <= WORTH_SAYING:
             tried.append((share(other), "student.gradient_checkpointing=false"))
     rollout = config.rollout
-    if config.needs_teacher and rollout.steps_at_once == 1 == rollout.reuse and not config.data.adaptive_share:
+    live = config.needs_teacher and not config.passes_text
+    if live and rollout.steps_at_once == 1 == rollout.reuse and not config.data.adaptive_share:
         best = WORTH_SAYING
         for steps in (2, MOST_STEPS_AT_ONCE):  # the older the responses, the more they must save
             other = planned({"rollout.steps_at_once": steps})

@@ -15,6 +15,7 @@ from qswitch.plan.shapes import ModelShape
 from qswitch.units import GIB
 
 PHASES = ("load", "rollout", "train", "validate")
+"""Of every run. A student that is cut has `cut` before them, one that reads its teacher's text `write`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Breakdown:
     parts: dict[str, int]
     """Part -> bytes on the device that computes."""
     phases: dict[str, int]
-    """load, rollout, train, validate -> peak bytes on the device."""
+    """cut and write where there are such, load, rollout, train, validate -> peak bytes on the device."""
     host: dict[str, int]
     """Part -> bytes in host memory beside a GPU; empty on a CPU, where the device is the host."""
     disk: dict[str, int]
@@ -40,11 +41,13 @@ def break_down(
 ) -> Breakdown:
     """The bytes of a configuration exactly as it is, in each of `processes` processes that share its sequences."""
     config = share_of(config, processes)
+    if config.awaits_text:
+        return _teacher_before(config, teacher, student, machine, processes)
     on_gpu, b, acc = machine.device == "cuda", machine.compute_bytes, machine.accumulate_bytes
     section, train, rollout, cache = config.student, config.train, config.rollout, config.cache
     full = section.adapter == "none"
     precision: memory.Precision = "bf16" if section.precision == "auto" else section.precision
-    vocab = min(teacher.vocab_size, student.vocab_size)
+    vocab = student.vocab_size if config.passes_text else min(teacher.vocab_size, student.vocab_size)
     prompt, tokens = config.data.max_prompt_tokens, config.data.max_prompt_tokens + rollout.max_new_tokens
     micro, rows = train.per_device_train_batch_size, rollout.batch_size
     sequences = micro * train.gradient_accumulation_steps * rollout.steps_at_once
@@ -68,7 +71,7 @@ def break_down(
     on_device = min(rows_bytes, int(cache.device_budget_gib * GIB))
     on_host = min(rows_bytes - on_device, int(cache.host_budget_gib * GIB))
     on_disk = rows_bytes - on_device - on_host
-    held_out_bytes = 0 if stored else config.data.num_validation * rollout.max_new_tokens * teacher.hidden_size * b
+    held_out_bytes = config.data.num_validation * rollout.max_new_tokens * teacher.hidden_size * b if needed else 0
     host = {
         "process": memory.PROCESS_BYTES,
         "teacher_copy": memory.pinned_bytes(away_bytes),
@@ -171,14 +174,68 @@ def break_down(
             "validate": stays - away_bytes}  # fmt: skip
     allowance = {name: int(size * memory.FRAGMENTATION_SHARE) for name, size in moving.items()}
     phases = {name: base[name] + moving[name] + allowance[name] for name in PHASES}
-    largest = max(phases, key=phases.__getitem__)
-    parts = {**resident, **load, **decode, **learn, "validation": validate, "fragmentation": allowance[largest]}
+    fragmentation = _allowance_at_peak(phases, allowance)
+    parts = {**resident, **load, **decode, **learn, "validation": validate, "fragmentation": fragmentation}
+    if section.shrink_to_layers is not None:
+        cut = memory.cut_bytes(student)
+        if on_gpu:  # in host memory, before anything else is there
+            host["cut"] = max(0, cut - sum(size for name, size in host.items() if name != "process"))
+        else:
+            parts["cut"] = cut
+            allowance["cut"] = int(cut * memory.FRAGMENTATION_SHARE)
+            phases = {"cut": memory.PROCESS_BYTES + cut + allowance["cut"], **phases}
+            parts["fragmentation"] = _allowance_at_peak(phases, allowance)
     disk = {
         "logit_cache": on_disk,
         "checkpoints": _checkpoint_bytes(config, num_trainable * acc, optimizer_bytes),
         "student_base": student.num_parameters * 2 if section.shrink_to_layers is not None else 0,
     }
     return Breakdown(parts, phases, host, disk)
+
+
+def _allowance_at_peak(phases: dict[str, int], allowance: dict[str, int]) -> int:
+    return allowance[max(phases, key=phases.__getitem__)]
+
+
+def _teacher_before(
+    config: RunConfig, teacher: ModelShape, student: ModelShape, machine: Machine, processes: int
+) -> Breakdown:
+    """The bytes of a run whose teacher writes everything as text, and leaves before the student comes."""
+    half = config.model_copy(update={"data": config.data.model_copy(update={"ground_truth_mix": 1.0})})
+    learning = break_down(half, teacher, student, machine, processes=1)
+    on_gpu, b = machine.device == "cuda", machine.compute_bytes
+    weights = {
+        "teacher_weights": memory.weight_bytes(teacher, config.teacher.precision, b, any_width=on_gpu),
+        "teacher_adapter": memory.attached_adapter_bytes(teacher, config.teacher, b),
+    }
+    rows, prompt = config.rollout.batch_size, config.data.max_prompt_tokens
+    names = {"kv_cache": "teacher_kv_cache", "logits": "rollout_logits", "forward": "prefill"}
+    decode = teacher_writes(config, teacher, teacher.vocab_size, machine, rows, read_tokens=prompt)
+    decode = {names.get(name, name): size for name, size in decode.items()}
+    buffer = memory.load_buffer_bytes(teacher, config.teacher.precision, b)
+    moving = max(buffer, sum(decode.values()))
+    allowance = int(moving * memory.FRAGMENTATION_SHARE)
+    fixed = memory.CUDA_CONTEXT_BYTES if on_gpu else memory.PROCESS_BYTES
+    phases = {"write": fixed + sum(weights.values()) + moving + allowance, **learning.phases}
+    parts = learning.parts | weights
+    parts |= {name: max(size, parts[name]) for name, size in {**decode, "load_buffer": buffer}.items()}
+    if phases["write"] == max(phases.values()):
+        parts["fragmentation"] = allowance
+    return Breakdown(parts, phases, learning.host, learning.disk)
+
+
+def teacher_writes(
+    config: RunConfig, teacher: ModelShape, vocab_size: int, machine: Machine, rows: int, *, read_tokens: int
+) -> dict[str, int]:
+    """What a teacher that writes alone takes beside its weights; `read_tokens` of a row at most in one pass."""
+    b, new = machine.compute_bytes, config.rollout.max_new_tokens
+    slots = memory.cache_slots(config.data.max_prompt_tokens, new, 0)
+    return {
+        "kv_cache": memory.kv_cache_bytes(teacher, rows, slots, b, drafts=False),
+        "logits": memory.rollout_vocabulary_bytes(rows, 1, vocab_size, machine.accumulate_bytes),
+        "forward": memory.forward_bytes(teacher, rows, read_tokens, b),
+        "dequantisation": memory.dequantisation_bytes(teacher, config.teacher.precision, b),
+    }
 
 
 def share_of(config: RunConfig, processes: int) -> RunConfig:

@@ -169,7 +169,7 @@ def step_seconds(config: RunConfig, teacher: ModelShape, student: ModelShape, ma
         (teacher, config.teacher.precision, 1, drafts + 1),
         (student, student_precision, drafts + 1, 1),
     )
-    for shape, precision, times, length in decoding:
+    for shape, precision, times, length in decoding[: 1 if rollout.policy == "teacher" else None]:
         kv_bytes = memory.kv_buffer_bytes(shape, rows, tokens // 2 + 1, b)
         decode_s += times * pass_seconds(shape, precision, rows * length, kv_bytes, machine)
     decode_s *= -(-sequences // rows) * rollout.max_new_tokens / written

@@ -35,22 +35,31 @@ SETTINGS = {
 """Name in config.json -> name after the architecture."""
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """(values by name, dimensions of every tensor by name); of a list only its length is read.
+def tokens_of_gguf(path: Path) -> list[str]:
+    """The vocabulary of a GGUF file by id; empty where it has none.
+
+    Raises:
+        ConfigError: as `read_header`.
+    """
+    return read_header(path, texts_of="tokenizer.ggml.tokens")[0].get("tokenizer.ggml.tokens", [])
+
+
+def read_header(path: Path, *, texts_of: str | None = None) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """(values by name, dimensions of every tensor by name); of a list only its length is read, but for `texts_of`.
 
     Raises:
         ConfigError: the file is no GGUF file, is cut off, or is of a version that is not known.
     """
     try:
         with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data).header()
+            return _Reader(data, texts_of).header()
     except (OSError, ValueError, struct.error, OverflowError) as error:
         raise ConfigError(f"{path} cannot be read as a GGUF file: {error}. Download it again.") from None
 
 
 class _Reader:
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data, self._at = data, 0
+    def __init__(self, data: mmap.mmap, texts_of: str | None = None) -> None:
+        self._data, self._at, self._texts_of = data, 0, texts_of
 
     def header(self) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
         if self._data[:4] != b"GGUF":
@@ -60,7 +69,10 @@ class _Reader:
         if version not in (2, 3):
             raise ValueError(f"version {version}, where 2 and 3 are known")
         num_tensors, num_values = self._number("<Q"), self._number("<Q")
-        values = {self._text(): self._value(self._number("<I")) for _ in range(num_values)}
+        values: dict[str, Any] = {}
+        for _ in range(num_values):
+            name, kind = self._text(), self._number("<I")
+            values[name] = self._texts(kind) if name == self._texts_of else self._value(kind)
         tensors = {}
         for _ in range(num_tensors):
             name = self._text()
@@ -79,6 +91,12 @@ class _Reader:
             raise ValueError("it ends within its header")
         self._at += length
         return self._data[self._at - length : self._at].decode("utf-8")
+
+    def _texts(self, kind: int) -> list[str]:
+        inner, length = self._number("<I"), self._number("<Q")
+        if (kind, inner) != (LIST, TEXT):
+            raise ValueError("its vocabulary is no list of texts")
+        return [self._text() for _ in range(length)]
 
     def _value(self, kind: int) -> Any:
         if kind == TEXT:

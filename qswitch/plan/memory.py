@@ -66,6 +66,10 @@ LOSS_VOCABULARY_COPIES = 8
 """fp32-sized [chunk, V] tensors alive at once in the loss: logits and log-probabilities of teacher and student (4),
 the skewed mixture and its logarithm (2), the integrand (1), the gradient with respect to the student's logits (1)."""
 
+CUT_ROW_TOKENS, CUT_ROWS_CHOOSING, CUT_ROWS_CHECKING, CUT_POSITIONS, CUT_CHUNK_POSITIONS = 48, 16, 8, 256, 64
+"""Texts on which the layers of a cut are chosen, and then checked; as in models/layer_choice.py and
+models/decoder_layers.py, which a test compares."""
+
 Precision = Literal["nf4", "int8", "bf16", "fp32", "stored"]
 
 
@@ -146,6 +150,25 @@ def dequantisation_bytes(shape: ModelShape, precision: Precision, compute_bytes:
     Passes over several tokens unpack the whole weight first; one-token passes do not, and are covered by this bound.
     """
     return shape.largest_linear_parameters * compute_bytes if precision in ("nf4", "int8", "stored") else 0
+
+
+def cut_bytes(shape: ModelShape) -> int:
+    """Host memory, at its highest, of cutting a bf16 model to `shape`, which says how much was cut off.
+
+    The whole model, its head and one layer in fp32, and either what choosing takes (three hidden states of every row
+    and layer; [256, V] log-probabilities of the whole model and five tensors of a chunk of 64), or what the check of
+    the choice does beside the cut model (two hidden states; log-probabilities at every position, and the logits that
+    they are made of). All of it on the CPU, whatever the run computes on (models/shrink.py).
+    """
+    a_layer = max(sum(m.parameters for m in layer) for layer in shape.layers)
+    num_layers = shape.num_layers + -(-shape.cut_parameters // a_layer)
+    vocabulary_row = shape.vocab_size * FP32_BYTES
+    state = CUT_ROW_TOKENS * shape.hidden_size * FP32_BYTES * (num_layers + 1)
+    choosing = 3 * CUT_ROWS_CHOOSING * state + (CUT_POSITIONS + 5 * CUT_CHUNK_POSITIONS) * vocabulary_row
+    checking = 2 * CUT_ROWS_CHECKING * state + 2 * CUT_ROWS_CHECKING * CUT_ROW_TOKENS * vocabulary_row
+    checking += shape.num_parameters * 2
+    whole = (shape.num_parameters + shape.cut_parameters) * 2
+    return whole + head_bytes(shape, "fp32", FP32_BYTES) + a_layer * FP32_BYTES + max(choosing, checking)
 
 
 def load_buffer_bytes(shape: ModelShape, precision: Precision, compute_bytes: int) -> int:

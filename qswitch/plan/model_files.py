@@ -46,6 +46,17 @@ def shape_for(section: TeacherSection | StudentSection) -> ModelShape:
     return shape
 
 
+def gguf_at_hand(section: TeacherSection | StudentSection) -> Path | None:
+    """The GGUF file that a model section means; None where it means none, or it is not here."""
+    return _at_hand(section)[0]
+
+
+def folder_at_hand(section: TeacherSection | StudentSection) -> Path | None:
+    """The folder of a model section, its own or in the hub's cache; None where it is a file, or not here."""
+    config = _at_hand(section)[1]
+    return None if config is None else config.parent
+
+
 def _of_role(problem: str, role: str) -> str:
     """The problem with the setting it belongs to."""
     if problem.startswith("shape."):
@@ -68,15 +79,23 @@ def _shape(section: TeacherSection | StudentSection, role: str) -> ModelShape:
 
 def _config_at_hand(section: TeacherSection | StudentSection) -> Mapping[str, Any] | None:
     """config.json of the first reference that a local folder, a GGUF file or the hub cache has."""
+    file, config = _at_hand(section)
+    if file is not None:
+        return config_of_gguf(file)
+    return None if config is None else _read_config(config)
+
+
+def _at_hand(section: TeacherSection | StudentSection) -> tuple[Path | None, Path | None]:
+    """The GGUF file or the config.json, of the first reference that is here; neither where none is."""
     references = [section.model] if isinstance(section.model, str) else section.model
     for reference in references:
         file = _gguf_file(reference)
         if file is not None:
-            return config_of_gguf(file)
+            return file, None
         for path in _config_paths(reference, section.revision):
             if path.is_file():
-                return _read_config(path)
-    return None
+                return None, path
+    return None, None
 
 
 def _gguf_file(reference: str) -> Path | None:

@@ -12,6 +12,8 @@ from qswitch.units import GIB
 SHOWN_BYTES = GIB // 200
 """Parts below half a hundredth of a GiB would read 0.00."""
 PHASE_TEXTS = {
+    "cut": "while the student is cut",
+    "write": "while the teacher writes alone",
     "load": "while the models are loaded",
     "rollout": "while responses are written",
     "train": "while the student learns",
@@ -47,6 +49,7 @@ PART_TEXTS = {
     "held_out_teacher_outputs": "teacher outputs of held-out prompts",
     "checkpoints": "checkpoints",
     "student_base": "the cut student",
+    "cut": "cutting the student",
 }
 """Name of a part in a plan's JSON -> what it is, for people."""
 
@@ -127,13 +130,17 @@ SHORT_NAMES = {
     "loss": ("loss_chunk",),
     "workspace": ("dequantisation", "prefill", "kept_hidden"),
     "load buffer": ("load_buffer",),
+    "the cut": ("cut",),
 }
-_ALWAYS = {"CUDA context", "process", "teacher", "student"}
+_BASE = {"CUDA context", "process"}
+_MODELS = {*_BASE, "teacher", "student"}
 _PHASE_NAMES = {
-    "load": {"load buffer"},
-    "rollout": {"KV caches", "logits", "workspace", "logit cache"},
-    "train": {"activations", "gradients", "loss", "logit cache"},
-    "validate": {"logit cache"},
+    "cut": {*_BASE, "the cut"},
+    "write": {*_BASE, "teacher", "KV caches", "logits", "workspace", "load buffer"},
+    "load": {*_MODELS, "load buffer"},
+    "rollout": {*_MODELS, "KV caches", "logits", "workspace", "logit cache"},
+    "train": {*_MODELS, "activations", "gradients", "loss", "logit cache"},
+    "validate": {*_MODELS, "logit cache"},
 }
 
 
@@ -141,7 +148,7 @@ def shortage(plan: Plan, which: str = "even at its smallest") -> str:
     """What a plan that does not fit needs, part by part, against the budget; `which` says of what sizes it is."""
     assert plan.budget_bytes is not None, "a plan without a budget always fits"
     phase = max(plan.phases, key=plan.phases.__getitem__)
-    shown = _ALWAYS | _PHASE_NAMES[phase]
+    shown = _PHASE_NAMES[phase]
     sizes = {label: sum(plan.parts.get(p, 0) for p in names) for label, names in SHORT_NAMES.items() if label in shown}
     listed = ", ".join(f"{label} {size / GIB:.1f}" for label, size in sizes.items() if size >= 0.05 * GIB)
     return (

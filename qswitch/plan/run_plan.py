@@ -41,7 +41,7 @@ class Plan:
 
     @property
     def phases(self) -> dict[str, int]:
-        """load, rollout, train, validate -> peak bytes."""
+        """cut and write where there are such, load, rollout, train, validate -> peak bytes."""
         return self.breakdown.phases
 
     @property

@@ -24,6 +24,7 @@ from qswitch.plan.machine import Gpu, Machine, describe_machine, find_budget
 from qswitch.plan.model_files import shape_for
 from qswitch.plan.run_plan import Plan, in_gib
 from qswitch.plan.shapes import ModelShape
+from qswitch.plan.vocabulary import with_tokenizer
 from qswitch.units import GIB
 
 MIN_CHUNK_TOKENS = 32
@@ -160,6 +161,7 @@ def plan_for(
     """
     if (problem := unequal_shares(config, processes)) is not None:
         raise ConfigError(problem)
+    config = with_tokenizer(config)
     budget = find_budget(config.train, vram=vram, gpu=gpu)
     plan = plan_run(
         config,
@@ -232,6 +234,8 @@ def _candidates(config: RunConfig, processes: int = 1) -> Iterator[Iterator[RunC
         for device_budget in sorted({config.cache.device_budget_gib, 0.0}, reverse=True)
     ]
     residencies = ["swap"] if config.teacher.residency == "swap" else ["resident", "swap"]
+    if config.passes_text:  # it has left before the student comes
+        residencies = ["resident"]
     rows = _row_counts(share * config.rollout.steps_at_once)
     sizes = [n for n in range(1, micro + 1) if share % n == 0]
     for residency, num_rows, size, recompute in product(residencies, rows, sizes, checkpointing):
@@ -278,9 +282,17 @@ def _notes(config: RunConfig, machine: Machine, teacher: ModelShape, student: Mo
             f"Generic: {family} is in no table of families. Its parameters and caches were counted in transformers' "
             "class; what its layers save for the backward pass is estimated from the names of their modules."
         )
-    notes.append(
-        "The cache of teacher outputs is planned as if the teacher wrote every token, the most that it can hold."
-    )
+    if config.passes_text:
+        notes.append(
+            "The tokenizers differ: the teacher writes all its responses first, alone, and the student learns them as "
+            "text when the teacher has left."
+        )
+    if config.student.shrink_to_layers is not None:
+        notes.append("The student is cut from a model in bf16; one that is stored in fp32 takes more while it is cut.")
+    if config.loss.objective == "divergence":
+        notes.append(
+            "The cache of teacher outputs is planned as if the teacher wrote every token, the most that it can hold."
+        )
     if config.student.adapter == "lora" and config.student.lora.use_dora:
         notes.append("DoRA's norm computation is counted in the activations only.")
     return notes

@@ -11,6 +11,7 @@ from typing import Any
 from qswitch.config import RunConfig
 from qswitch.errors import PlanError
 from qswitch.plan import memory
+from qswitch.plan.breakdown import teacher_writes
 from qswitch.plan.cost import pass_seconds
 from qswitch.plan.machine import Budget, Machine
 from qswitch.plan.render import duration
@@ -107,13 +108,9 @@ def _with_rows(
     weights = memory.weight_bytes(teacher, precision, b, any_width=on_gpu)
     weights += memory.attached_adapter_bytes(teacher, config.teacher, b)
     # The held-out prompts are answered whatever the method, so the teacher always decodes.
-    slots = memory.cache_slots(config.data.max_prompt_tokens, new, 0)
     working = {
-        "kv_cache": memory.kv_cache_bytes(teacher, rows, slots, b, drafts=False),
         "kept_hidden": memory.kept_hidden_bytes(teacher.hidden_size, rows, rows, new, b),
-        "logits": memory.rollout_vocabulary_bytes(rows, 1, vocab, machine.accumulate_bytes),
-        "forward": memory.forward_bytes(teacher, rows, tokens, b),
-        "dequantisation": memory.dequantisation_bytes(teacher, precision, b),
+        **teacher_writes(config, teacher, vocab, machine, rows, read_tokens=tokens),
     }
     fixed = {"cuda_context": memory.CUDA_CONTEXT_BYTES} if on_gpu else {"process": memory.PROCESS_BYTES}
     host = 0

@@ -19,6 +19,7 @@ from qswitch.outside import read_json, user_path
 from qswitch.report.charts import Chart, run_charts
 from qswitch.run_dir import RunDir
 from qswitch.state_files import FidelityFile, HeldOutFile, PlanFile, ResultsFile, SummaryFile
+from qswitch.units import bits_per_byte
 
 MAX_ROLLOUTS = 24
 """Sample rollouts shown, evenly over the run."""
@@ -28,6 +29,8 @@ FIGURES = {
     "kl_nats": "KL(teacher ‖ student), nats per token, on what the teacher wrote to {prompts} held-out prompts",
     "response_loss_nats": "Loss on the responses of {prompts} held-out prompts, nats per token",
 }
+
+TEACHER_TEXT = "Loss on what the teacher wrote to {prompts} held-out prompts, nats per token of the student's"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,10 @@ def lead(run_dir: RunDir) -> str:
         student += f", cut to {config.student.shrink_to_layers} layers"
     if not config.learns_from_teacher:
         return f"{config.method}: {student} is fine-tuned."
-    return f"{config.method}: {teacher} ({config.teacher.precision}) teaches {student}."
+    taught = f"{config.method}: {teacher} ({config.teacher.precision}) teaches {student}"
+    if config.passes_text:
+        return f"{taught} through text, since their tokenizers differ; so there is no KL between them."
+    return f"{taught}."
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
@@ -122,8 +128,16 @@ def figures(summary: Mapping[str, Any], held_out: Mapping[str, Any]) -> list[Fig
         if before is None or after is None:
             continue
         change = f"{(after - before) / before:+.0%}" if before else ""
-        label = label.format(prompts=summary.get("validation_prompts", "the"))
+        prompts = summary.get("validation_prompts", "the")
+        of_teacher = key == "response_loss_nats" and held_out.get("reference") == "teacher"
+        label = (TEACHER_TEXT if of_teacher else label).format(prompts=prompts)
         found.append(Figure(label, f"{before:.3f}", f"{after:.3f}", change, *_intervals(key, held_out)))
+        if of_teacher:
+            tokens, size = summary.get("validation_tokens"), summary.get("validation_bytes")
+            bits = [bits_per_byte(nats, tokens, size) for nats in (before, after)]
+            if bits[0] is not None and bits[1] is not None:
+                label = "The same, bits per byte of that text: comparable between students with different tokenizers"
+                found.append(Figure(label, f"{bits[0]:.3f}", f"{bits[1]:.3f}", change))
     return found + own_figures(summary)
 
 

@@ -70,8 +70,9 @@ class Answerer:
         self.config = run_dir.config
         adapter = run_dir.trained_weights()
         self._limit = self.config.rollout.max_new_tokens if max_new_tokens is None else max_new_tokens
-        self.context_tokens = min(context_tokens(self.config.teacher), context_tokens(self.config.student))
-        """The longest sequence that both models were made for, prompt and response."""
+        models = [self.config.student, *([] if self.config.passes_text else [self.config.teacher])]
+        self.context_tokens = min(map(context_tokens, models))
+        """The longest sequence that the models that may write were made for, prompt and response."""
         if max_new_tokens is not None and max_new_tokens >= self.context_tokens:
             raise ConfigError(
                 f"--max-new-tokens {max_new_tokens}: the context of the models is {self.context_tokens} tokens, the "
@@ -94,8 +95,13 @@ class Answerer:
         """Who writes in the run's rollouts, as its last checkpoint has it.
 
         Raises:
-            ConfigError: as `make_threshold`.
+            ConfigError: as `make_threshold`; or teacher and student read different tokens.
         """
+        if self.config.passes_text:
+            raise ConfigError(
+                "The teacher of this run has another tokenizer, so the two cannot write one response. Leave "
+                "--show-writers out."
+            )
         settings = self.config.rollout
         threshold = threshold_of_run(settings, self._threshold_path) if settings.policy == "switch" else None
         return make_policy(settings, threshold)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
 from qswitch.errors import ModelError
@@ -41,3 +44,22 @@ def test_a_long_conversion_says_how_far_it_is(monkeypatch, caplog):
     with gguf_cache.gguf_progress():
         assert list(reader.tqdm(range(4))) == [0, 1, 2, 3]
     assert not caplog.records and reader.tqdm is bar
+
+
+def test_a_long_conversion_of_the_tokenizer_is_not_silent(monkeypatch, tmp_path, caplog):
+    import transformers
+
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("QSWITCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gguf_cache, "PROGRESS_EVERY_S", 0.01)
+
+    def slow(**_: object) -> None:
+        time.sleep(0.1)
+        raise OSError("no tokenizer in it")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", slow)
+    with pytest.raises(ModelError, match="no tokenizer in it"):
+        resolve_reference(str(tmp_path / "m.gguf"))
+    said = [r.getMessage() for r in caplog.records if "its tokenizer" in r.getMessage()]
+    assert said and said[0].startswith("converting m.gguf: its tokenizer, 0 s")
+    assert threading.active_count() == 1 or not any("say" in t.name for t in threading.enumerate())

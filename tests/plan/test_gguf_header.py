@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qswitch.plan.families import shape_from_config
-from qswitch.plan.gguf_header import config_of_gguf, read_header
+from qswitch.plan.gguf_header import config_of_gguf, read_header, tokens_of_gguf
 from tests.plan.test_shape_table import CONFIGS
 
 gguf = pytest.importorskip("gguf")
@@ -55,6 +55,11 @@ def test_the_header_equals_that_of_the_gguf_package(tmp_path):
             assert len(values[name]) == len(field.data)
         else:
             assert values[name] == field.contents()
+
+
+def test_the_vocabulary_is_read_where_it_is_asked_for(tmp_path):
+    write(tmp_path / "model.gguf")
+    assert tokens_of_gguf(tmp_path / "model.gguf") == [f"token {i} \u00e9" for i in range(512)]
 
 
 @pytest.mark.parametrize("tied", [True, False])

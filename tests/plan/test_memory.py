@@ -279,3 +279,13 @@ def test_every_part_grows_with_rows_length_and_vocabulary(rows, tokens, more, vo
     assert memory.weight_bytes(shape_from_config({**TINY, "vocab_size": vocab}), "nf4", 2) < memory.weight_bytes(
         larger, "nf4", 2
     )
+
+
+def test_the_constants_of_a_cut_are_those_of_the_choice_of_layers():
+    from qswitch.models.decoder_layers import CHUNK_POSITIONS
+    from qswitch.models.layer_choice import MAX_POSITIONS, MAX_ROW_TOKENS, calibration
+
+    assert memory.CUT_ROW_TOKENS == MAX_ROW_TOKENS
+    assert (memory.CUT_POSITIONS, memory.CUT_CHUNK_POSITIONS) == (MAX_POSITIONS, CHUNK_POSITIONS)
+    assert len(calibration("choose")) == memory.CUT_ROWS_CHOOSING
+    assert len(calibration("check")) == memory.CUT_ROWS_CHECKING

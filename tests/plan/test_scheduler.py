@@ -15,7 +15,7 @@ from qswitch.plan import machine, scheduler
 from qswitch.plan.advice import explain_no_fit, faster, require_fit
 from qswitch.plan.cost import step_seconds
 from qswitch.plan.machine import describe_machine, detect_budget_bytes, parse_size
-from qswitch.plan.render import PART_TEXTS, render
+from qswitch.plan.render import PART_TEXTS, PHASE_TEXTS, render
 from qswitch.plan.scheduler import model_shapes, plan_run
 from qswitch.units import GIB
 
@@ -200,7 +200,12 @@ def test_people_read_the_verdict_first_then_hours_then_advice_then_the_parts_tha
 
 def test_every_part_of_a_plan_has_words_for_people():
     breakdown = plan_run(config(), budget_bytes=12 * GIB, device="cuda", processes=2).breakdown
-    assert {*breakdown.parts, *breakdown.host, *breakdown.disk} == set(PART_TEXTS)
+    cut = plan_run(config(student={"shrink_to_layers": 4}), budget_bytes=12 * GIB, device="cuda").breakdown
+    named = {*breakdown.parts, *breakdown.host, *breakdown.disk, *cut.host}
+    assert named == set(PART_TEXTS)
+    on_cpu = plan_run(config(student={"shrink_to_layers": 4}), device="cpu")
+    assert {*on_cpu.parts} <= named and {*on_cpu.phases} <= set(PHASE_TEXTS)
+    assert on_cpu.phases["cut"] > on_cpu.parts["cut"] and cut.host["cut"] <= on_cpu.parts["cut"]
     assert len(set(PART_TEXTS.values())) == len(PART_TEXTS)
 
 
