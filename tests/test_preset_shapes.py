@@ -58,6 +58,13 @@ PUBLISHED = {
     "HuggingFaceTB/SmolLM2-360M-Instruct": (361_821_120, HUB),
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": (1_711_376_384, HUB),
     "mistralai/Mistral-7B-Instruct-v0.3": (7_248_023_552, HUB),
+    # The hub counts the vision tower too, 420,083,712 and 428,472,320 by transformers' class, and the 476 scales of 8B.
+    "mistralai/Ministral-3-3B-Instruct-2512-BF16": (3_849_090_048 - 420_083_712, SHARED),
+    "mistralai/Ministral-3-8B-Instruct-2512-BF16": (8_918_026_716 - 428_472_320 - 476, SHARED),
+    # Likewise the towers and what joins them to the text; keys and values of the last layers, which share them and read
+    # none of their own; one scale a layer.
+    "google/gemma-4-E2B-it": (5_123_178_051 - 475_728_160 - 18_880_512 - 35, SHARED),
+    "google/gemma-4-E4B-it": (7_996_156_490 - 478_087_456 - 55_055_616 - 42, SHARED),
 }
 
 

@@ -22,7 +22,7 @@ from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
 from qswitch.models.weight_files import check_weight_files
 from qswitch.plan.adapters import find_adapter
-from qswitch.plan.counted import unusable_because
+from qswitch.plan.counted import text_part, unusable_because
 
 ModelSection = TeacherSection | StudentSection
 
@@ -160,6 +160,14 @@ def resolve_precision(precision: str, runtime: Runtime) -> str:
     return precision
 
 
+TEXT_WEIGHTS = {
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^language_model\.model\.": "model.",
+    r"^model\.language_model\.": "model.",
+}
+"""Names of the text's weights in a checkpoint with several towers, in either layout -> in the language model alone."""
+
+
 def read_model(
     resolved: ResolvedModel,
     runtime: Runtime,
@@ -184,9 +192,15 @@ def read_model(
         raise ModelError(f"{resolved.name} ({config.model_type}) cannot be distilled here: {reason}")
 
     check_weight_files(resolved)
+    whole, config = config, text_part(config)
     meta = on_meta(config, resolved.name, trust_remote_code)
 
     options: dict[str, Any] = {"use_safetensors": True, "attn_implementation": attention_kind(config), **common}
+    if config is not whole:
+        if getattr(whole, "quantization_config", None) is not None:
+            config.quantization_config = whole.quantization_config
+        options |= {"config": config, "key_mapping": TEXT_WEIGHTS}
+        say_once(f"{resolved.name}: of this {whole.model_type} model the text part is used ({config.model_type})")
     if precision in (*QUANTISED, "stored") or runtime.device.type == "cuda":
         options["device_map"] = {"": runtime.device}  # tensor by tensor; a model never lies in host memory as a whole
     narrow = torch.float16 if runtime.compute_dtype == torch.float16 else torch.bfloat16

@@ -7,6 +7,7 @@ Importing this module is cold, counting imports torch and transformers.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,6 +42,7 @@ def _counted(config_json: str, trust_remote_code: bool) -> ModelShape:
     reason = unusable_because(config)
     if reason is not None:
         raise ConfigError(f"A {config.model_type} model cannot be distilled here: {reason}")
+    config = text_part(config)
     with _silent(), _meta(torch):
         try:
             # In bf16: the fused kernels of experts accept nothing else.
@@ -64,12 +66,27 @@ def unusable_because(config: Any) -> str | None:
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model. Use a decoder-only language model."
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    config = text_part(config)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote:
         return "transformers has no causal language model of this type. Use a decoder-only language model."
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if masked and not getattr(config, "is_decoder", False):
         return "it is an encoder: every token reads those after it too. Use a decoder-only language model."
     return None
+
+
+def text_part(config: Any) -> Any:
+    """The configuration of the language model that is distilled: the given one; or its text's, of a model with further
+    towers of which transformers makes no language model alone (Gemma 3 and 4, Mistral 3)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    text = getattr(config, "text_config", None)
+    whole, part = (str(CAUSAL.get(getattr(one, "model_type", None), "")) for one in (config, text))
+    if whole.endswith("ForCausalLM") or not part.endswith("ForCausalLM"):
+        return config
+    text = copy.deepcopy(text)
+    text.tie_word_embeddings = config.tie_word_embeddings  # what the text says of it, transformers does not read
+    return text
 
 
 def _configuration(values: Mapping[str, Any]) -> Any:

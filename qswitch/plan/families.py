@@ -303,6 +303,83 @@ def _qwen3_5(values: _Values, model_type: str) -> ModelShape:
     )
 
 
+def _gemma4(values: _Values, model_type: str) -> ModelShape:
+    """Inputs of every layer beside the embedding; wider heads in layers without a window; last layers that read the
+    keys and values of earlier ones, and may have a wider MLP."""
+    hidden, inter, vocab = values("hidden_size"), values("intermediate_size"), values("vocab_size")
+    heads, kv_heads = values("num_attention_heads"), values("num_key_value_heads")
+    num_layers, shared = values("num_hidden_layers"), values.optional("num_kv_shared_layers", 0)
+    # Defaults of the transformers configuration class.
+    beside, tied = values.optional("hidden_size_per_layer_input", 256), values.optional("tie_word_embeddings", True)
+    beside_vocab = values.optional("vocab_size_per_layer_input", 262_144)
+    dims = {"sliding_attention": values.optional("head_dim", 256),
+            "full_attention": values.optional("global_head_dim", 512)}  # fmt: skip
+    wide, bias = bool(values.optional("use_double_wide_mlp", False)), bool(values.optional("attention_bias", False))
+    same = bool(values.optional("attention_k_eq_v", False))
+    kinds = values.optional("layer_types", None) or [
+        "sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(num_layers)
+    ]
+    # As transformers saves it; as it is published, the layers without a window have values of their own.
+    written = values.optional("per_layer_config", None)
+    layers, further, cached = [], [], []
+    for index, kind in enumerate(kinds):
+        own, full = index < num_layers - shared, kind == "full_attention"
+        differs = (written or {}).get(str(index)) or {}
+        dim = differs.get("head_dim") or dims["sliding_attention" if written else kind]
+        groups = differs.get("num_key_value_heads") or kv_heads
+        if full and same and not written:
+            groups = values.optional("num_global_key_value_heads", None) or kv_heads
+        width = inter * (2 if wide and not own else 1)
+        keys = [LinearShape("k_proj", hidden, groups * dim, bias)] if own else []
+        keys += [LinearShape("v_proj", hidden, groups * dim, bias)] if own and not (full and same) else []
+        inputs = (
+            LinearShape("per_layer_input_gate", hidden, beside),
+            LinearShape("per_layer_projection", beside, hidden),
+        )
+        layers.append(
+            (
+                LinearShape("q_proj", hidden, heads * dim, bias),
+                *keys,
+                LinearShape("o_proj", heads * dim, hidden, bias),
+                LinearShape("gate_proj", hidden, width),
+                LinearShape("up_proj", hidden, width),
+                LinearShape("down_proj", width, hidden),
+                *(inputs if beside else ()),
+            )
+        )
+        further.append((2 if own else 1) * dim + (5 if beside else 4) * hidden)
+        cached.append(2 * groups * dim if own else 0)
+    projection = LinearShape("per_layer_model_projection", hidden, num_layers * beside)
+    return ModelShape(
+        model_type=model_type,
+        num_layers=num_layers,
+        hidden_size=hidden,
+        intermediate_size=inter * (2 if wide and shared else 1),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=dims["sliding_attention"],
+        vocab_size=vocab,
+        layer_linears=layers[0],
+        layer_norm_parameters=0,
+        outer_linears=(projection,) if beside else (),
+        embedding_parameters=vocab * hidden,
+        position_parameters=0,
+        final_norm_parameters=hidden,
+        head_parameters=0 if tied else vocab * hidden,
+        tied=bool(tied),
+        gated_mlp=True,
+        saved_mlp_tensors=3,
+        rms_norm=True,
+        num_layer_norms=5 if beside else 4,
+        max_positions=values.optional("max_position_embeddings", 0),
+        unequal_layers=tuple(layers),
+        further_by_layer=tuple(further),
+        further_parameters=beside_vocab * num_layers * beside + beside if beside else 0,
+        largest_further_tensor=beside_vocab * num_layers * beside,
+        cached_widths=tuple(cached),
+    )
+
+
 FAMILIES = {
     "llama": _llama_like,
     "mistral": _llama_like,
@@ -313,11 +390,17 @@ FAMILIES = {
     "phi3": _llama_like,
     "smollm3": _llama_like,
     "olmo2": _llama_like,
+    "ministral3": _llama_like,
     "qwen3_5_text": _qwen3_5,
+    "gemma4_text": _gemma4,
     "phi": _phi,
     "gpt2": _gpt2,
     "opt": _opt,
 }
+
+
+TIED_AS_A_WHOLE = ("mistral3", "gemma3", "gemma4")
+"""Models with further towers, of which the whole says whether the head is tied, and not the text; it is, by default."""
 
 
 def shape_from_config(values: Mapping[str, Any], trust_remote_code: bool = False) -> ModelShape:
@@ -330,8 +413,10 @@ def shape_from_config(values: Mapping[str, Any], trust_remote_code: bool = False
     """
     stored = stored_quantisation(values)
     tower = values["text_config"] if isinstance(values.get("text_config"), Mapping) else values
+    if tower is not values and values.get("model_type") in TIED_AS_A_WHOLE:
+        tower = {**tower, "tie_word_embeddings": values.get("tie_word_embeddings", True)}
     model_type = tower.get("model_type")
-    if model_type in FAMILIES:
+    if model_type in FAMILIES and not tower.get("enable_moe_block"):
         return replace(FAMILIES[model_type](_Values(tower, model_type), model_type), stored=stored)
     from qswitch.plan.counted import counted_shape
 

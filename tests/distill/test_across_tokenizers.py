@@ -15,16 +15,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from qswitch import run, teach
 from qswitch.cli import run as command
+from qswitch.config import DataSection
+from qswitch.data.files import Row
+from qswitch.data.records import record_of_row
+from qswitch.data.template import PromptEncoder
 from qswitch.distill import session, teacher_text
 from qswitch.distill.learner import Learner
 from qswitch.distill.trainer import Trainer
-from qswitch.errors import ConfigError, Interrupted, QSwitchError, RunDirError
+from qswitch.errors import ConfigError, DataError, Interrupted, QSwitchError, RunDirError
 from qswitch.evaluate.command import EvalRequest, run_eval
 from qswitch.evaluate.fidelity import fidelity
 from qswitch.export.merge import merge_run
 from qswitch.layers import build_config
 from qswitch.models import load
+from qswitch.models.pair import student_half
 from qswitch.plan.scheduler import plan_for
+from qswitch.preflight import prepare
 from qswitch.rollout.generate import generate_from_run
 from qswitch.run_dir import RunDir
 from tests.tiny import save_tiny
@@ -35,6 +41,7 @@ TEXT = [
     "tell me about the weather in the north; tell me about a red house; it is what it is",
 ]
 TEACHER_TEMPLATE = (
+    "{% if polite %}please\n{% endif %}"
     "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
@@ -345,6 +352,36 @@ def test_what_does_not_fit_the_pair_is_refused_before_any_weight(pair, tmp_path,
     with pytest.raises(QSwitchError, match=message):
         run.distill(settings(pair, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_what_only_the_teachers_template_and_tokenizer_know_is_for_the_teacher(pair, tmp_path):
+    changes = {"student.tokenizer": "own", "data.template_kwargs": {"polite": True}, "data.end_tokens": ["<|turn|>"]}
+    config = settings(pair, **changes)
+    prepared = prepare(config)
+    assert prepared.prompts.train[0].text.startswith("please\n<|turn|>user\n")
+    teacher, student = (AutoTokenizer.from_pretrained(pair / role) for role in ("teacher", "student"))
+    assert teacher.convert_tokens_to_ids("<|turn|>") in prepared.pair.eos_ids
+    files = [tmp_path / name for name in ("train.jsonl", "held_out.jsonl")]
+    for file in files:
+        file.write_text(json.dumps({"prompt": f"tell me {file.name}", "response": "the house"}) + "\n")
+    half = prepare(student_half(config, files[:1], files[1:]))
+    assert half.prompts.train[0].text == "<user>tell me train.jsonl<assistant>"
+    assert half.pair.eos_ids == (student.eos_token_id,) and half.pair.tokenizer.get_vocab() == student.get_vocab()
+
+
+@pytest.mark.parametrize(("said", "end"), [("whole", True), ("cut", False), (None, True)])
+def test_a_cut_response_has_no_end_and_only_the_teachers_response_is_learnt(pair, said, end):
+    tokenizer = AutoTokenizer.from_pretrained(pair / "student")
+    said_by = (("user", "tell me"), ("assistant", "the house"), ("user", "again"), ("assistant", "a red house"))
+    turns = [{"role": role, "content": text} for role, text in said_by]
+    row = Row({"messages": turns} | ({"teacher_response": said} if said else {}), "here")
+    record = record_of_row(row, 0, DataSection(train="data.jsonl"))
+    prompt = PromptEncoder(tokenizer).encode(record)
+    ids = tokenizer("a red house", add_special_tokens=False)["input_ids"]
+    assert prompt.response_ids == [*ids, *([tokenizer.eos_token_id] if end else [])]
+    assert bool(prompt.earlier_turns) == (said is None) and record.unused == ()
+    with pytest.raises(DataError, match="whole or cut, found 'yes'"):
+        record_of_row(Row({"prompt": "tell me", "teacher_response": "yes"}, "here"), 0, DataSection(train="data.jsonl"))
 
 
 def test_a_store_of_tokens_is_refused_for_such_a_pair(pair, tmp_path):

@@ -153,8 +153,8 @@ FAMILIES = {
     "gemma3": Family(
         arch="gemma3", targets=LLAMA_TARGETS, tied=True, changes={"sliding_window": WINDOW}, eos=[2, 3],
         what=(
-            "Text models. Norms on query and key, alternating windows, two rotary bases. Models with a vision "
-            "tower are not tested."
+            "Text models. Norms on query and key, alternating windows, two rotary bases. Of models with a vision "
+            "tower the text part is read."
         ),
     ),
     # Fused query, key and value, and fused MLP; the student's head is the taller one here.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,14 @@ import torch
 from qswitch.config import TeacherSection, TrainSection
 from qswitch.errors import ModelError
 from qswitch.models import messages
-from qswitch.models.load import load_teacher, load_tokenizer
+from qswitch.models.language_model import LanguageModel
+from qswitch.models.load import load_teacher, load_tokenizer, read_model
+from qswitch.models.references import resolve_reference
 from qswitch.models.runtime import Runtime, make_runtime
+from qswitch.plan.families import shape_from_config
 from qswitch.plan.machine import has_native_bf16_cpu
-from tests.tiny import ARCHITECTURES, save_tiny, tiny_model
+from qswitch.rollout.kv_probe import verify_kv
+from tests.tiny import ARCHITECTURES, VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
 FP32 = Runtime(device=torch.device("cpu"), compute_dtype=torch.float32)
 IDS = torch.tensor([[5, 9, 30, 12, 44]])
@@ -230,3 +236,58 @@ def test_tokenizers_pad_on_the_left_with_some_token(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(TeacherSection(model=str(folder)))
     assert tokenizer.padding_side == "left" and tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+
+
+def _with_vision(folder: Path, kind: str) -> Any:
+    """A tiny random model with a vision tower, saved with a tokenizer."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCAB_SIZE, "pad_token_id": 0, "bos_token_id": 1,
+            "eos_token_id": 2}  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind == "mistral3":
+        values = {"text_config": {**text, "model_type": "ministral3", "tie_word_embeddings": False},
+                  "vision_config": {**vision, "model_type": "pixtral", "head_dim": 16, "image_size": 32,
+                                    "patch_size": 8}}  # fmt: skip
+    else:
+        further = {"model_type": "gemma4_text", "num_kv_shared_layers": 2, "sliding_window": 8, "global_head_dim": 32,
+                   "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB_SIZE,
+                   "use_double_wide_mlp": True, "final_logit_softcapping": 30.0,
+                   "layer_types": ["sliding_attention", "full_attention"] * 2}  # fmt: skip
+        values = {"text_config": {**text, **further, "num_key_value_heads": 1}, "audio_config": None,
+                  "vision_config": {**vision, "model_type": "gemma4_vision", "num_key_value_heads": 2,
+                                    "head_dim": 16}}  # fmt: skip
+    config = AutoConfig.for_model(kind, **values)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config).eval()
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("layout", ["as saved", "model.language_model", "language_model.model"])
+@pytest.mark.parametrize("kind", ["mistral3", "gemma4"])
+def test_of_a_model_with_a_vision_tower_the_text_part_is_read(tmp_path, kind, layout):
+    from safetensors.torch import load_file, save_file
+
+    whole = _with_vision(tmp_path, kind)
+    file = tmp_path / "model.safetensors"
+    if layout != "as saved":
+        renamed = {}
+        for name, tensor in load_file(file).items():
+            bare = name.replace("model.language_model.", "@.").replace("language_model.model.", "@.")
+            head = "lm_head" if layout.startswith("model") else "language_model.lm_head"
+            bare = bare.replace("language_model.lm_head", "lm_head").replace("lm_head", head)
+            renamed[bare.replace("@.", f"{layout}.")] = tensor
+        save_file(renamed, file, metadata={"format": "pt"})
+    runtime = Runtime(device=torch.device("cpu"), compute_dtype=torch.float32)
+    model = read_model(resolve_reference(str(tmp_path)), runtime, "fp32")
+    assert type(model).__name__ == {"mistral3": "Ministral3ForCausalLM", "gemma4": "Gemma4ForCausalLM"}[kind]
+    ids = torch.tensor([[1, 5, 9, 23, 11, 7, 30, 31, 32, 33, 40, 41]])
+    with torch.no_grad():
+        assert (model(ids).logits - whole(ids).logits).abs().max() < 1e-5
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert shape_from_config(values).num_parameters == sum(p.numel() for p in model.parameters())
+    verify_kv(LanguageModel(model, compute_dtype=torch.float32), blocks=True)

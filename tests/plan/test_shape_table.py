@@ -37,7 +37,14 @@ CONFIGS = {
         "linear_value_head_dim": 32,
     },
 }
-EQUAL_LAYERS = [name for name in CONFIGS if name != "qwen3.5"]
+CONFIGS["ministral3"] = {"model_type": "ministral3", **BASE, "head_dim": 32}
+GEMMA4 = {"model_type": "gemma4_text", **BASE, "num_hidden_layers": 6, "head_dim": 16, "global_head_dim": 32,
+          "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 512,
+          "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2}  # fmt: skip
+CONFIGS["gemma4 small"] = {**GEMMA4, "num_kv_shared_layers": 3, "use_double_wide_mlp": True}
+CONFIGS["gemma4 large"] = {**GEMMA4, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True,
+                           "num_global_key_value_heads": 1, "num_attention_heads": 4}  # fmt: skip
+EQUAL_LAYERS = [name for name in CONFIGS if not name.startswith(("qwen3.5", "gemma4"))]
 
 
 def meta_model(values):
