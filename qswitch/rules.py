@@ -272,7 +272,7 @@ CONFLICTS = (
     ),
     Conflict(
         lambda read: _passes_text(read) and not may_pass_text(read),
-        f"student.tokenizer=own cannot be combined with method={{method}}, which mixes tokens of both models. "
+        f"student.tokenizer=own cannot be combined with method={{method}}, which needs one for both models. "
         f"{OTHER_TOKENIZER_REMEDY}",
     ),
     Conflict(

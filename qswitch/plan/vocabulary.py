@@ -34,8 +34,8 @@ def with_tokenizer(config: RunConfig) -> RunConfig:
         return config
     if not rules.may_pass_text(reader(config)):
         raise ConfigError(
-            f"Teacher and student have different vocabularies, by their files, and method={config.method} mixes tokens "
-            f"of both. {rules.OTHER_TOKENIZER_REMEDY}"
+            f"Teacher and student have different vocabularies, by their files, and method={config.method} needs one "
+            f"for both. {rules.OTHER_TOKENIZER_REMEDY}"
         )
     return as_text(config)
 
