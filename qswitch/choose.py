@@ -235,7 +235,7 @@ def _teacher_precision(config: RunConfig, *, vram: str | None, gpu: str | None) 
         if stored.method in GPU_ONLY and device != "cuda":
             return Choice(setting, "bf16", f"its weights are stored in {stored.method}, which a CPU has to unpack")
         return Choice(setting, stored.precision, f"its weights are stored quantised ({stored.method})")
-    budget = find_budget(config.train, vram=vram, gpu=gpu)
+    budget = find_budget(config.train, vram=vram, gpu=gpu, num_gpus=config.teacher.num_gpus)
     exact = with_choices(config, {setting: "bf16"})
     plan = plan_run(exact, budget_bytes=budget.num_bytes, device=budget.device, gpu=budget.gpu)
     machine = describe_machine(config.train, budget.device, budget.gpu)

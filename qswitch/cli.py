@@ -53,7 +53,7 @@ class _Commands(TyperGroup):
             raise _Interrupted(*error.args) from error
 
 
-OF_SEVERAL_PROCESSES = ("distill", "sft")
+OF_SEVERAL_PROCESSES = ("distill", "sft", "teach")
 """Commands that accelerate launch and torchrun may start several times at once."""
 
 app = typer.Typer(
@@ -300,27 +300,30 @@ def teach(
     from dataclasses import asdict
 
     from qswitch import teach as teaching
+    from qswitch.distill.processes import joined
 
     named = Named(preset, config, overrides, teacher, student, data, method)
-    if resume is not None and (named or output_dir):
-        raise ConfigError("--resume goes on with the store's own config.yaml; leave the other options out.")
-    if resume is None:
-        settings = load_settings(named, vram=vram, command="teach")
-        path = output_dir or _new_run(f"{named.label}-teacher")
-    if dry_run:
-        if resume is not None:
+    with joined() as processes:
+        if resume is not None and (named or output_dir):
+            raise ConfigError("--resume goes on with the store's own config.yaml; leave the other options out.")
+        if resume is not None and dry_run:
             raise ConfigError("--dry-run is for a new store. Leave --resume out.")
-        planned = teaching.rehearse(settings, vram=vram, spread=spread)
-        show(planned.to_dict(), as_json, lambda _: planned.render())
-        return
-    if resume is not None:
-        folder, about = resume, teaching.resume(resume, vram=vram, spread=spread)
-    else:
-        folder, about = path, teaching.teach(settings, path, vram=vram, spread=spread)
-    show(asdict(about), as_json, lambda _: (
-        f"{about.teacher} has worked for {about.seconds:.0f} s.\n"
-        f"next: the same qswitch distill, with --set teacher.responses={folder}"
-    ))  # fmt: skip
+        if resume is not None:
+            folder, about = resume, teaching.resume(resume, vram=vram, spread=spread)
+        else:
+            settings = processes.each(lambda: load_settings(named, vram=vram, command="teach"))
+            folder = processes.from_first(lambda: output_dir or _new_run(f"{named.label}-teacher"))
+            if dry_run:
+                planned = teaching.rehearse(settings, vram=vram, spread=spread)
+                if processes.is_first:
+                    show(planned.to_dict(), as_json, lambda _: planned.render())
+                return
+            about = teaching.teach(settings, folder, vram=vram, spread=spread)
+        if processes.is_first:
+            show(asdict(about), as_json, lambda _: (
+                f"{about.teacher} has worked for {about.seconds:.0f} s.\n"
+                f"next: the same qswitch distill, with --set teacher.responses={folder}"
+            ))  # fmt: skip
 
 
 @app.command(epilog="Example: qswitch plan --preset llama-7b-to-1b --gpu rtx3060-12gb")

@@ -83,6 +83,9 @@ class TeacherSection(Section):
     residency: Literal["resident", "swap"] = "resident"
     """resident: always on the device. swap: it leaves while the student trains; one copy stays in host memory, and it
     is uploaded each time before rollouts are written. Changes memory and time, never the tokens."""
+    num_gpus: int = Field(default=1, ge=1, le=64)
+    """GPUs of one process over which its layers lie, for a teacher that is larger than one of them. The student is on
+    the first, with the teacher's embedding and head; how many layers each GPU gets is the plan's choice."""
     responses: str | None = None
     """A folder of `qswitch teach`: the teacher worked earlier, and is not loaded. For methods of which it writes every
     response itself, or reads the data's."""

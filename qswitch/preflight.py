@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qswitch.config import RunConfig, StudentSection, TeacherSection
 from qswitch.errors import ConfigError, DataError, ModelError, QSwitchError
+from qswitch.launch import launched
 from qswitch.outside import user_path
 from qswitch.units import GIB
 
@@ -179,6 +180,11 @@ def _machine(config: RunConfig) -> Iterator[str]:
                 )
             if train.compute_dtype == "fp64":
                 yield f"{role}.precision={section.precision} cannot compute in fp64. Set {role}.precision=fp32."
+    if config.teacher.num_gpus > 1 and launched().count > 1:
+        yield (
+            f"teacher.num_gpus={config.teacher.num_gpus} is for one process, and {launched().count} were started, with "
+            "one GPU each. Start it without accelerate launch or torchrun, or leave teacher.num_gpus out."
+        )
     if train.optimizer == "paged_adamw_8bit" and train.device == "auto":
         from qswitch.plan.machine import describe_machine
 

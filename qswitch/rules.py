@@ -187,7 +187,7 @@ UNREAD = (
         ("teacher.responses",), learns_from_teacher, "with method={method}, which learns from no teacher"
     ),
     Unread(
-        ("rollout.steps_at_once", "teacher.residency", "train.eval_own_prompts"), needs_teacher,
+        ("rollout.steps_at_once", "teacher.residency", "teacher.num_gpus", "train.eval_own_prompts"), needs_teacher,
         "where no teacher is loaded",
     ),
     Unread(
@@ -341,6 +341,15 @@ CONFLICTS = (
     Conflict(
         lambda read: read("train.num_epochs") is None and read("train.warmup_steps") >= read("train.max_steps"),
         "train.warmup_steps ({train.warmup_steps}) must be below train.max_steps ({train.max_steps}).",
+    ),
+    Conflict(
+        lambda read: read("teacher.num_gpus") > 1 and read("teacher.residency") == "swap",
+        "teacher.residency=swap cannot be combined with teacher.num_gpus={teacher.num_gpus}: layers on other GPUs are "
+        "not in the student's way. Remove one of the two.",
+    ),
+    Conflict(
+        lambda read: read("teacher.num_gpus") > 1 and read("train.device") == "cpu",
+        "teacher.num_gpus={teacher.num_gpus} needs GPUs, and train.device is cpu. Remove one of the two.",
     ),
     Conflict(
         lambda read: read("train.optimizer") == "paged_adamw_8bit" and read("train.device") == "cpu",

@@ -62,20 +62,20 @@ def distill(config: RunConfig, path: Path, *, vram: str | None = None) -> Summar
         Interrupted: stopped by SIGINT or SIGTERM; `resume` goes on. Its argument is the folder.
     """
     with joined() as processes:
-        path = processes.from_first(lambda: _free_path(path))
+        path = processes.from_first(lambda: free_path(path))
         # Before the data, and in one process before torch, take their share of a CPU's memory.
-        budget = _smallest_budget(config, vram, processes)
+        budget = smallest_budget(config, vram, processes)
         problems = settings_problems(config, path) if processes.is_first else []
         if (unequal := unequal_shares(config, processes.count)) is not None:
             problems.append(unequal)
         if not any(processes.gather(bool(problems))):
             config = processes.in_turn(lambda: _with_own_tokenizer(config))
-        prepared = processes.in_turn(lambda: _prepare(config, problems, processes))
+        prepared = processes.in_turn(lambda: read_inputs(config, problems, processes))
         config = with_steps(config, prepared.prompts.report.training_prompts)
-        _require_same(config, prepared, processes)
+        require_same(config, prepared, processes)
         _require_store(config, prepared, processes)
         plan = processes.from_first(lambda: _first_plan(config, prepared, budget, vram, processes))
-        with _locked(path, processes):  # first, so that of two starts on one folder the second finds the first
+        with locked_by_first(path, processes):  # first, so that of two starts on one folder the second finds the first
             run_dir = processes.from_first(lambda: RunDir.create(path, plan.config))
             run_dir = RunDir(run_dir.path, run_dir.config, writes=processes.is_first)
             try:
@@ -101,26 +101,27 @@ def resume(path: Path, *, vram: str | None = None, changes: Layer | None = None)
         path = processes.from_first(lambda: path)
         run_dir = processes.each(lambda: RunDir.open(path, changes, writes=processes.is_first))
         config = run_dir.config
-        budget = _smallest_budget(config, vram, processes)
+        budget = smallest_budget(config, vram, processes)
         unequal = unequal_shares(config, processes.count)
         problems = [] if unequal is None else [unequal]
-        prepared = processes.in_turn(lambda: _prepare(config, problems, processes))
-        _require_same(config, prepared, processes)
+        prepared = processes.in_turn(lambda: read_inputs(config, problems, processes))
+        require_same(config, prepared, processes)
         _require_store(config, prepared, processes)
         plan = processes.from_first(lambda: _plan_as_it_is(run_dir, prepared, budget, vram, processes))
-        with _locked(path, processes):
+        with locked_by_first(path, processes):
             return _carry_out(run_dir, prepared, plan, resumes=True, processes=processes)
 
 
 @contextmanager
-def _locked(path: Path, processes: Processes) -> Iterator[None]:
+def locked_by_first(path: Path, processes: Processes) -> Iterator[None]:
     """The first process holds the lock of the folder for all."""
     with ExitStack() as held:
         processes.from_first(lambda: held.enter_context(locked(make_folder(path))))
         yield
 
 
-def _free_path(path: Path) -> Path:
+def free_path(path: Path) -> Path:
+    """The path, where nothing of an earlier run is."""
     RunDir.refuse_existing(path)
     return path
 
@@ -161,12 +162,13 @@ def _longest_prompt(config: RunConfig, prepared: Prepared) -> int | None:
     return None if config.awaits_text else prepared.prompts.report.longest_prompt_tokens
 
 
-def _smallest_budget(config: RunConfig, vram: str | None, processes: Processes) -> Budget:
+def smallest_budget(config: RunConfig, vram: str | None, processes: Processes) -> Budget:
     """One plan serves every process, so it is made for the one that has least."""
-    return min(processes.everyone(lambda: find_budget(config.train, vram=vram)), key=lambda budget: budget.num_bytes)
+    budgets = processes.everyone(lambda: find_budget(config.train, vram=vram, num_gpus=config.teacher.num_gpus))
+    return min(budgets, key=lambda budget: budget.num_bytes)
 
 
-def _require_same(config: RunConfig, prepared: Prepared, processes: Processes) -> None:
+def require_same(config: RunConfig, prepared: Prepared, processes: Processes) -> None:
     """Nothing, or an error where the processes have read different settings or data.
 
     Raises:
@@ -197,7 +199,7 @@ def _require_same(config: RunConfig, prepared: Prepared, processes: Processes) -
             )
 
 
-def _prepare(config: RunConfig, problems: list[str], processes: Processes) -> Prepared:
+def read_inputs(config: RunConfig, problems: list[str], processes: Processes) -> Prepared:
     """Tokenizers and data; or `problems`, and what models and data add to them, raised."""
     from qswitch.distill.progress import Progress, total_steps
 
@@ -257,7 +259,7 @@ def _carry_out(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool
     from qswitch.report.page import write_report
 
     try:
-        processes.everyone(lambda: _require_folder(run_dir, processes))
+        processes.everyone(lambda: require_folder(run_dir.path, processes))
         run_dir.record_changes()
         run_dir.write_json("data.json", prepared.prompts.report.to_dict())
         run_dir.write_json("plan.json", plan.to_dict())
@@ -297,15 +299,19 @@ def _pass_text(
         lambda: write_text(folder, written, prepared, rows=rows, say=progress.say, notify=progress.loading)
     )
     half = student_half(run_dir.config, *text_files(folder))
-    half_prepared = processes.in_turn(lambda: _prepare(half, [], processes))
+    half_prepared = processes.in_turn(lambda: read_inputs(half, [], processes))
     peaks.enter("load")
     return half, half_prepared, peaks
 
 
-def _require_folder(run_dir: RunDir, processes: Processes) -> None:
-    """All processes read checkpoints from one folder, so all must see it."""
-    if not run_dir.config_path.is_file():
+def require_folder(path: Path, processes: Processes) -> None:
+    """All processes work on one folder, so all must see it.
+
+    Raises:
+        RunDirError: this one does not see the config.yaml that the first has written there.
+    """
+    if not (path / "config.yaml").is_file():
         raise RunDirError(
-            f"Process {processes.rank} on {platform.node()} does not see {run_dir.path}. Name an --output-dir on a "
+            f"Process {processes.rank} on {platform.node()} does not see {path}. Name an --output-dir on a "
             "file system that all machines share, by its whole path."
         )

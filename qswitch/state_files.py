@@ -94,6 +94,7 @@ class SummaryFile(TypedDict, total=False):
     planned_gib: Number
     phases_gib: dict[str, dict[str, Number]]
     device: str
+    processes: Count
     versions: dict[str, str]
     commit: str | None
 

@@ -1,6 +1,7 @@
 """One store of a teacher's work, top to bottom: preflight, its plan, folder and lock, the teacher at work.
 
-The counterpart of `run.py` for `qswitch teach`. Cold until data and models are read.
+The counterpart of `run.py` for `qswitch teach`. Started as several processes, each one comes through here, in step with
+the others, and writes its share of the parts. Cold until data and models are read.
 """
 
 from __future__ import annotations
@@ -9,15 +10,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qswitch.config import RunConfig, reader
+from qswitch.distill.processes import Processes, joined
 from qswitch.errors import ConfigError, Interrupted, QSwitchError, RunDirError
+from qswitch.launch import launched
 from qswitch.layers import build_config
-from qswitch.plan.machine import Budget, describe_machine, find_budget
+from qswitch.plan.machine import Budget, describe_machine
 from qswitch.plan.teacher_alone import TeachingPlan, plan_teaching
 from qswitch.plan.vocabulary import with_tokenizer
-from qswitch.preflight import check_settings, prepare, settings_problems
+from qswitch.preflight import check_settings, settings_problems
 from qswitch.rules import why_teacher_is_asked
-from qswitch.run import with_steps
-from qswitch.run_dir import RunDir, locked, make_folder
+from qswitch.run import (
+    free_path,
+    locked_by_first,
+    read_inputs,
+    require_folder,
+    require_same,
+    smallest_budget,
+    with_steps,
+)
+from qswitch.run_dir import RunDir
 from qswitch.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -25,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def rehearse(config: RunConfig, *, vram: str | None = None, spread: bool = False) -> TeachingPlan:
-    """The plan of a store from its settings alone.
+    """The plan of a store from its settings alone; started as several processes, that of so many.
 
     Raises:
         PreflightError, ConfigError: what would stop it.
@@ -34,65 +45,82 @@ def rehearse(config: RunConfig, *, vram: str | None = None, spread: bool = False
     config = with_tokenizer(config)
     _require_teachable(config)
     check_settings(config, elsewhere=vram is not None)
-    return _plan(config, find_budget(config.train, vram=vram), vram, None, spread)
+    with joined() as processes:
+        return _plan(config, smallest_budget(config, vram, processes), vram, None, spread)
 
 
 def teach(config: RunConfig, path: Path, *, vram: str | None = None, spread: bool = False) -> About:
-    """Let the teacher write a new store.
+    """Let the teacher write a new store. Of several processes the first one's `path` is the store's.
 
     Raises:
         PreflightError, ConfigError, DataError, ModelError, TrainingError: as their messages say.
         PlanError: no rows fit the memory; no weight was loaded.
         Interrupted: stopped; `resume` goes on. Its arguments are the folder and the command.
     """
-    RunDir.refuse_existing(path)
-    return _work(config, path, vram, spread, problems=settings_problems(config, path))
+    with joined() as processes:
+        path = processes.from_first(lambda: free_path(path))
+        problems = settings_problems(config, path) if processes.is_first else []
+        return _work(config, path, vram, spread, problems, processes)
 
 
 def resume(path: Path, *, vram: str | None = None, spread: bool = False) -> About:
     """Go on with a store that is unfinished, cut or damaged: what is missing is written.
 
+    The number of processes may be another one than before.
+
     Raises:
         RunDirError: there is no store.
         and what `teach` raises.
     """
+    with joined() as processes:
+        path = processes.from_first(lambda: path)
+        return _work(processes.each(lambda: _own_config(path)), path, vram, spread, [], processes)
+
+
+def _own_config(path: Path) -> RunConfig:
     settings = path / "config.yaml"
     if not settings.is_file():
         raise RunDirError(f"{path} holds no config.yaml, so it is no store. Name the folder that `qswitch teach` made.")
-    return _work(build_config(read_yaml(settings), where=str(settings)), path, vram, spread, problems=[])
+    return build_config(read_yaml(settings), where=str(settings))
 
 
-def _work(config: RunConfig, path: Path, vram: str | None, spread: bool, *, problems: list[str]) -> About:
+def _work(
+    config: RunConfig, path: Path, vram: str | None, spread: bool, problems: list[str], processes: Processes
+) -> About:
     _require_teachable(config)
-    budget = find_budget(config.train, vram=vram)  # before torch and the data take their share of a CPU's memory
-    from qswitch.distill.progress import Progress
+    # Before the data, and in one process before torch, take their share of a CPU's memory.
+    budget = smallest_budget(config, vram, processes)
     from qswitch.models.pair import with_own_tokenizer
 
-    _require_teachable(config if problems else with_own_tokenizer(config))
-    prepared = prepare(config, notify=Progress(None).loading, known=problems)
+    processes.in_turn(lambda: _require_teachable(config if problems else with_own_tokenizer(config)))
+    prepared = processes.in_turn(lambda: read_inputs(config, problems, processes))
     num_prompts = prepared.prompts.report.training_prompts
     config = with_steps(config, num_prompts)
-    plan = _plan(config, budget, vram, num_prompts, spread)
+    require_same(config, prepared, processes)
+    plan = processes.from_first(lambda: _plan(config, budget, vram, num_prompts, spread))
 
     from qswitch.distill.teaching import write_store
 
-    began = not (path / "config.yaml").exists()
+    began = processes.from_first(lambda: not (path / "config.yaml").exists())
     try:
-        with locked(make_folder(path)):
+        with locked_by_first(path, processes):
             if began:
-                RunDir.create(path, config)
-            return write_store(path, config, prepared, rows=plan.rows, spread=spread)
+                processes.from_first(lambda: str(RunDir.create(path, config).path))
+            processes.everyone(lambda: require_folder(path, processes))
+            return write_store(
+                path, config, prepared, rows=plan.rows, spread=spread, layers=plan.teacher_layers, processes=processes
+            )
     except KeyboardInterrupt:
         raise Interrupted(str(path), "teach") from None
     except QSwitchError:
-        if began and not any(path.glob("part-*")):
+        if began and processes.is_first and not any(path.glob("part-*")):
             RunDir(path, config).discard_unstarted()
         raise
 
 
 def _plan(config: RunConfig, budget: Budget, vram: str | None, num_prompts: int | None, spread: bool) -> TeachingPlan:
     machine = describe_machine(config.train, budget.device if vram is not None else None, budget.gpu)
-    return plan_teaching(config, budget, machine, num_prompts=num_prompts, spread=spread)
+    return plan_teaching(config, budget, machine, num_prompts=num_prompts, spread=spread, processes=launched().count)
 
 
 def _require_teachable(config: RunConfig) -> None:

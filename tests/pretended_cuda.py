@@ -1,7 +1,8 @@
 """A CUDA device that is pretended on a CPU, so that mixed devices and waits of the host are found without a card.
 
-Tensors that claim to lie on cuda:0 are CPU tensors whose storage is marked. A dispatch mode follows the marks through
-every operation: one that mixes marked and unmarked tensors raises `MixedDevicesError`, and every time the host would
+Tensors that claim to lie on cuda:0, or on cuda:1 where several cards are asked for, are CPU tensors whose storage is
+marked. A dispatch mode follows the marks through every operation: one that mixes tensors of two cards, or marked and
+unmarked ones, raises `MixedDevicesError`, and every time the host would
 have to wait for the device (a copy that blocks, `item`, a boolean index) is counted by the line of qswitch that asked.
 While a pretended capture runs, such a wait, and any copy between the two sides, raises `CaptureError`.
 
@@ -44,7 +45,7 @@ VIEWS = {
 
 
 class MixedDevicesError(AssertionError):
-    """An operation over tensors of both sides."""
+    """An operation over tensors of different places."""
 
 
 class CaptureError(RuntimeError):
@@ -82,7 +83,7 @@ class Pretended:
         self.waits[f"{what} at {place}"] += 1
 
     def copy(self, source: str, target: str, blocks: bool) -> None:
-        """Count a copy between the sides; from or to memory that is not pinned, CUDA may wait for the stream."""
+        """Count a copy between places; from or to host memory that is not pinned, CUDA may wait for the stream."""
         kind = f"copy {source} to {target}"
         if blocks or self.capturing:
             self.wait(kind)
@@ -130,28 +131,30 @@ class _Device(TorchDispatchMode):
     def __init__(self, seen: Pretended) -> None:
         super().__init__()
         self.seen = seen
-        self.marked: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.marked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        """Storages that claim to lie on a card, and on which."""
         self.pinned: weakref.WeakSet[Any] = weakref.WeakSet()
         self.inside = 0
         self.moving = False
 
     def side(self, tensor: Tensor) -> str:
-        """cuda or cpu; meta and others as they are."""
+        """cuda:0, cuda:1 or cpu; meta and others as they are."""
         kind = _real_device.__get__(tensor).type
         if kind != "cpu" or self.inside:
             return str(kind)
-        return "cuda" if tensor.untyped_storage() in self.marked else "cpu"
+        index = self.marked.get(tensor.untyped_storage())
+        return "cpu" if index is None else f"cuda:{index}"
 
-    def mark(self, tensor: Tensor) -> Tensor:
-        self.marked.add(tensor.untyped_storage())
+    def mark(self, tensor: Tensor, side: str) -> Tensor:
+        self.marked[tensor.untyped_storage()] = torch.device(side).index
         return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), func._schema.name.partition("::")[2]
         wanted = None
         if kwargs.get("device") is not None:
-            wanted = torch.device(kwargs["device"]).type
-            if wanted == "cuda":
+            wanted = _side_of(torch.device(kwargs["device"]))
+            if wanted.startswith("cuda"):
                 kwargs["device"] = torch.device("cpu")
             elif wanted == "cpu" and name == "_to_copy" and not self.moving:
                 wanted = None  # a change of dtype inside autograd, which sees the real device
@@ -161,9 +164,9 @@ class _Device(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         sides = [self.side(t) for t in tensors]
         self._check(func, name, args, kwargs, tensors, sides)
-        on_device = "cuda" in sides
+        on_device = next((side for side in sides if side.startswith("cuda")), None)
         in_backward = torch._C._current_graph_task_id() != -1
-        if on_device and wanted != "cpu":
+        if on_device is not None and wanted != "cpu":
             self._count_waits(name, args)
         self.inside += 1
         try:
@@ -172,16 +175,16 @@ class _Device(TorchDispatchMode):
             self.inside -= 1
         if pinned:
             self.pinned.add(result.untyped_storage())
-        if name == "_to_copy" and wanted in ("cpu", "cuda") and sides[0] in ("cpu", "cuda") and wanted != sides[0]:
-            host_is_pinned = wanted == "cuda" and tensors[0].untyped_storage() in self.pinned
-            self.seen.copy(sides[0], wanted, not (kwargs.get("non_blocking") and host_is_pinned))
-        goes_to = wanted or ("cuda" if on_device else None)
+        if name == "_to_copy" and wanted is not None and "meta" not in (wanted, sides[0]) and wanted != sides[0]:
+            non_blocking = kwargs.get("non_blocking") and tensors[0].untyped_storage() in self.pinned
+            self.seen.copy(_kind(sides[0]), _kind(wanted), "cpu" in (wanted, sides[0]) and not non_blocking)
+        goes_to = wanted or on_device
         if not tensors and in_backward and goes_to in (None, "cpu"):
-            goes_to = "cuda"  # autograd makes it like a tensor whose real device is the CPU
-        if goes_to == "cuda" and name not in ("copy_", "set_"):
+            goes_to = "cuda:0"  # autograd makes it like a tensor whose real device is the CPU
+        if goes_to is not None and goes_to.startswith("cuda") and name not in ("copy_", "set_"):
             for output in tree_leaves(result):
                 if isinstance(output, Tensor) and _real_device.__get__(output).type == "cpu":
-                    self.mark(output)
+                    self.mark(output, goes_to)
             if name not in VIEWS:
                 if self.seen.replaying:
                     self.seen.replayed_launches += 1
@@ -190,26 +193,30 @@ class _Device(TorchDispatchMode):
         return result
 
     def _check(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor], sides: list[str]) -> None:
-        """Mixed devices raise, but for copies, numbers in tensors without dimensions, and an index of the host's."""
-        if not {"cpu", "cuda"} <= set(sides):
+        """Mixed devices raise, but for copies, the host's numbers without dimensions, and an index of the host's."""
+        places = set(sides) - {"meta"}
+        if len(places) < 2:
             return
         if name == "copy_":
+            source, target = self.side(args[1]), self.side(args[0])
             non_blocking = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
-            on_host = args[0] if self.side(args[0]) == "cpu" else args[1]
-            blocks = not (non_blocking and on_host.untyped_storage() in self.pinned)
-            self.seen.copy(self.side(args[1]), self.side(args[0]), blocks)
+            on_host = [tensor for tensor, side in ((args[1], source), (args[0], target)) if side == "cpu"]
+            blocks = any(not (non_blocking and tensor.untyped_storage() in self.pinned) for tensor in on_host)
+            self.seen.copy(_kind(source), _kind(target), blocks)
             return
         if name in ("_to_copy", "set_"):
             return
-        if name in ("index", "index_put_", "_index_put_impl_") and sides[0] == "cuda":
-            if any(isinstance(i, Tensor) and self.side(i) == "cpu" for i in args[1]):
+        if name in ("index", "index_put_", "_index_put_impl_") and sides[0] != "cpu":
+            indices = {self.side(i) for i in args[1] if isinstance(i, Tensor)}
+            if "cpu" in indices:
                 self.seen.wait(f"upload of an index ({name})")
-            return  # a number that is written becomes a tensor on the device
-        with_dimensions = {side for tensor, side in zip(tensors, sides, strict=True) if tensor.dim()}
-        if {"cpu", "cuda"} <= with_dimensions:
+            if indices <= {"cpu", sides[0]}:
+                return  # a number that is written becomes a tensor on the device
+        mixed = {s for tensor, s in zip(tensors, sides, strict=True) if s != "meta" and (tensor.dim() or s != "cpu")}
+        if len(mixed) > 1:
             if torch._C._current_graph_task_id() != -1:
                 for tensor in tensors:
-                    self.mark(tensor)  # as above: made by autograd itself
+                    self.mark(tensor, "cuda:0")  # as above: made by autograd itself
                 return
             shapes = [(side, tuple(t.shape), str(t.dtype)) for t, side in zip(tensors, sides, strict=True)]
             raise MixedDevicesError(f"{func} over {shapes} at {_place()}")
@@ -225,21 +232,32 @@ class _Device(TorchDispatchMode):
     # ---------------------------------------------------------------- what torch's Python part decides by itself
 
     def move(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`Tensor.to` between the sides."""
+        """`Tensor.to` between the places."""
         if self.inside:
             return _to(tensor, *args, **kwargs)
         if args and isinstance(args[0], Tensor):
             return self.move(tensor, args[0].device, args[0].dtype)
+        if args and type(args[0]) is int:
+            return self.move(tensor, torch.device("cuda", args[0]), *args[1:], **kwargs)
         parsed = {k: v for k, v in kwargs.items() if k != "copy"}
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **parsed)
-        here, copy = tensor.device.type, bool(kwargs.get("copy"))
-        if device is None or "meta" in (device.type, here):
+        here, copy = tensor.device, bool(kwargs.get("copy"))
+        if device is None or "meta" in (device.type, here.type):
             if device is not None and device.type == "cuda":  # out of nothing
-                return torch.empty_like(tensor, dtype=dtype, device=CUDA)
+                return torch.empty_like(tensor, dtype=dtype, device=device)
             return _to(tensor, *args, **kwargs)
-        if device.type == here:
+        if _side_of(device) == _side_of(here):
             return _to(tensor, dtype or tensor.dtype, copy=copy)
         return _Moved.apply(tensor, self, device, dtype or tensor.dtype, bool(non_blocking))
+
+
+def _side_of(device: torch.device) -> str:
+    """cuda without a number is the first card."""
+    return f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
+
+
+def _kind(side: str) -> str:
+    return side.partition(":")[0]
 
 
 class _Moved(torch.autograd.Function):
@@ -262,8 +280,8 @@ PROPERTIES = types.SimpleNamespace(total_memory=12 * GIB, name="pretended", majo
 
 
 @contextlib.contextmanager
-def pretended_cuda() -> Iterator[Pretended]:
-    """Within the block torch sees one card of 12 GiB, which is pretended; yields what happens on it."""
+def pretended_cuda(cards: int = 1) -> Iterator[Pretended]:
+    """Within the block torch sees so many cards of 12 GiB, which are pretended; yields what happens on them."""
     from qswitch.plan import machine
     from qswitch.rollout import step_graph
 
@@ -273,9 +291,9 @@ def pretended_cuda() -> Iterator[Pretended]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a dispatch mode belongs to one thread
         _patch_tensors(patch, mode)
-        _patch_cuda(patch, seen)
+        _patch_cuda(patch, seen, cards)
         card = machine._DetectedGpu(11 * GIB, "pretended", (8, 6))
-        patch.setattr(machine, "_detect_gpu", lambda: card)
+        patch.setattr(machine, "_detect_gpu", lambda index=0: card if index < cards else None)
         patch.setattr(step_graph, "CudaRecorder", lambda: seen.record)
         AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the device of the process
         try:
@@ -287,13 +305,14 @@ def pretended_cuda() -> Iterator[Pretended]:
 
 def _patch_tensors(patch: pytest.MonkeyPatch, mode: _Device) -> None:
     def device(tensor: Tensor) -> torch.device:
-        return CUDA if mode.side(tensor) == "cuda" else _real_device.__get__(tensor)
+        side = mode.side(tensor)
+        return torch.device(side) if side.startswith("cuda") else _real_device.__get__(tensor)
 
     def read(name: str) -> Callable[..., Any]:
         original = getattr(Tensor, name)
 
         def reads(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if mode.side(tensor) == "cuda":
+            if mode.side(tensor) not in ("cpu", "meta"):
                 if name == "numpy":
                     raise MixedDevicesError(f"numpy() of a tensor on the device at {_place()}")
                 mode.seen.wait(name)
@@ -302,7 +321,7 @@ def _patch_tensors(patch: pytest.MonkeyPatch, mode: _Device) -> None:
         return reads
 
     def pinned(tensor: Tensor, *_: Any) -> Tensor:
-        if mode.side(tensor) == "cuda":
+        if mode.side(tensor) not in ("cpu", "meta"):
             raise MixedDevicesError(f"pin_memory() of a tensor on the device at {_place()}")
         copy = tensor.clone()
         mode.pinned.add(copy.untyped_storage())
@@ -310,10 +329,11 @@ def _patch_tensors(patch: pytest.MonkeyPatch, mode: _Device) -> None:
 
     storage_device = torch._C.StorageBase.device  # type: ignore[attr-defined]
     patch.setattr(Tensor, "device", property(device), raising=False)
-    patch.setattr(Tensor, "is_cuda", property(lambda t: mode.side(t) == "cuda"), raising=False)
+    patch.setattr(Tensor, "is_cuda", property(lambda t: mode.side(t) not in ("cpu", "meta")), raising=False)
     patch.setattr(
         torch.UntypedStorage, "device",
-        property(lambda s: CUDA if s in mode.marked else storage_device.__get__(s)), raising=False,
+        property(lambda s: torch.device("cuda", mode.marked[s]) if s in mode.marked else storage_device.__get__(s)),
+        raising=False,
     )  # fmt: skip
     patch.setattr(Tensor, "to", lambda t, *a, **k: mode.move(t, *a, **k))
     patch.setattr(Tensor, "cpu", lambda t, *a, **k: mode.move(t, "cpu"))
@@ -334,12 +354,12 @@ def _made_on_either_side(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if device is None or torch.device(device).type != "cuda":
             return make(data, *args, device=device, **kwargs) if device is not None else make(data, *args, **kwargs)
         host = data if isinstance(data, Tensor) else make(data, *args, **kwargs)
-        return host.to(CUDA, kwargs.get("dtype") or host.dtype)
+        return host.to(device, kwargs.get("dtype") or host.dtype)
 
     return made
 
 
-def _patch_cuda(patch: pytest.MonkeyPatch, seen: Pretended) -> None:
+def _patch_cuda(patch: pytest.MonkeyPatch, seen: Pretended, cards: int) -> None:
     """What qswitch and its libraries ask of torch.cuda; of random states there is only the CPU's."""
 
     @contextlib.contextmanager
@@ -347,8 +367,9 @@ def _patch_cuda(patch: pytest.MonkeyPatch, seen: Pretended) -> None:
         yield
 
     answers: dict[str, Any] = {
-        "is_available": True, "device_count": 1, "current_device": 0, "is_initialized": True, "_is_in_bad_fork": False,
-        "set_device": None, "get_device_capability": (8, 6), "get_device_properties": PROPERTIES,
+        "is_available": True, "device_count": cards, "current_device": 0, "is_initialized": True,
+        "_is_in_bad_fork": False, "set_device": None, "get_device_capability": (8, 6),
+        "get_device_properties": PROPERTIES,
         "get_device_name": "pretended", "max_memory_allocated": 0, "memory_allocated": 0, "memory_reserved": 0,
         "max_memory_reserved": 0, "mem_get_info": (11 * GIB, 12 * GIB), "get_rng_state_all": [], "init": None,
         "set_rng_state_all": None, "set_rng_state": None, "manual_seed": None, "manual_seed_all": None,

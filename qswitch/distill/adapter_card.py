@@ -22,6 +22,12 @@ def how_trained(config: RunConfig) -> str:
     return f"method `{config.method}`, {responses}loss {learnt}"
 
 
+def by_processes(summary: Mapping[str, Any]) -> str:
+    """Continues a sentence about the training with the number of its processes, where there were several."""
+    count = summary.get("processes", 1)
+    return f" in {count} processes" if count > 1 else ""
+
+
 def licence_lines(config: RunConfig) -> list[str]:
     """The licence of every model and data set that the preset names, a local folder by its last part only."""
     licences = config.about.licences.items()
@@ -51,7 +57,7 @@ def adapter_card(config: RunConfig, summary: Mapping[str, Any]) -> str:
         f"# {summary['student']}, {made}",
         "",
         f"Trained with qswitch (preset `{config.about.name}`): {how_trained(config)}, "
-        f"{summary['steps']} steps.{credit}",
+        f"{summary['steps']} steps{by_processes(summary)}.{credit}",
         "",
         f"| {figure}, nats per token, {summary['validation_prompts']} held-out prompts | |",
         "|---|---|",

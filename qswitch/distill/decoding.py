@@ -88,6 +88,9 @@ class Decoding:
         wanted = setting == "auto" and self._config.writes_rollouts
         if model is None or not wanted or model.device.type != "cuda":
             return None
+        if role == "teacher" and self._config.teacher.num_gpus > 1:
+            self._progress.say("CUDA graphs for the teacher: off, its layers lie on several GPUs")
+            return None
 
         def pays() -> bool:
             if not path.exists():

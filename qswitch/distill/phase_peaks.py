@@ -1,8 +1,9 @@
 """How much memory each phase of a run took at its most, beside what the plan says of it.
 
-On a GPU that is what torch allocated for tensors and what it reserved of the card for them; the CUDA context comes on
-top. On a CPU it is the resident set of the process, which Linux lets a process count anew: whoever asks the system for
-the peak of a run (`time -v`) is told that of its last phase only, and `summary.json` has all of them. Knows no model.
+On a GPU that is what torch allocated for tensors and what it reserved of the card for them, of several GPUs on the
+fullest; the CUDA context comes on top. On a CPU it is the resident set of the process, which Linux lets a process count
+anew: whoever asks the system for the peak of a run (`time -v`) is told that of its last phase only, and `summary.json`
+has all of them. Knows no model.
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ def _next_peaks(device: torch.device) -> tuple[dict[str, int], bool]:
 
 def _read(device: torch.device) -> dict[str, int]:
     if device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return {"allocated": allocated, "reserved": reserved}
+        kinds = {"allocated": torch.cuda.max_memory_allocated, "reserved": torch.cuda.max_memory_reserved}
+        return {kind: max(read(gpu) for gpu in _used_gpus(device)) for kind, read in kinds.items()}
     try:
         found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
@@ -111,10 +112,20 @@ def _read(device: torch.device) -> dict[str, int]:
     return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
+def _used_gpus(device: torch.device) -> list[torch.device]:
+    """The device, and other GPUs on which this process holds tensors: layers of the teacher (`teacher.num_gpus`)."""
+    first = device.index or 0
+    others = [
+        index for index in range(torch.cuda.device_count()) if index != first and torch.cuda.memory_allocated(index)
+    ]
+    return [device, *(torch.device("cuda", index) for index in others)]
+
+
 def _count_anew(device: torch.device) -> bool:
     """Let the counters begin at what is held now; False where the system does not let us."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        for gpu in _used_gpus(device):
+            torch.cuda.reset_peak_memory_stats(gpu)
         return True
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): forget the peak resident set

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from transformers import GenerationConfig
 
 from qswitch.aside import folder_aside
@@ -163,13 +164,15 @@ def train(
             f"{(plan.budget_bytes or 0) / GIB:.2f} that are free; they are lowered if memory runs out"
         )
     runtime = make_runtime(config.train)
-    peaks = peaks or PhasePeaks(runtime.device, plan.phases)
+    peaks = peaks or PhasePeaks(runtime.device, plan.breakdown.fullest_phases)
     _bound_memory(runtime, plan)
     if config.student.shrink_to_layers is not None:
         peaks.enter("cut")
         processes.from_first(lambda: _cut_student(run_dir, progress))
     peaks.enter("load")
-    teacher, student = processes.each(lambda: _load_models(run_dir, config, runtime, pair, progress, resumes=resumes))
+    teacher, student = processes.each(
+        lambda: _load_models(run_dir, config, runtime, pair, progress, plan, resumes=resumes)
+    )
     stored = None
     if config.teacher.responses is not None and config.learns_from_teacher:
         folder = Path(config.teacher.responses).expanduser()
@@ -219,7 +222,9 @@ def train(
 
 def _bound_memory(runtime: Runtime, plan: Plan) -> None:
     if runtime.device.type == "cuda" and plan.budget_bytes is not None:
-        limit_device_memory(runtime.device, plan.budget_bytes, CUDA_CONTEXT_BYTES)
+        for index in range(len(plan.breakdown.teacher_layers)):
+            device = runtime.device if index == 0 else torch.device("cuda", index)
+            limit_device_memory(device, plan.budget_bytes, CUDA_CONTEXT_BYTES)
     elif runtime.device.type == "cpu":
         return_freed_memory()
         bound_kernel_cache()
@@ -243,12 +248,24 @@ def _cut_student(run_dir: RunDir, progress: Progress) -> None:
 
 
 def _load_models(
-    run_dir: RunDir, config: RunConfig, runtime: Runtime, pair: TokenizerPair, progress: Progress, *, resumes: bool
+    run_dir: RunDir,
+    config: RunConfig,
+    runtime: Runtime,
+    pair: TokenizerPair,
+    progress: Progress,
+    plan: Plan,
+    *,
+    resumes: bool,
 ) -> tuple[LanguageModel | None, LanguageModel]:
     """The teacher, None where the method needs none, and the student with its adapter as the run begins."""
     loaded = f"the teacher ({config.teacher.precision}) and the student" if config.needs_teacher else "the student"
     progress.say(f"loading {loaded} on {runtime.device}")
-    teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size) if config.needs_teacher else None
+    teacher = None
+    if config.needs_teacher:
+        layers = plan.breakdown.teacher_layers
+        if len(layers) > 1:
+            progress.say(f"layers of the teacher on each GPU: {', '.join(map(str, layers))}")
+        teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size, layers=layers)
     student = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=run_dir.student_base_path)
     if acting := sorted(set(dropout_of(student).values())):
         shown = ", ".join(f"{p:g}" for p in acting)

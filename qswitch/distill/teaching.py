@@ -25,6 +25,7 @@ from qswitch.data.gather import Prompts
 from qswitch.data.loader import PromptLoader
 from qswitch.data.template import Prompt
 from qswitch.distill.cache_format import encode_rows
+from qswitch.distill.processes import Processes
 from qswitch.distill.progress import Progress
 from qswitch.distill.recovery import BatchRows
 from qswitch.distill.sequence import TrainingSequence, ground_truth_sequence
@@ -122,18 +123,79 @@ def require_store(config: RunConfig, prepared: Prepared) -> None:
     stored.held_out(prompts.held_out, [0] * len(prompts.held_out))
 
 
-def write_store(folder: Path, config: RunConfig, prepared: Prepared, *, rows: int, spread: bool = False) -> About:
+def write_store(
+    folder: Path,
+    config: RunConfig,
+    prepared: Prepared,
+    *,
+    rows: int,
+    spread: bool = False,
+    layers: Sequence[int] | None = None,
+    processes: Processes | None = None,
+) -> About:
     """Write what is missing of a store, `rows` sequences at a time, and return what it says of itself.
 
-    With `spread` the teacher may be larger than the device (`load_teacher`).
+    With `spread` the teacher may be larger than the device, and `layers` lie on each of several GPUs (`load_teacher`).
+    Several processes take the missing parts in turn. What a part holds does not depend on who writes it; the first
+    process writes what is not in a part.
 
     Raises:
         RunDirError: the folder is a store for another run.
         ModelError, TrainingError: as their messages say.
     """
     pair, prompts = prepared.pair, prepared.prompts
-    progress = Progress(None)
-    about = about_run(config, pair, prompts.train, prompts.held_out)
+    processes = processes or Processes()
+    progress = Progress(None, quiet=not processes.is_first)
+    ours = about_run(config, pair, prompts.train, prompts.held_out)
+    about = processes.from_first(lambda: _opened(folder, ours, progress))
+    written = processes.from_first(lambda: {path.name for path in folder.glob("part-*")})
+    runtime = make_runtime(config.train)
+    several = f", in each of {processes.count} processes" if processes.count > 1 else ""
+    progress.say(f"loading the teacher ({config.teacher.precision}) on {runtime.device}{several}")
+    teacher = processes.each(
+        lambda: load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size, spread=spread, layers=layers)
+    )
+    writer = _Writer(config, pair, teacher, rows, progress)
+    if about.rows == "hidden":
+        head = processes.from_first(lambda: write_head(folder, writer.teacher.head))
+        about = replace(about, head=head)
+    total = config.train.max_steps * config.train.sequences_per_step + len(prompts.held_out)
+    done = 0
+    waiting: list[tuple[Path, Kind, list[Item]]] = []
+
+    def write_own() -> float:
+        started = time.perf_counter()
+        for path, kind, items in waiting[processes.rank : processes.rank + 1]:
+            write_part(path, kind, *writer.write(kind, items))
+        return time.perf_counter() - started
+
+    def write_waiting() -> None:
+        nonlocal about
+        if waiting:
+            seconds = max(processes.everyone(write_own))
+            about = replace(about, seconds=about.seconds + seconds)
+            processes.from_first(lambda: write_about(folder, about))
+            waiting.clear()
+        progress.loading("the teacher works", done, total)
+
+    for number, (kind, items) in enumerate(_parts(config, prompts.train, prompts.held_out)):
+        done += len(items)
+        if part_path(folder, number).name not in written:
+            waiting.append((part_path(folder, number), kind, items))
+        if len(waiting) == processes.count:
+            write_waiting()
+    write_waiting()
+    about = replace(about, complete=True)
+    processes.from_first(lambda: write_about(folder, about))
+    return about
+
+
+def _opened(folder: Path, about: About, progress: Progress) -> About:
+    """What a store for this run says of itself before more is written; its damaged parts are gone.
+
+    Raises:
+        RunDirError: the folder is a store for another run.
+    """
     if (folder / "store.json").exists():
         written = read_about(folder)
         if (difference := differs(about, written)) is not None:
@@ -142,25 +204,6 @@ def write_store(folder: Path, config: RunConfig, prepared: Prepared, *, rows: in
         for path, reason in damaged_parts(folder).items():
             progress.say(f"{path.name} is damaged ({reason}); it is written again")
             shutil.rmtree(path)
-    write_about(folder, about)
-    runtime = make_runtime(config.train)
-    progress.say(f"loading the teacher ({config.teacher.precision}) on {runtime.device}")
-    teacher = load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size, spread=spread)
-    writer = _Writer(config, pair, teacher, rows, progress)
-    if about.rows == "hidden":
-        about = replace(about, head=write_head(folder, writer.teacher.head))
-        write_about(folder, about)
-    total = config.train.max_steps * config.train.sequences_per_step + len(prompts.held_out)
-    done = 0
-    for number, (kind, items) in enumerate(_parts(config, prompts.train, prompts.held_out)):
-        path, started = part_path(folder, number), time.perf_counter()
-        if not path.is_dir():
-            write_part(path, kind, *writer.write(kind, items))
-            about = replace(about, seconds=about.seconds + time.perf_counter() - started)
-            write_about(folder, about)
-        done += len(items)
-        progress.loading("the teacher works", done, total)
-    about = replace(about, complete=True)
     write_about(folder, about)
     return about
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qswitch.config import RunConfig
-from qswitch.distill.adapter_card import how_trained, licence_lines
+from qswitch.distill.adapter_card import by_processes, how_trained, licence_lines
 from qswitch.hub import is_hub_id
 from qswitch.outside import user_path
 
@@ -32,12 +32,13 @@ def model_card(config: RunConfig, name: str, summary: dict[str, Any], merge_erro
         header.append(f"base_model: {base}")
     header += ["tags:", "- distillation", f"- {config.method}", "- qswitch", "---", ""]
     cut = f", cut to {config.student.shrink_to_layers} layers" if config.student.shrink_to_layers else ""
+    steps = summary.get("steps", config.train.max_steps)
     lines = [
         f"# {name}, distilled with qswitch",
         "",
         f"- Student: {student}{cut}",
         *([f"- Teacher: {teacher} ({config.teacher.precision})"] if config.learns_from_teacher else []),
-        f"- Training: {how_trained(config)}, {summary.get('steps', config.train.max_steps)} steps",
+        f"- Training: {how_trained(config)}, {steps} steps{by_processes(summary)}",
         f"- Adapter: {_adapter_line(config)}; weights saved in {dtype}",
         f"- Merge check: merging changed logits by at most {merge_error:.2g} against base + adapter",
     ]

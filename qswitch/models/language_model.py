@@ -113,9 +113,9 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where passes are computed; of layers that wait elsewhere for their turn it is the place of the turn."""
-        place = getattr(getattr(self.hf, "_hf_hook", None), "execution_device", None)
-        return next(self.hf.parameters()).device if place is None else torch.device(place)
+        """Where passes begin and end; of layers that wait elsewhere for their turn it is the place of the turn."""
+        first = next(self.hf.parameters()).device
+        return torch.device(self.hf._hf_hook.execution_device) if first.type == "meta" else first
 
     @property
     def generation_eos_ids(self) -> tuple[int, ...]:

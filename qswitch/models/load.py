@@ -6,6 +6,7 @@ import importlib.util
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qswitch.config import StudentSection, TeacherSection
 from qswitch.errors import ModelError
 from qswitch.models.architecture import on_meta
 from qswitch.models.finite import require_finite
+from qswitch.models.gpus import begin_on, device_map, gpus_of_teacher
 from qswitch.models.language_model import LanguageModel, verify_head
 from qswitch.models.messages import explained, first_line, quiet, say_once
 from qswitch.models.quantise import QUANTISED, check_stored, keep_from_repacking, quantization_config
@@ -53,21 +55,30 @@ def read_tokenizer(resolved: ResolvedModel, trust_remote_code: bool = False) -> 
 
 
 def load_teacher(
-    teacher: TeacherSection, runtime: Runtime, *, vocab_size: int | None = None, spread: bool = False
+    teacher: TeacherSection,
+    runtime: Runtime,
+    *,
+    vocab_size: int | None = None,
+    spread: bool = False,
+    layers: Sequence[int] | None = None,
 ) -> LanguageModel:
     """The teacher, frozen and in eval mode, in `teacher.precision`, with its fine-tuned adapter if it has one.
 
-    With `spread` layers that do not fit the device wait in host memory, and on disk, for their turn on it.
+    With `spread` layers that do not fit the device wait in host memory, and on disk, for their turn on it. With
+    `teacher.num_gpus` above 1, `layers` says how many lie on each GPU; None: as many as on the others.
 
     Raises:
-        ModelError: it cannot be found, read, quantised, or is no decoder-only model.
+        ModelError: it cannot be found, read, quantised, or is no decoder-only model; there are too few GPUs.
     """
     if spread and (teacher.precision in (*QUANTISED, "stored") or teacher.adapter is not None):
         raise ModelError(
             "Layers that come and go cannot be quantised or have an adapter beside them. Leave --spread out, or set "
             "teacher.precision=bf16 and use a merged teacher."
         )
-    hf = load_base(teacher, runtime, teacher.precision, spread=spread)
+    gpus = gpus_of_teacher(teacher, runtime)
+    if spread and len(gpus) > 1:
+        raise ModelError("--spread is for one GPU. Leave it out, or teacher.num_gpus.")
+    hf = load_base(teacher, runtime, teacher.precision, spread=spread, gpus=gpus, layers=layers)
     if teacher.adapter is not None:
         folder = find_adapter(teacher.adapter, "teacher.adapter")
         hf = with_adapter(
@@ -137,10 +148,12 @@ def load_base(
     *,
     base_path: Path | None = None,
     spread: bool = False,
+    gpus: Sequence[int] = (),
+    layers: Sequence[int] | None = None,
 ) -> Any:
     """The transformers model of a section, on the device, in its or the given precision.
 
-    `base_path` names a folder to read instead of `section.model`.
+    `base_path` names a folder to read instead of `section.model`. For the rest see `read_model`.
 
     Raises:
         ModelError: as `load_teacher`.
@@ -150,7 +163,7 @@ def load_base(
     else:
         resolved = resolve_reference(section.model, section.revision)
     precision = resolve_precision(precision or section.precision, runtime)
-    return read_model(resolved, runtime, precision, section.trust_remote_code, spread=spread)
+    return read_model(resolved, runtime, precision, section.trust_remote_code, spread=spread, gpus=gpus, layers=layers)
 
 
 def resolve_precision(precision: str, runtime: Runtime) -> str:
@@ -175,8 +188,12 @@ def read_model(
     trust_remote_code: bool = False,
     *,
     spread: bool = False,
+    gpus: Sequence[int] = (),
+    layers: Sequence[int] | None = None,
 ) -> Any:
     """Read a resolved model in a precision, checked to be a complete decoder-only model.
+
+    With `spread` layers that do not fit wait elsewhere; over several `gpus` lie so many `layers` on each.
 
     Weights asked for in bf16 where the run computes wider are rounded to bf16 and then kept in the compute dtype (said
     once): a CPU without bf16 units is 25 times slower in it. Where the run computes in fp16 they are read as fp16.
@@ -203,6 +220,8 @@ def read_model(
         say_once(f"{resolved.name}: of this {whole.model_type} model the text part is used ({config.model_type})")
     if precision in (*QUANTISED, "stored") or runtime.device.type == "cuda":
         options["device_map"] = {"": runtime.device}  # tensor by tensor; a model never lies in host memory as a whole
+    if len(gpus) > 1:
+        options["device_map"] = device_map(meta, gpus, layers)
     narrow = torch.float16 if runtime.compute_dtype == torch.float16 else torch.bfloat16
     load_dtype = {"bf16": narrow, "fp32": torch.float32}.get(precision, runtime.compute_dtype)
     stored = check_stored(config, resolved.name, precision, runtime.device)
@@ -231,6 +250,8 @@ def read_model(
             f"{resolved.name}: the files lack {len(missing)} tensors of a {type(model).__name__} (for example "
             f"{', '.join(missing[:3]) or info.get('mismatched_keys')}). Use a complete causal language model."
         )
+    if len(gpus) > 1:
+        begin_on(model, gpus[0])
     if spread:
         model._qswitch_offloaded = offloaded  # the files go with the model
     elif precision == "bf16" and runtime.compute_dtype in (torch.float32, torch.float64):
@@ -243,7 +264,7 @@ def read_model(
     elif precision == "fp32" and runtime.compute_dtype == torch.float64:
         model = model.to(torch.float64)
         model.set_experts_implementation("eager")  # the grouped product of experts has no fp64
-    if precision not in (*QUANTISED, "stored") and not spread:
+    if precision not in (*QUANTISED, "stored") and not spread and len(gpus) <= 1:
         model = model.to(runtime.device)
     keep_from_repacking(model, trains=False, compute_dtype=runtime.compute_dtype)
     remedy = "Download or convert the model again."

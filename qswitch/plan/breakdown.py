@@ -6,10 +6,13 @@ Pure; knows no budget and makes no choice (`scheduler.py`), and how a part is co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from qswitch.config import RunConfig
+from qswitch.errors import ConfigError
 from qswitch.launch import GRADIENT_BUCKET_BYTES
 from qswitch.plan import memory
+from qswitch.plan.cards import Card, best_split, further_cards
 from qswitch.plan.machine import Machine
 from qswitch.plan.shapes import ModelShape
 from qswitch.units import GIB
@@ -30,10 +33,21 @@ class Breakdown:
     """Part -> bytes in host memory beside a GPU; empty on a CPU, where the device is the host."""
     disk: dict[str, int]
     """Part -> bytes in the run directory and the model cache."""
+    teacher_layers: tuple[int, ...]
+    """Layers of the teacher on each of the process's GPUs."""
+    further: tuple[Card, ...] = ()
+    """The GPUs after the first, of a teacher that lies on several."""
+
+    @property
+    def fullest_phases(self) -> dict[str, int]:
+        """Phase -> peak bytes of the device that holds most in it."""
+        return {name: max(size, *(card.phases.get(name, 0) for card in self.further), 0)
+                for name, size in self.phases.items()}  # fmt: skip
 
     @property
     def total_bytes(self) -> int:
-        return max(self.phases.values())
+        """The largest phase of the fullest device."""
+        return max(self.fullest_phases.values())
 
 
 def break_down(
@@ -43,6 +57,27 @@ def break_down(
     config = share_of(config, processes)
     if config.awaits_text:
         return _teacher_before(config, teacher, student, machine, processes)
+    measured = partial(_break_down, config, teacher, student, machine, processes)
+    num_gpus = config.teacher.num_gpus if config.needs_teacher and machine.device == "cuda" else 1
+    if num_gpus == 1:
+        return measured((teacher.num_layers,))
+
+    def peaks(found: Breakdown) -> tuple[int, int]:
+        return max(found.phases.values()), max(card.total_bytes for card in found.further)
+
+    return best_split(teacher.num_layers, num_gpus, measured, peaks)
+
+
+def _break_down(
+    config: RunConfig,
+    teacher: ModelShape,
+    student: ModelShape,
+    machine: Machine,
+    processes: int,
+    layers: tuple[int, ...],
+) -> Breakdown:
+    """The bytes of one process with so many of the teacher's layers on each of its GPUs."""
+    here = teacher if len(layers) == 1 else teacher.with_layers(layers[0])
     on_gpu, b, acc = machine.device == "cuda", machine.compute_bytes, machine.accumulate_bytes
     section, train, rollout, cache = config.student, config.train, config.rollout, config.cache
     full = section.adapter == "none"
@@ -54,8 +89,8 @@ def break_down(
 
     # ------------------------------------------------------------------------------------------ what stays
     needed = config.needs_teacher  # SFT: no second model, no rollout
-    teacher_bytes = memory.weight_bytes(teacher, config.teacher.precision, b, any_width=on_gpu) if needed else 0
-    teacher_adapter_bytes = memory.attached_adapter_bytes(teacher, config.teacher, b) if needed else 0
+    teacher_bytes = memory.weight_bytes(here, config.teacher.precision, b, any_width=on_gpu) if needed else 0
+    teacher_adapter_bytes = memory.attached_adapter_bytes(here, config.teacher, b) if needed else 0
     # The head scores cached hidden states and the held-out responses, so it never leaves.
     head_bytes = memory.head_bytes(teacher, config.teacher.precision, b) if needed else 0
     stored = config.learns_from_teacher and not needed  # its outputs are read from the store, chunk by chunk
@@ -108,7 +143,7 @@ def break_down(
     round_steps = _round_steps(config, vocab)
     slots = memory.cache_slots(prompt, rollout.max_new_tokens, round_steps - 1)
     decode = {
-        "teacher_kv_cache": memory.kv_cache_bytes(teacher, rows, slots, b, drafts=round_steps > 1),
+        "teacher_kv_cache": memory.kv_cache_bytes(here, rows, slots, b, drafts=round_steps > 1),
         "student_kv_cache": memory.kv_cache_bytes(student, rows, slots, b, drafts=round_steps > 1),
         "rollout_logits": memory.rollout_vocabulary_bytes(rows, round_steps, vocab, acc),
         "kept_hidden": memory.kept_hidden_bytes(teacher.hidden_size, sequences, rows, rollout.max_new_tokens, b),
@@ -120,7 +155,7 @@ def break_down(
     }
     # Small buffers are kept through training, with the passes that were recorded over them.
     graphs = {
-        "teacher": rollout.teacher_graphs == "auto" and config.teacher.residency == "resident",
+        "teacher": rollout.teacher_graphs == "auto" and config.teacher.residency == "resident" and len(layers) == 1,
         "student": rollout.student_graphs == "auto" and not full,
     }
     buffers = {"teacher": memory.kv_buffer_bytes(teacher, rows, slots, b),
@@ -190,7 +225,11 @@ def break_down(
         "checkpoints": _checkpoint_bytes(config, num_trainable * acc, optimizer_bytes),
         "student_base": student.num_parameters * 2 if section.shrink_to_layers is not None else 0,
     }
-    return Breakdown(parts, phases, host, disk)
+    further = further_cards(
+        config, teacher, machine, layers, rows=rows, slots=slots, drafts=round_steps > 1,
+        pass_tokens=max(rows * prompt, micro * tokens if scores else 0),
+    )  # fmt: skip
+    return Breakdown(parts, phases, host, disk, layers, further)
 
 
 def _allowance_at_peak(phases: dict[str, int], allowance: dict[str, int]) -> int:
@@ -200,7 +239,16 @@ def _allowance_at_peak(phases: dict[str, int], allowance: dict[str, int]) -> int
 def _teacher_before(
     config: RunConfig, teacher: ModelShape, student: ModelShape, machine: Machine, processes: int
 ) -> Breakdown:
-    """The bytes of a run whose teacher writes everything as text, and leaves before the student comes."""
+    """The bytes of a run whose teacher writes everything as text, and leaves before the student comes.
+
+    Raises:
+        ConfigError: the teacher is to lie on several GPUs.
+    """
+    if config.teacher.num_gpus > 1:
+        raise ConfigError(
+            f"teacher.num_gpus={config.teacher.num_gpus} is not for a teacher with another tokenizer than the student, "
+            "which writes text and leaves before the student comes. Leave it out."
+        )
     half = config.model_copy(update={"data": config.data.model_copy(update={"ground_truth_mix": 1.0})})
     learning = break_down(half, teacher, student, machine, processes=1)
     on_gpu, b = machine.device == "cuda", machine.compute_bytes
@@ -221,7 +269,7 @@ def _teacher_before(
     parts |= {name: max(size, parts[name]) for name, size in {**decode, "load_buffer": buffer}.items()}
     if phases["write"] == max(phases.values()):
         parts["fragmentation"] = allowance
-    return Breakdown(parts, phases, learning.host, learning.disk)
+    return Breakdown(parts, phases, learning.host, learning.disk, (teacher.num_layers,))
 
 
 def teacher_writes(

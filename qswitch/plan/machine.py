@@ -131,10 +131,11 @@ def parse_size(text: str | int | float) -> int:
     return size
 
 
-def find_budget(train: TrainSection, *, vram: str | None = None, gpu: str | None = None) -> Budget:
+def find_budget(train: TrainSection, *, vram: str | None = None, gpu: str | None = None, num_gpus: int = 1) -> Budget:
     """The named budget, else a named card's free memory, else what this machine has free.
 
-    A named budget or card is a GPU's, also where this machine has none, unless train.device is cpu.
+    A named budget or card is a GPU's, also where this machine has none, unless train.device is cpu. Of `num_gpus` it is
+    that of each, so of those here what the fullest has left.
 
     Raises:
         ConfigError: both are named, the card is not in the table, or nothing can be found out.
@@ -151,18 +152,26 @@ def find_budget(train: TrainSection, *, vram: str | None = None, gpu: str | None
         return Budget(card.free_bytes, free, "cuda", card)
     if vram is not None:
         return Budget(parse_size(vram), f"--vram {vram}", None if train.device == "cpu" else "cuda")
-    size, origin = detect_budget_bytes(train.device)
+    size, origin = detect_budget_bytes(train.device, num_gpus)
     return Budget(size, origin)
 
 
-def detect_budget_bytes(device: Literal["auto", "cuda", "cpu"] = "auto") -> tuple[int, str]:
+def detect_budget_bytes(device: Literal["auto", "cuda", "cpu"] = "auto", num_gpus: int = 1) -> tuple[int, str]:
     """Free memory of the GPU that torch will use, else what the host can still give: (bytes, where it is from).
+
+    Of the first `num_gpus` GPUs the one that has least.
 
     Of several processes on this machine each has a GPU of its own, or an equal part of the host's memory.
     """
     if device != "cpu":
-        gpu = _detect_gpu()
-        if gpu is not None:
+        gpus = [gpu for gpu in (_detect_gpu(), *map(_detect_gpu, range(1, num_gpus))) if gpu is not None]
+        if 0 < len(gpus) < num_gpus:
+            raise ConfigError(
+                f"teacher.num_gpus={num_gpus}, but nvidia-smi shows {len(gpus)} to this process. Lower it, or see "
+                "CUDA_VISIBLE_DEVICES."
+            )
+        if gpus:
+            gpu = min(gpus, key=lambda gpu: gpu.free_bytes)
             return gpu.free_bytes, f"free memory of {gpu.label} (nvidia-smi)"
         if device == "cuda":
             raise ConfigError(
@@ -195,9 +204,9 @@ class _DetectedGpu:
     """CUDA compute capability; None where the driver is too old to say."""
 
 
-def _detect_gpu() -> _DetectedGpu | None:
-    """This process's GPU (torch's cuda:0 where there is one process), as nvidia-smi sees it; cold, since torch takes
-    seconds and a CUDA context.
+def _detect_gpu(index: int | None = None) -> _DetectedGpu | None:
+    """This process's GPU (torch's cuda:0 where there is one process), or that of an index, as nvidia-smi sees it; cold,
+    since torch takes seconds and a CUDA context.
 
     CUDA_VISIBLE_DEVICES is read as CUDA reads it: indices or UUIDs, one for each process; empty or -1 hides all.
     CUDA orders by speed where CUDA_DEVICE_ORDER does not say PCI_BUS_ID, nvidia-smi by bus: on a machine with unlike
@@ -205,7 +214,7 @@ def _detect_gpu() -> _DetectedGpu | None:
     """
     program = shutil.which("nvidia-smi")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    index = launched().local_rank
+    index = launched().local_rank if index is None else index
     first: str | None = str(index) if index else None
     if visible is not None:
         first = visible.split(",")[index].strip() if index < len(visible.split(",")) else ""

@@ -64,9 +64,18 @@ def render(plan: Plan, advice: Sequence[str], budget_origin: str) -> str:
     lines += ["", "Sizes, chosen for the budget (--set changes them)"]
     lines += _table({name: str(value) for name, value in plan.choices.items()})
     breakdown = plan.breakdown
+    further = [
+        (f"Memory of GPU {number} by part, GiB, {card.total_bytes / GIB:.2f} at its peak", _named(card.parts))
+        for number, card in enumerate(breakdown.further, 1)
+    ]
+    first = " of GPU 0" if further else ""
     for title, sizes in (
-        ("Memory at the peak of each phase, GiB", {PHASE_TEXTS[name]: size for name, size in plan.phases.items()}),
-        ("Memory by part, GiB (not all at once)", _named(plan.parts)),
+        (
+            f"Memory{first} at the peak of each phase, GiB",
+            {PHASE_TEXTS[name]: size for name, size in plan.phases.items()},
+        ),
+        (f"Memory{first} by part, GiB (not all at once)", _named(plan.parts)),
+        *further,
         (f"Host memory, GiB, {plan.host_bytes / GIB:.2f} in all", _named(breakdown.host)),
         (f"Disk, GiB, {plan.disk_bytes / GIB:.2f} in all", _named(breakdown.disk)),
     ):
@@ -78,14 +87,22 @@ def render(plan: Plan, advice: Sequence[str], budget_origin: str) -> str:
 
 
 def _verdict(plan: Plan, budget_origin: str) -> str:
-    phase = max(plan.phases, key=plan.phases.__getitem__)
-    needed = f"{plan.total_gib:.2f} GiB at the peak, {PHASE_TEXTS[phase]}"
+    phase, _, where = _fullest(plan)
+    needed = f"{plan.total_gib:.2f} GiB at the peak, {PHASE_TEXTS[phase]}{where}"
     if plan.budget_bytes is None:
         return f"Needs {needed}{' in each process' if plan.processes > 1 else ''}."
     verdict = "Fits" if plan.fits else "Does not fit"
     if plan.processes > 1:
         verdict += f" each of {plan.processes} {'cards' if plan.machine.device == 'cuda' else 'processes'}"
     return f"{verdict}: {needed}; the budget is {plan.budget_bytes / GIB:.2f} ({budget_origin})."
+
+
+def _fullest(plan: Plan) -> tuple[str, Mapping[str, int], str]:
+    """The phase in which most memory is taken, the parts of the GPU on which it is, and where that is, in words."""
+    gpus = [(plan.parts, plan.phases), *((card.parts, card.phases) for card in plan.breakdown.further)]
+    number = max(range(len(gpus)), key=lambda i: max(gpus[i][1].values()))
+    parts, phases = gpus[number]
+    return max(phases, key=phases.__getitem__), parts, f" on GPU {number}" if len(gpus) > 1 else ""
 
 
 def _time(plan: Plan) -> str:
@@ -147,12 +164,12 @@ _PHASE_NAMES = {
 def shortage(plan: Plan, which: str = "even at its smallest") -> str:
     """What a plan that does not fit needs, part by part, against the budget; `which` says of what sizes it is."""
     assert plan.budget_bytes is not None, "a plan without a budget always fits"
-    phase = max(plan.phases, key=plan.phases.__getitem__)
+    phase, parts, where = _fullest(plan)
     shown = _PHASE_NAMES[phase]
-    sizes = {label: sum(plan.parts.get(p, 0) for p in names) for label, names in SHORT_NAMES.items() if label in shown}
+    sizes = {label: sum(parts.get(p, 0) for p in names) for label, names in SHORT_NAMES.items() if label in shown}
     listed = ", ".join(f"{label} {size / GIB:.1f}" for label, size in sizes.items() if size >= 0.05 * GIB)
     return (
-        f"The plan needs {plan.total_gib:.2f} GiB in its {phase} phase {which} ({listed}); "
+        f"The plan needs {plan.total_gib:.2f} GiB in its {phase} phase{where} {which} ({listed}); "
         f"the budget is {plan.budget_bytes / GIB:.2f}."
     )
 

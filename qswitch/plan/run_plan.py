@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """The largest phase."""
+        """The largest phase, on the fullest GPU."""
         return self.breakdown.total_bytes
 
     @property
@@ -66,7 +66,13 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """For `qswitch plan --json` and RUN/plan.json: sizes in GiB (2**30 bytes)."""
         better = self.next_better
-        several = {} if self.processes == 1 else {"processes": self.processes}
+        several: dict[str, Any] = {} if self.processes == 1 else {"processes": self.processes}
+        if self.breakdown.further:
+            several["teacher_layers"] = list(self.breakdown.teacher_layers)
+            several["further_gpus"] = [
+                {"total_gib": in_gib(card.total_bytes), "parts": {n: in_gib(size) for n, size in card.parts.items()}}
+                for card in self.breakdown.further
+            ]
         return several | {
             "fits": self.fits,
             "budget_gib": None if self.budget_bytes is None else in_gib(self.budget_bytes),

@@ -162,7 +162,7 @@ def plan_for(
     if (problem := unequal_shares(config, processes)) is not None:
         raise ConfigError(problem)
     config = with_tokenizer(config)
-    budget = find_budget(config.train, vram=vram, gpu=gpu)
+    budget = find_budget(config.train, vram=vram, gpu=gpu, num_gpus=config.teacher.num_gpus)
     plan = plan_run(
         config,
         budget_bytes=budget.num_bytes,
@@ -234,7 +234,7 @@ def _candidates(config: RunConfig, processes: int = 1) -> Iterator[Iterator[RunC
         for device_budget in sorted({config.cache.device_budget_gib, 0.0}, reverse=True)
     ]
     residencies = ["swap"] if config.teacher.residency == "swap" else ["resident", "swap"]
-    if config.passes_text:  # it has left before the student comes
+    if config.passes_text or config.teacher.num_gpus > 1:  # it has left before the student comes, or lies elsewhere
         residencies = ["resident"]
     rows = _row_counts(share * config.rollout.steps_at_once)
     sizes = [n for n in range(1, micro + 1) if share % n == 0]

@@ -6,17 +6,20 @@ Arithmetic over shapes, as the plan of a run (`breakdown.py`, `cost.py`); no stu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from qswitch.config import RunConfig
 from qswitch.errors import PlanError
 from qswitch.plan import memory
 from qswitch.plan.breakdown import teacher_writes
+from qswitch.plan.cards import Card, best_split, further_cards
 from qswitch.plan.cost import pass_seconds
 from qswitch.plan.machine import Budget, Machine
 from qswitch.plan.render import duration
 from qswitch.plan.run_plan import in_gib
 from qswitch.plan.scheduler import model_shapes
+from qswitch.plan.shapes import ModelShape
 from qswitch.units import GIB
 
 
@@ -37,10 +40,17 @@ class TeachingPlan:
     seconds: float | None
     """On the machine's card, by arithmetic; None for a CPU."""
     budget: Budget
+    processes: int = 1
+    """That share the sequences; sizes in memory are those of each, disk and time of all together."""
+    teacher_layers: tuple[int, ...] = ()
+    """Layers on each of the process's GPUs."""
+    further: tuple[Card, ...] = ()
+    """The GPUs after the first, of a teacher that lies on several."""
 
     @property
     def total_bytes(self) -> int:
-        return sum(self.parts.values())
+        """Of the fullest device."""
+        return max(sum(self.parts.values()), *(card.total_bytes for card in self.further), 0)
 
     def to_dict(self) -> dict[str, Any]:
         """For `qswitch teach --dry-run --json`: sizes in GiB."""
@@ -53,16 +63,23 @@ class TeachingPlan:
             "disk_gib": in_gib(self.disk_bytes),
             "sequences": self.num_sequences,
             "seconds": self.seconds,
+            "processes": self.processes,
+            "teacher_layers": list(self.teacher_layers),
+            "further_gpus_gib": [in_gib(card.total_bytes) for card in self.further],
         }
 
     def render(self) -> str:
         """For people."""
+        each = f" in each of {self.processes} processes" if self.processes > 1 else ""
         lines = [
-            f"The teacher alone needs {self.total_bytes / GIB:.2f} GiB with {self.rows} sequences at a time; the "
+            f"The teacher alone needs {self.total_bytes / GIB:.2f} GiB{each} with {self.rows} sequences at a time; the "
             f"budget is {self.budget.num_bytes / GIB:.2f} ({self.budget.origin}).",
             f"The store takes up to {self.disk_bytes / GIB:.2f} GiB of disk, for {self.num_sequences:,} sequences at "
             "most.",
         ]
+        if self.further:
+            layers = ", ".join(map(str, self.teacher_layers))
+            lines.append(f"It lies on {len(self.teacher_layers)} GPUs, of which that is the fullest; layers: {layers}.")
         if self.host_bytes:
             lines.append(f"Layers of {self.host_bytes / GIB:.2f} GiB stay in host memory and pass by the device.")
         if self.seconds is not None:
@@ -71,18 +88,25 @@ class TeachingPlan:
 
 
 def plan_teaching(
-    config: RunConfig, budget: Budget, machine: Machine, *, num_prompts: int | None = None, spread: bool = False
+    config: RunConfig,
+    budget: Budget,
+    machine: Machine,
+    *,
+    num_prompts: int | None = None,
+    spread: bool = False,
+    processes: int = 1,
 ) -> TeachingPlan:
     """The plan with the most rows, up to rollout.batch_size, that fits the budget.
 
     `num_prompts` are trained on, where that is known; with `spread` layers that do not fit stay in host memory.
+    `processes` share the sequences, each with the whole teacher and a budget of this size.
 
     Raises:
         PlanError: not even one row fits.
     """
     rows = config.rollout.batch_size
     while True:
-        plan = _with_rows(config, budget, machine, rows, num_prompts, spread)
+        plan = _with_rows(config, budget, machine, rows, num_prompts, spread, processes)
         if plan.total_bytes <= budget.num_bytes:
             return plan
         if rows == 1:
@@ -96,21 +120,52 @@ def plan_teaching(
 
 
 def _with_rows(
-    config: RunConfig, budget: Budget, machine: Machine, rows: int, num_prompts: int | None, spread: bool
+    config: RunConfig,
+    budget: Budget,
+    machine: Machine,
+    rows: int,
+    num_prompts: int | None,
+    spread: bool,
+    processes: int,
 ) -> TeachingPlan:
     teacher, student = model_shapes(config)
+    measured = partial(_measured, config, budget, machine, teacher, student, rows, num_prompts, spread, processes)
+    num_gpus = config.teacher.num_gpus if machine.device == "cuda" else 1
+    if num_gpus == 1:
+        return measured((teacher.num_layers,))
+    return best_split(
+        teacher.num_layers, num_gpus, measured,
+        lambda plan: (sum(plan.parts.values()), max(card.total_bytes for card in plan.further)),
+    )  # fmt: skip
+
+
+def _measured(
+    config: RunConfig,
+    budget: Budget,
+    machine: Machine,
+    teacher: ModelShape,
+    student: ModelShape,
+    rows: int,
+    num_prompts: int | None,
+    spread: bool,
+    processes: int,
+    layers: tuple[int, ...],
+) -> TeachingPlan:
+    """The plan with so many of the teacher's layers on each GPU."""
+    here = teacher if len(layers) == 1 else teacher.with_layers(layers[0])
     b, on_gpu = machine.compute_bytes, machine.device == "cuda"
     new, precision = config.rollout.max_new_tokens, config.teacher.precision
     tokens = config.data.max_prompt_tokens + new
     vocab = min(teacher.vocab_size, student.vocab_size)
     imitates = config.loss.objective == "divergence"
     row_bytes = memory.cache_row_bytes(config.cache.format, teacher.hidden_size, vocab, config.cache.topk, b)
-    weights = memory.weight_bytes(teacher, precision, b, any_width=on_gpu)
-    weights += memory.attached_adapter_bytes(teacher, config.teacher, b)
+    weights = memory.weight_bytes(here, precision, b, any_width=on_gpu)
+    weights += memory.attached_adapter_bytes(here, config.teacher, b)
     # The held-out prompts are answered whatever the method, so the teacher always decodes.
     working = {
         "kept_hidden": memory.kept_hidden_bytes(teacher.hidden_size, rows, rows, new, b),
         **teacher_writes(config, teacher, vocab, machine, rows, read_tokens=tokens),
+        "kv_cache": memory.kv_cache_bytes(here, rows, slots, b, drafts=False),
     }
     fixed = {"cuda_context": memory.CUDA_CONTEXT_BYTES} if on_gpu else {"process": memory.PROCESS_BYTES}
     host = 0
@@ -133,4 +188,8 @@ def _with_rows(
         read = pass_seconds(teacher, precision, rows * tokens, 0, machine) / rows
         mix = config.data.ground_truth_mix
         seconds = held_out * write + drawn * ((1 - mix) * write + (mix * read if imitates else 0.0))
-    return TeachingPlan(rows, parts, host, disk, drawn + held_out, seconds, budget)
+        seconds /= processes
+    further = further_cards(
+        config, teacher, machine, layers, rows=rows, slots=slots, pass_tokens=rows * tokens, drafts=False
+    )
+    return TeachingPlan(rows, parts, host, disk, drawn + held_out, seconds, budget, processes, layers, further)

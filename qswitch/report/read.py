@@ -199,7 +199,8 @@ def facts(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], run_di
     if skipped:
         found.append(("steps without an intervention", str(skipped)))
     if summary.get("device"):
-        found.append(("device", str(summary["device"])))
+        by = f", {summary['processes']} processes" if summary.get("processes", 1) > 1 else ""
+        found.append(("device", f"{summary['device']}{by}"))
     return found
 
 

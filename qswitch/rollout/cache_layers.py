@@ -19,6 +19,7 @@ from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionLa
 
 from qswitch.models.architecture import HYBRID_LAYERS, cache_layers
 from qswitch.models.language_model import LanguageModel
+from qswitch.rollout.transfer import OnEachDevice
 
 
 class SlotBuffers:
@@ -47,11 +48,14 @@ class SlotBuffers:
                 x.new_zeros((self._num_rows, x.shape[1], self._num_slots, x.shape[3])) for x in (keys, values)
             )
 
-    def pack(self, rows: Tensor, slots: Tensor, width: int) -> None:
-        """Let the first rows be `rows` int64 [r], their `slots` int64 [r, w] ending at slot `width`."""
-        start = width - slots.shape[1]
+    def pack(self, all_rows: OnEachDevice, all_slots: OnEachDevice, width: int) -> None:
+        """Let the first rows be those of an index int64 [r], their slots, of an index int64 [r, w], end at `width`."""
         for buffer in (self.keys, self.values):
-            if buffer is not None and len(rows):
+            if buffer is None:
+                continue
+            rows, slots = all_rows.on(buffer.device), all_slots.on(buffer.device)
+            start = width - slots.shape[1]
+            if len(rows):
                 heads = torch.arange(buffer.shape[1], device=rows.device)[None, :, None]
                 buffer[: len(rows), :, start:width] = buffer[rows[:, None, None], heads, slots[:, None, :]]
 
@@ -167,9 +171,9 @@ def copied(states: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [None if state is None else state.clone() for state in states]
 
 
-def selected(states: Sequence[Tensor | None], rows: Tensor) -> list[Tensor | None]:
-    """The states of `rows` int64 [r]."""
-    return [None if state is None else state[rows] for state in states]
+def selected(states: Sequence[Tensor | None], rows: OnEachDevice) -> list[Tensor | None]:
+    """The states of rows, an index int64 [r]."""
+    return [None if state is None else state[rows.on(state.device)] for state in states]
 
 
 def joined(
@@ -187,12 +191,13 @@ def joined(
 
 def mixed(new_rows: Tensor, new: Sequence[Tensor | None], old: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The new states where `new_rows` bool [R], the old ones elsewhere."""
+    is_new = OnEachDevice(new_rows)
     result: list[Tensor | None] = []
     for a, b in zip(new, old, strict=True):
         if a is None:
             result.append(None)
         else:
-            result.append(torch.where(new_rows.view(-1, *[1] * (a.dim() - 1)), a, _or_zeros(b, len(a), a)))
+            result.append(torch.where(is_new.on(a.device).view(-1, *[1] * (a.dim() - 1)), a, _or_zeros(b, len(a), a)))
     return result
 
 

@@ -34,7 +34,7 @@ from qswitch.rollout.cache_layers import (
     set_recurrent_states,
 )
 from qswitch.rollout.step_graph import StepGraphs
-from qswitch.rollout.transfer import to_device
+from qswitch.rollout.transfer import OnEachDevice, to_device
 
 MAX_HOLE_SHARE = 0.25
 """Holes, as a share of the live slots, beyond which a state is packed anew."""
@@ -219,11 +219,12 @@ class KVState:
         slots = torch.full((len(live), width), EMPTY, dtype=torch.int64, device=device)
         if order.shape[1]:
             slots[: len(rows), width - order.shape[1] :] = held.gather(1, order)
+        rows_everywhere, order_everywhere = OnEachDevice(index), OnEachDevice(order)
         for layer in self._slot_layers:
-            layer.buffers.pack(index, order, width)
+            layer.buffers.pack(rows_everywhere, order_everywhere, width)
             layer.filled = width
         if self.is_recurrent:
-            set_recurrent_states(self._layers, selected(recurrent_states(self._layers), index))
+            set_recurrent_states(self._layers, selected(recurrent_states(self._layers), rows_everywhere))
         self._lengths = self._lengths[index]
         self._live, self._first = live, width - live
         self._slots = slots

@@ -28,3 +28,17 @@ def to_host(values: Tensor) -> Tensor:
     if values.device.type != "cuda":
         return values
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+
+
+class OnEachDevice:
+    """An index that tensors of several devices read: on each device one copy, made when it is first asked for."""
+
+    def __init__(self, index: Tensor) -> None:
+        self._copies = {index.device: index}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The index there; from another GPU nobody waits for it."""
+        if device not in self._copies:
+            index = next(iter(self._copies.values()))
+            self._copies[device] = index.to(device, non_blocking=True)
+        return self._copies[device]

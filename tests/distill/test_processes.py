@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,18 +15,21 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from qswitch.config import TrainSection
 from qswitch.distill import supply
-from qswitch.distill.processes import Processes
+from qswitch.distill.processes import Processes, joined
 from qswitch.distill.supply import AdaptiveShare
 from qswitch.distill.trainer import Trainer
-from qswitch.errors import ConfigError, DataError, Interrupted, NonFiniteError, PlanError
+from qswitch.errors import ConfigError, DataError, Interrupted, ModelError, NonFiniteError, PlanError
 from qswitch.launch import Launch, launched
-from qswitch.layers import dump_config
+from qswitch.layers import build_config, dump_config
+from qswitch.models.runtime import make_runtime
 from qswitch.run import distill, resume
 from qswitch.run_dir import RunDir
 from tests.distill.test_trainer import folders
 from tests.distill.test_training_by_method import with_method
 from tests.distill.worlds import let_share_grow
+from tests.pretended_cuda import pretended_cuda
 
 __all__ = ["folders"]
 
@@ -54,7 +58,10 @@ def config_of(folders: Any, name: str, **more: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def worlds(folders: Any, tmp_path_factory: Any) -> tuple[Path, list[list[list[dict[str, Any]]]]]:
-    """Every run of several processes that the tests below look at, started together: (folder, answers[world][rank])."""
+    """Every run of several processes that the tests below look at, started together: (folder, answers[world][rank]).
+
+    A first world of one process writes what the stores of the others are compared with.
+    """
     folder = tmp_path_factory.mktemp("worlds")
     for name in METHODS:
         (folder / f"{name}.yaml").write_text(dump_config(config_of(folders, name)))
@@ -64,8 +71,24 @@ def worlds(folders: Any, tmp_path_factory: Any) -> tuple[Path, list[list[list[di
     other_data = folder / "data.jsonl"
     other_data.write_text(Path(folders[2]).read_text().replace("it is 7", "it is seven"))
 
+    stored = config_of(folders, "kd").model_dump(mode="json", exclude_unset=True)
+    stored["teacher"]["responses"] = str(folder / "cut")
+    del stored["train"]["eval_own_prompts"]
+    (folder / "stored.yaml").write_text(dump_config(build_config(stored)))
+
     def new(name: str, path: str, **more: Any) -> dict[str, Any]:
         return {"config": str(folder / f"{name}.yaml"), "path": str(folder / path), **more}
+
+    def store(path: str) -> dict[str, Any]:
+        return {"config": str(folder / "kd.yaml"), "store": str(folder / path)}
+
+    def with_copy(of: str, to: str, **accident: Any) -> dict[str, Any]:
+        return {"copy_of": str(folder / of), "to": str(folder / to), **accident}
+
+    def resumed_store(path: str, **accident: Any) -> dict[str, Any]:
+        return {"resume_store": str(folder / path), **with_copy("1-store", path, **accident)}
+
+    one = [store("1-store")]
 
     two = [new(name, f"2-{name}") for name in METHODS]
     two += [new("switch", "to-one", stop_at=1, stop_rank=1)]
@@ -74,18 +97,20 @@ def worlds(folders: Any, tmp_path_factory: Any) -> tuple[Path, list[list[list[di
     # One name for two files, as on two machines.
     here = {f"set_{rank}": {"data.train": "data.jsonl"} for rank in (0, 1)}
     two += [new("switch", "other-data", cwd_0=str(Path(folders[2]).parent), cwd_1=str(folder), **here)]
+    two += [store("2-store"), resumed_store("2-resumed", without=["part-000001", "part-000004"])]
+    two += [new("stored", "of-cut", **with_copy("1-store", "cut", cut=["part-000001/rows.safetensors"]))]
     three = [new(name, f"3-{name}") for name in THREE]
-    three += [{"resume": str(folder / "to-three"), "copy_of": str(folder / "to-one")}]
+    three += [{"resume": str(folder / "to-three"), **with_copy("to-one", "to-three")}]
+    three += [resumed_store("3-resumed", without=["part-000000", "part-000003"], cut=["part-000002/rows.safetensors"])]
     three += [new("switch", "unequal", set_0=(shape := {"train.gradient_accumulation_steps": 2}), set_1=shape,
-                  set_2=shape)]  # fmt: skip
-    request = [{"processes": 2, "runs": two}, {"processes": 3, "runs": three}]
+                  set_2=shape, escapes=True)]  # fmt: skip
+    request = [{"processes": 1, "runs": one}, {"processes": 2, "runs": two}, {"processes": 3, "runs": three}]
     subprocess.run(
         [sys.executable, "-m", "tests.distill.worlds", str(folder)], input=json.dumps(request), text=True, check=True,
         timeout=1200, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return folder, [
-        [json.loads((folder / f"{number}-{rank}.json").read_text()) for rank in range(one["processes"])]
-        for number, one in enumerate(request)
+        [json.loads((folder / f"{number}-{rank}.json").read_text()) for rank in range(number + 1)] for number in (1, 2)
     ]
 
 
@@ -134,6 +159,9 @@ def test_several_processes_end_with_the_adapter_of_one(worlds, alone, count: str
             assert mine[key] == other[key], (mine["step"], key)
         for key in mine.keys() & {"loss", "grad_norm", "kl_nats", "response_loss_nats", "teacher_share", "jsd_bits"}:
             assert mine[key] == (None if other[key] is None else pytest.approx(other[key], abs=limit, rel=limit)), key
+    for path, says in ((folder / f"{count}-{name}", True), (alone[name], False)):
+        assert (f"steps in {count} processes." in (path / "adapter" / "README.md").read_text()) == says
+        assert (f", {count} processes" in (path / "report.html").read_text()) == says
     if name == "distillm":
         assert {line["batch"] for line in ours if "batch" in line} == {"ground_truth", "rollout", "replay"}
 
@@ -154,11 +182,39 @@ def test_processes_that_would_do_different_runs_are_refused_by_each_with_one_mes
     for path, answers, number, pattern in (
         ("other-rate", two, 0, "Process 1 would do another run than process 0: train.learning_rate is 0.25 there"),
         ("other-data", two, 1, "Process 1 would do another run than process 0: the training prompts are others there"),
+        ("of-cut", two, 2, "rows.safetensors has"),
         ("unequal", three, 0, "3 processes cannot share the 4 sequences of a step equally"),
     ):
         said = [[one for one in answer if "error" in one][number] for answer in answers]
         assert all(pattern in one["error"] and one["exit_code"] == 2 for one in said), said
         assert not (folder / path).exists(), "nothing was begun"
+    assert sorted(answer[-1]["said_elsewhere"] for answer in three) == [False, True, True], "one of them says it"
+
+
+def test_several_processes_write_the_store_of_one(worlds):
+    """Bit for bit, also what was missing or damaged, whoever writes it."""
+    folder, _ = worlds
+    files = sorted(path.relative_to(folder / "1-store") for path in (folder / "1-store").rglob("*") if path.is_file())
+    assert len({path.parts[0] for path in files if path.parts[0].startswith("part-")}) == 5
+    for name in ("2-store", "2-resumed", "3-resumed"):
+        found = sorted(path.relative_to(folder / name) for path in (folder / name).rglob("*") if path.is_file())
+        assert found == files and json.loads((folder / name / "store.json").read_text())["complete"]
+        for path in files:
+            if path.name != "store.json":  # which says how long it took
+                assert (folder / name / path).read_bytes() == (folder / "1-store" / path).read_bytes(), (name, path)
+
+
+def test_a_port_in_use_and_a_process_without_a_card_are_named(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        values = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+                  "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}  # fmt: skip
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match="is in use by another program"), joined():
+            pass
+    with pretended_cuda(1), pytest.raises(ModelError, match="torch sees 1 GPUs, so process 0 has none") as refused:
+        make_runtime(TrainSection(device="cuda"))
+    assert refused.value.exit_code == 2
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

@@ -20,7 +20,8 @@ import yaml
 
 import qswitch.distill.session
 import qswitch.report.page
-from qswitch.distill import supply
+from qswitch import teach
+from qswitch.distill import supply, teaching
 from qswitch.distill.processes import joined
 from qswitch.distill.supply import AdaptiveShare
 from qswitch.distill.trainer import Trainer
@@ -45,7 +46,11 @@ _OBSERVE, _PHI_STEP = AdaptiveShare.observe, supply.PHI_STEP
 
 
 def do(run: dict[str, Any], rank: int) -> dict[str, Any]:
-    """One run, new or resumed; `stop_at` asks for a stop in the process `stop_rank`, after so many steps."""
+    """One run or store, new or resumed, or the error that it ended with, unless the error `escapes`.
+
+    `stop_at` asks for a stop in the process `stop_rank`, after so many steps. `copy_of` is a folder that is copied
+    first, to `to`, `without` some of its parts, others `cut`.
+    """
     original = Trainer.train_step
 
     def stopping(self: Trainer) -> Any:
@@ -60,35 +65,57 @@ def do(run: dict[str, Any], rank: int) -> dict[str, Any]:
         Trainer.train_step = stopping  # type: ignore[method-assign]
     try:
         if "copy_of" in run and rank == 0:  # the others wait for the first process before they read
-            shutil.copytree(run["copy_of"], run["resume"])
+            copy(run)
         if "resume" in run:
             return {"summary": resume(Path(run["resume"])).kl_after_nats}
+        if "resume_store" in run:
+            return {"complete": teach.resume(Path(run["resume_store"])).complete}
         settings = yaml.safe_load(Path(run["config"]).read_text())
         for key, value in run.get(f"set_{rank}", {}).items():
             section, _, name = key.partition(".")
             settings[section][name] = value
+        if "store" in run:
+            return {"complete": teach.teach(build_config(settings), Path(run["store"])).complete}
         return {"summary": distill(build_config(settings), Path(run["path"])).kl_after_nats}
     except Interrupted:
         return {"interrupted": True}
     except QSwitchError as error:
+        if run.get("escapes"):
+            raise
         return {"error": str(error), "exit_code": error.exit_code}
     finally:
         Trainer.train_step = original  # type: ignore[method-assign]
         supply.PHI_STEP, AdaptiveShare.observe = _PHI_STEP, _OBSERVE  # type: ignore[method-assign]
 
 
+def copy(run: dict[str, Any]) -> None:
+    """A folder as it would be after an accident."""
+    folder = Path(run["to"])
+    shutil.copytree(run["copy_of"], folder)
+    for name in run.get("without", ()):
+        shutil.rmtree(folder / name)
+    for name in run.get("cut", ()):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+
 def world(count: int, rank: int, port: int, runs: list[dict[str, Any]], answer: Path) -> None:
     """The life of one process."""
     os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                    "LOCAL_WORLD_SIZE": str(count), "MASTER_PORT": str(port)}  # fmt: skip
-    with joined() as processes:
-        found = [do(run, rank) | {"rank": processes.rank} for run in runs]
+    found = []
+    try:
+        with joined() as processes:
+            for run in runs:
+                found.append(do(run, rank) | {"rank": processes.rank})
+    except QSwitchError as error:
+        found.append({"error": str(error), "exit_code": error.exit_code, "said_elsewhere": error.said_elsewhere})
     answer.write_text(json.dumps(found))
 
 
 def main() -> None:
     """Forks every process of every world, and waits for all of them."""
     request, folder = json.loads(sys.stdin.read()), Path(sys.argv[1])
+    teaching.PART_SEQUENCES = 5
     children = []
     gc.freeze()  # what is imported stays: the runs' many collections need not look at it
     for number, one in enumerate(request):
