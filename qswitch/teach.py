@@ -92,7 +92,8 @@ def _work(
     budget = smallest_budget(config, vram, processes)
     from qswitch.models.pair import with_own_tokenizer
 
-    processes.in_turn(lambda: _require_teachable(config if problems else with_own_tokenizer(config)))
+    if not any(processes.gather(bool(problems))):
+        processes.in_turn(lambda: _require_teachable(with_own_tokenizer(config)))
     prepared = processes.in_turn(lambda: read_inputs(config, problems, processes))
     num_prompts = prepared.prompts.report.training_prompts
     config = with_steps(config, num_prompts)

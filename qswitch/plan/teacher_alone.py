@@ -162,6 +162,7 @@ def _measured(
     weights = memory.weight_bytes(here, precision, b, any_width=on_gpu)
     weights += memory.attached_adapter_bytes(here, config.teacher, b)
     # The held-out prompts are answered whatever the method, so the teacher always decodes.
+    slots = memory.cache_slots(config.data.max_prompt_tokens, new, 0)
     working = {
         "kept_hidden": memory.kept_hidden_bytes(teacher.hidden_size, rows, rows, new, b),
         **teacher_writes(config, teacher, vocab, machine, rows, read_tokens=tokens),
