@@ -55,7 +55,8 @@ def device_map(causal: Any, gpus: Sequence[int], layers: Sequence[int] | None = 
 
 def begin_on(causal: Any, gpu: int) -> None:
     """Let a model that was read by a `device_map` take its inputs on this GPU; accelerate takes any of the map."""
-    causal._hf_hook.execution_device = torch.device("cuda", gpu)
+    if hasattr(causal, "_hf_hook"):  # not where the map names one GPU alone
+        causal._hf_hook.execution_device = torch.device("cuda", gpu)
 
 
 def _beside(module: nn.Module, layers: str, prefix: str = "") -> Iterator[str]:
