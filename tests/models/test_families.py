@@ -3,6 +3,7 @@ plain transformers.
 
 BY_DEFAULT of them go the whole way in every run of the tests, all of them with `make families`, which also writes the
 table of docs/models.md from what it found. What the plan says of each is compared with the loaded models in every run.
+The file is long because half of it is one table, so that a new family is a row.
 """
 
 from __future__ import annotations

@@ -242,7 +242,7 @@ def test_block_lengths_may_change_at_every_round(pairs, name):
     seen = 0
     for seed in range(8):
         requests = draw_requests(random.Random(seed), 10)
-        reference, _ = write(pairs["gemma3"], POLICIES[name], requests)
+        reference, _ = write(pairs["gemma3"], POLICIES[name], requests, batch_size=10)
         blocks = Whimsical(seed)
         written, stats = write(pairs["gemma3"], POLICIES[name], requests, batch_size=4, blocks=blocks)
         assert all(same(a, b) for a, b in zip(reference, written, strict=True))
