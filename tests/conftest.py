@@ -19,10 +19,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SLOWEST_FIRST = (
     "rollout/test_engines.py", "compare/test_compare.py", "distill/test_processes.py", "models/test_families.py",
-    "distill/test_pretended_device.py", "test_docs.py", "distill/test_recovery.py", "distill/test_residency_runs.py",
-    "distill/test_trainer.py", "distill/test_training_by_method.py", "distill/test_checkpoint.py",
-    "distill/test_not_finite.py", "distill/test_stored_teacher.py", "distill/test_supply.py", "rollout/test_hybrids.py",
-    "evaluate/test_evaluate.py", "faults/test_faults.py", "test_bad_inputs.py", "test_rules.py",
+    "rollout/test_hybrids.py", "distill/test_pretended_device.py", "test_docs.py", "distill/test_recovery.py",
+    "distill/test_residency_runs.py", "distill/test_trainer.py", "distill/test_training_by_method.py",
+    "distill/test_checkpoint.py", "distill/test_not_finite.py", "distill/test_stored_teacher.py",
+    "distill/test_supply.py", "evaluate/test_evaluate.py", "test_bad_inputs.py", "test_rules.py",
 )  # fmt: skip
 """Files of more than ten seconds, so that none of them is left to one worker at the end (`--no-loadscope-reorder`)."""
 MODULES_BETWEEN_FREEZES = 20
