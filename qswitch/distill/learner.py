@@ -25,6 +25,7 @@ from qswitch.distill.recovery import Recovery
 from qswitch.distill.sequence import TrainingSequence
 from qswitch.distill.stored_teacher import StoredTeacher
 from qswitch.errors import NonFiniteError
+from qswitch.models.host_memory import trim_heap
 from qswitch.models.language_model import LanguageModel
 
 logger = logging.getLogger(__name__)
@@ -198,6 +199,8 @@ class Learner:
                 raise NonFiniteError("teacher", "outputs for the loss are")
             raise NonFiniteError("student", "loss is")
         self._accelerator.backward(loss)
+        if self._device.type == "cpu":
+            trim_heap()  # what a micro-batch leaves behind would add to the peak of the next
         self._recovery.check_host_memory()
         return value
 

@@ -27,7 +27,16 @@ def release_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return
+    else:
+        trim_heap()
+
+
+def trim_heap() -> None:
+    """Let glibc give back the pages of its free lists.
+
+    Decoding leaves holes of many sizes in the heap. Training fills them again, whatever the mapping threshold, and a
+    hole that is freed stays resident: after a demo's first micro-batch 0.9 GiB of the heap were free and held.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)
