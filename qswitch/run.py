@@ -263,7 +263,8 @@ def _carry_out(run_dir: RunDir, prepared: Prepared, plan: Plan, *, resumes: bool
         run_dir.record_changes()
         run_dir.write_json("data.json", prepared.prompts.report.to_dict())
         run_dir.write_json("plan.json", plan.to_dict())
-        config, peaks = run_dir.config, None
+        config = run_dir.config
+        peaks: PhasePeaks | None = None
         if config.awaits_text:
             config, prepared, peaks = _pass_text(run_dir, prepared, plan, processes)
         summary = train(run_dir, prepared, plan, resumes=resumes, processes=processes, config=config, peaks=peaks)

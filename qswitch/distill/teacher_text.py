@@ -89,7 +89,8 @@ def _require_same(folder: Path, about: dict[str, Any]) -> None:
     if not (folder / _ABOUT).is_file():
         return
     written = read_json(folder / _ABOUT, dict[str, Any])
-    difference = differs(About(**about), About(**{name: written.get(name) for name in about}))
+    theirs: dict[str, Any] = {name: written.get(name) for name in about}
+    difference = differs(About(**about), About(**theirs))
     if difference is not None:
         raise RunDirError(
             f"The teacher's text in {folder} is for another run: it has {difference}. Remove that folder to have it "
@@ -168,7 +169,9 @@ def _texts(
     limit = config.rollout.max_new_tokens
     requests = [RolloutRequest(p.example_id, visit, p.prompt_ids, p.max_new_tokens or limit) for p, visit in items]
     # As in a run with one tokenizer: held-out responses have a seed of their own, and are sampled.
-    of_run = {"seed": config.seed, "temperature": config.rollout.temperature}
+    seed, temperature = config.seed, config.rollout.temperature
+    if kind == HELD_OUT:
+        seed, temperature = VALIDATION_SEED, 1.0
     written, _ = batch.attempt(
         teacher.device,
         partial(
@@ -180,7 +183,8 @@ def _texts(
             eos_ids=pair.eos_ids,
             pad_id=pair.pad_id,
             keep="nothing",
-            **(of_run if kind == TRAINING else {"seed": VALIDATION_SEED, "temperature": 1.0}),
+            seed=seed,
+            temperature=temperature,
         ),
     )
     return [as_text(pair, one.response_ids) for one in written]
@@ -199,7 +203,8 @@ def _records(config: RunConfig, wanted: set[int]) -> dict[int, Record]:
     """The training records of some example ids, which count on from one weighted set to the next."""
     data = config.data
     groups: list[str | list[str]] = [data.train] if data.weights is None else [*data.train]
-    found, first = {}, 0
+    found: dict[int, Record] = {}
+    first = 0
     for group in groups:
         count = 0
         for record in iter_records(data, group, limit=data.limit, split=data.split):

@@ -76,7 +76,7 @@ def student_half(config: RunConfig, training: Sequence[Path], held_out: Sequence
     Their records are ours, so nothing that says how to read the user's is left.
     """
     files = {"train": [*map(str, training)], "validation": [*map(str, held_out)]}
-    said = {"weights": None, "limit": None, "columns": {}, "split": "train", "validation_split": None,
+    said: dict[str, Any] = {"weights": None, "limit": None, "columns": {}, "split": "train", "validation_split": None,
             "system_prompt": None, "ground_truth_mix": 1.0}  # fmt: skip
     return config.model_copy(update={"data": config.data.model_copy(update={**files, **said})})
 

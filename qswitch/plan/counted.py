@@ -82,7 +82,7 @@ def text_part(config: Any) -> Any:
 
     text = getattr(config, "text_config", None)
     whole, part = (str(CAUSAL.get(getattr(one, "model_type", None), "")) for one in (config, text))
-    if whole.endswith("ForCausalLM") or not part.endswith("ForCausalLM"):
+    if text is None or whole.endswith("ForCausalLM") or not part.endswith("ForCausalLM"):
         return config
     text = copy.deepcopy(text)
     text.tie_word_embeddings = config.tie_word_embeddings  # what the text says of it, transformers does not read

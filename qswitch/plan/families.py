@@ -321,7 +321,9 @@ def _gemma4(values: _Values, model_type: str) -> ModelShape:
     ]
     # As transformers saves it; as it is published, the layers without a window have values of their own.
     written = values.optional("per_layer_config", None)
-    layers, further, cached = [], [], []
+    layers: list[tuple[LinearShape, ...]] = []
+    further: list[int] = []
+    cached: list[int] = []
     for index, kind in enumerate(kinds):
         own, full = index < num_layers - shared, kind == "full_attention"
         differs = (written or {}).get(str(index)) or {}

@@ -44,18 +44,18 @@ def have_one_vocabulary(teacher: TeacherSection, student: StudentSection) -> boo
     """Whether the ids of both models mean the same; None where the files of one are not here or do not tell."""
     if (teacher.model, teacher.revision) == (student.model, student.revision):
         return True
-    files = [_tokenizer_file(section) for section in (teacher, student)]
-    if files[0] is None or files[1] is None:
+    mine, other = _tokenizer_file(teacher), _tokenizer_file(student)
+    if mine is None or other is None:
         return None
     try:
-        if files[0] == files[1] or _same_bytes(files[0], files[1]):
+        if mine == other or _same_bytes(mine, other):
             return True
-        first, second = (_tokens(path) for path in files)
+        first, second = _tokens(mine), _tokens(other)
     except (FileError, ConfigError):
         return None
     if not first or not second:
         return None
-    if ".gguf" not in (files[0].suffix, files[1].suffix):
+    if ".gguf" not in (mine.suffix, other.suffix):
         return first == second
     shared = first.keys() & second.keys()
     return sum(first[i] == second[i] for i in shared) >= SAME_SHARE * len(shared)

@@ -70,9 +70,10 @@ class Answerer:
         self.config = run_dir.config
         adapter = run_dir.trained_weights()
         self._limit = self.config.rollout.max_new_tokens if max_new_tokens is None else max_new_tokens
-        models = [self.config.student, *([] if self.config.passes_text else [self.config.teacher])]
-        self.context_tokens = min(map(context_tokens, models))
+        self.context_tokens = context_tokens(self.config.student)
         """The longest sequence that the models that may write were made for, prompt and response."""
+        if not self.config.passes_text:
+            self.context_tokens = min(self.context_tokens, context_tokens(self.config.teacher))
         if max_new_tokens is not None and max_new_tokens >= self.context_tokens:
             raise ConfigError(
                 f"--max-new-tokens {max_new_tokens}: the context of the models is {self.context_tokens} tokens, the "
