@@ -29,7 +29,7 @@ def test_a_broken_gguf_file_is_explained_and_leaves_nothing(tmp_path, monkeypatc
     monkeypatch.setenv("QSWITCH_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ModelError, match="cannot be converted"):
         resolve_reference(str(path))
-    assert not list((tmp_path / "cache" / "models").iterdir())
+    assert not list((tmp_path / "cache").rglob("*"))
 
 
 def test_a_long_conversion_says_how_far_it_is(monkeypatch, caplog):
