@@ -2,7 +2,7 @@
 #   make demo     distil SmolLM2-135M on the CPU, real weights, minutes
 #   make test     the tests that need neither a GPU nor a network, one process per core
 #   make families take every family of models the whole way; writes the table of docs/models.md
-#   make faults   kill it, fill the disk, damage files, fuzz: what is lost? about an hour
+#   make faults   kill it, fill the disk, damage files, fuzz: what is lost? about an hour; goes on where it stopped
 #   make lint     ruff and mypy
 #   make wheel    build the package and use it in an empty environment; needs a registry, minutes
 #   make browser  the report and the documentation in a headless Chromium
