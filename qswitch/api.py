@@ -8,7 +8,6 @@ progress of training, on stderr. Cold: torch is imported when something trains, 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from qswitch.config import RunConfig
 from qswitch.layers import build_config, set_layer
 from qswitch.outside import read_json
 from qswitch.presets import load_preset
-from qswitch.run_dir import RunDir
+from qswitch.run_dir import RunDir, new_run_path
 from qswitch.state_files import SummaryFile
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def distill(config: Source, output_dir: str | Path | None = None, *, vram: str |
     """
     from qswitch import run
 
-    path = Path(output_dir) if output_dir is not None else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    path = Path(output_dir) if output_dir is not None else new_run_path()
     run.distill(configure(config), path, vram=vram)
     return load_run(path)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -183,11 +182,6 @@ def _print_run(path: Path, summary: Any, as_json: bool, *, shown: bool) -> None:
         print_summary(run_dir, summary)
 
 
-def _new_run(label: str) -> Path:
-    """runs/<label>-<date>-<time>."""
-    return Path("runs") / f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
 @app.command(epilog="Example: qswitch distill --teacher TEACHER --student STUDENT --data my_prompts.jsonl")
 def distill(
     teacher: Teacher = None,
@@ -211,7 +205,7 @@ def distill(
     from qswitch import run as runs
     from qswitch.distill.processes import joined
     from qswitch.layers import set_layer
-    from qswitch.run_dir import RunDir
+    from qswitch.run_dir import RunDir, new_run_path
 
     named = Named(preset, config, overrides, teacher, student, data, method)
     with joined() as processes:
@@ -231,7 +225,7 @@ def distill(
             _print_run(resume, runs.resume(resume, vram=vram, changes=changes), as_json, shown=processes.is_first)
         else:
             settings = processes.each(lambda: load_settings(named, vram=vram))
-            path = processes.from_first(lambda: output_dir or _new_run(named.label))
+            path = processes.from_first(lambda: output_dir or new_run_path(named.label))
             _print_run(path, runs.distill(settings, path, vram=vram), as_json, shown=processes.is_first)
 
 
@@ -257,6 +251,7 @@ def sft(
     from qswitch import run as runs
     from qswitch.distill.processes import joined
     from qswitch.layers import sft_config
+    from qswitch.run_dir import new_run_path
 
     if preset is None and config is None:  # one model is enough
         teacher, student = teacher or student, student or teacher
@@ -268,7 +263,7 @@ def sft(
         if dry_run:
             _print_plan(*runs.rehearse(settings, vram=vram), as_json, shown=processes.is_first)
             return
-        path = processes.from_first(lambda: output_dir or _new_run(f"{named.label}-sft-{model}"))
+        path = processes.from_first(lambda: output_dir or new_run_path(f"{named.label}-sft-{model}"))
         _print_run(path, runs.distill(settings, path, vram=vram), as_json, shown=processes.is_first)
         if not as_json and processes.is_first:
             setting = "teacher.adapter" if model == "teacher" else "student.init_adapter"
@@ -301,6 +296,7 @@ def teach(
 
     from qswitch import teach as teaching
     from qswitch.distill.processes import joined
+    from qswitch.run_dir import new_run_path
 
     named = Named(preset, config, overrides, teacher, student, data, method)
     with joined() as processes:
@@ -312,7 +308,7 @@ def teach(
             folder, about = resume, teaching.resume(resume, vram=vram, spread=spread)
         else:
             settings = processes.each(lambda: load_settings(named, vram=vram, command="teach"))
-            folder = processes.from_first(lambda: output_dir or _new_run(f"{named.label}-teacher"))
+            folder = processes.from_first(lambda: output_dir or new_run_path(f"{named.label}-teacher"))
             if dry_run:
                 planned = teaching.rehearse(settings, vram=vram, spread=spread)
                 if processes.is_first:

@@ -7,9 +7,11 @@ no torch and no model.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -302,6 +304,13 @@ class RunDir:
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Dotted setting -> value, as JSON has it."""
     return {key: json.loads(json.dumps(value)) for key, value in flatten(config.model_dump(mode="json")).items()}
+
+
+def new_run_path(label: str = "") -> Path:
+    """runs/<label>-<date>-<time>; with a number behind it where another run began in the same second."""
+    name = f"{label}-" * bool(label) + time.strftime("%Y%m%d-%H%M%S")
+    names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
+    return next(path for path in (Path("runs") / name for name in names) if not path.exists())
 
 
 def holds_something(path: Path) -> bool:

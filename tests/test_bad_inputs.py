@@ -682,7 +682,7 @@ MODELS: dict[str, tuple[str, Break, tuple[str, ...]]] = {
     "another vocabulary": (
         "student",
         other_tokenizer(characters=CHARACTERS[::-1]),
-        ("different vocabularies", "First", "same family"),
+        ("different vocabularies", "First", "teacher's family"),
     ),
     "smaller vocabulary": (
         "student",

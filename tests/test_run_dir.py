@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qswitch import run_dir
 from qswitch.errors import ConfigError, RunDirError
 from qswitch.layers import build_config
 from qswitch.run_dir import RunDir, write_atomically
@@ -168,3 +169,13 @@ def test_a_run_without_steps_is_discarded_and_one_with_steps_stays(tmp_path, con
     started.append_metrics({"step": 1})
     started.discard_unstarted()
     assert started.config_path.exists()
+
+
+def test_a_run_without_a_name_never_takes_the_folder_of_one_that_began_in_the_same_second(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_dir.time, "strftime", lambda form: "20261129-120000")
+    for name in ("my-20261129-120000", "my-20261129-120000-2", "my-20261129-120000-3"):
+        path = run_dir.new_run_path("my")
+        assert path == Path("runs") / name
+        path.mkdir(parents=True)
+    assert run_dir.new_run_path() == Path("runs/20261129-120000")
