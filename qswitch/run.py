@@ -291,7 +291,7 @@ def _pass_text(
     from qswitch.models.pair import student_half, teacher_half
     from qswitch.models.runtime import make_runtime
 
-    peaks = PhasePeaks(make_runtime(run_dir.config.train).device, plan.phases)
+    peaks = PhasePeaks(make_runtime(run_dir.config.train).device, plan.breakdown.fullest_phases)
     peaks.enter("write")
     folder, progress = run_dir.teacher_text_path, Progress(None, quiet=not processes.is_first)
     rows = plan.config.rollout.batch_size

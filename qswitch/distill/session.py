@@ -291,7 +291,7 @@ def _plan_again(run_dir: RunDir, sizes: Sizes, plan: Plan, processes: int, peaks
         processes=processes,
     )
     run_dir.write_json("plan.json", smaller.to_dict())
-    peaks.planned = dict(smaller.phases)
+    peaks.planned = smaller.breakdown.fullest_phases
     return smaller.total_bytes
 
 

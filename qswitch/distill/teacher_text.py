@@ -8,7 +8,6 @@ rollout.max_new_tokens is marked, so that the student learns no end there. Knows
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -149,7 +148,6 @@ def _write_missing(
     if num_empty:
         say(f"{num_empty} of its responses were empty and are left out")
     del teacher
-    gc.collect()
     release_memory(runtime.device)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 from qswitch.config import RunConfig
@@ -75,7 +75,7 @@ def further_cards(
     """
     b, precision = machine.compute_bytes, config.teacher.precision
     cards = []
-    for begin, end in zip(accumulate(layers), list(accumulate(layers))[1:], strict=False):
+    for begin, end in pairwise(accumulate(layers)):
         # What a model of the first layers takes, less that of those before: exact also where layers differ.
         until, before = teacher.with_layers(end), teacher.with_layers(begin)
         parts = {
