@@ -65,6 +65,8 @@ class World:
     round_seconds: Callable[[int], float]
     """Of a round with so many rows."""
     tokens_per_round: float
+    prompt_seconds: float
+    """For one response, in which both models read its prompt: work that processes share without loss."""
     learn_seconds: Callable[[Sequence[int]], float]
     """Of responses of these lengths in one process."""
     gradient_bytes: int
@@ -72,10 +74,10 @@ class World:
 
 
 def rollout_seconds(lengths: Sequence[int], world: World) -> float:
-    """One process writes its responses: rounds for the rows that are alive, new rows join as others end."""
+    """One process reads prompts and writes responses: rounds for the rows that are alive; new rows join as others end."""
     waiting = [math.ceil(n / world.tokens_per_round) for n in lengths]
     live: list[int] = []
-    seconds = 0.0
+    seconds = len(lengths) * world.prompt_seconds
     while waiting or live:
         while waiting and len(live) < world.max_rows:
             live.append(waiting.pop(0))
@@ -164,6 +166,10 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
     def forward_seconds(num_tokens: int) -> float:
         return pass_seconds(student, student_precision, num_tokens, 0, machine)
 
+    prompt_seconds = forward_seconds(config.data.max_prompt_tokens) + pass_seconds(
+        teacher, config.teacher.precision, config.data.max_prompt_tokens, 0, machine
+    )
+
     def learn_seconds(lengths: Sequence[int]) -> float:
         """Micro-batches of similar lengths, as the learner makes them."""
         ordered, micro = sorted(lengths), config.train.per_device_train_batch_size
@@ -184,7 +190,7 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
             world = World(
                 sequences_of(count), config.rollout.batch_size,
                 log_normal(args.mean_tokens, spread, config.rollout.max_new_tokens), round_seconds,
-                (1 - kept ** (drafts + 1)) / (1 - kept), learn_seconds, trained * 4, rate,
+                (1 - kept ** (drafts + 1)) / (1 - kept), prompt_seconds, learn_seconds, trained * 4, rate,
             )  # fmt: skip
             found = simulate(world, count)
             per_s = world.sequences / found["seconds"]
@@ -261,15 +267,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         """A round as the measured passes have it: no drafts, so one of either model."""
         return times.student_seconds(rows) + float(times.teacher_seconds(rows, np.ones(1))[0])
 
-    def world(rollout_scale: float, learn_scale: float) -> World:
-        """Rounds and tokens learnt, at a price that makes a step in one process what was measured."""
+    def world(prompt_seconds: float, learn_scale: float) -> World:
         return World(
-            args.sequences, args.sequences, lambda draw: draw.choice(lengths),
-            lambda rows: rollout_scale * round_seconds(rows), 1.0, lambda own: learn_scale * sum(own), 0, 1e9,
+            args.sequences, args.sequences, lambda draw: draw.choice(lengths), round_seconds, 1.0, prompt_seconds,
+            lambda own: learn_scale * sum(own), 0, 1e9,
         )  # fmt: skip
 
-    unscaled = simulate(world(1.0, 1.0), 1)
-    predicted = simulate(world(rollout_s / unscaled["rollout"], learn_s / unscaled["learn"]), 2)
+    # What the first run took beyond its rounds is the price of its prompts, and a token learnt costs what it did there.
+    unscaled = simulate(world(0.0, 1.0), 1)
+    prompt_seconds = max(0.0, rollout_s - unscaled["rollout"]) / args.sequences
+    predicted = simulate(world(prompt_seconds, learn_s / unscaled["learn"]), 2)
     return {
         "preset": args.preset, "sequences_per_step": args.sequences, "max_new_tokens": args.tokens, "steps": len(one),
         "tokens_per_s": {"1": round(rate(one), 2), "2": round(rate(two), 2)},
@@ -277,6 +284,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "measured_ratio": round(rate(two) / rate(one), 3),
         "predicted_ratio": round(predicted["speedup"], 3),
         "predicted": {k: round(v, 4) for k, v in predicted.items()},
+        "prompt_seconds": round(prompt_seconds, 4),
         "round_seconds": {str(n): round(round_seconds(n), 4) for n in (1, args.sequences // 2, args.sequences)},
     }  # fmt: skip
 

@@ -114,7 +114,10 @@ def test_search_and_test_share_no_prompt_and_training_has_none_of_either(tmp_pat
 def test_the_second_study_is_what_the_page_declares():
     search, test = read_comparison(STUDY / "search.yaml"), read_comparison(STUDY / "test.yaml")
     page = (ROOT / "docs/study.md").read_text(encoding="utf-8")
-    assert {c.seed for c in search.cells} == {1, 2, 3} and {c.seed for c in test.cells} == {4, 5, 6}
+    finals = script("choose").FINAL_SEEDS
+    assert [{c.seed for c in search.cells}, {*finals}, {c.seed for c in test.cells}] == [{1}, {2, 3}, {4, 5, 6}]
+    for comparison, place in ((search, "first 64 records of the\nsearch"), (test, "first 128 records of each set")):
+        assert place in page and f"first {comparison.section.evaluate.limit} records" in place
     for comparison in (search, test):
         assert f"{comparison.section.budget.amount:,.0f} response tokens" in page
     assert test.section.budget.amount >= 48_000 and test.section.evaluate.max_new_tokens == 512
@@ -146,7 +149,7 @@ def test_the_choice_follows_its_rule_and_its_files_are_comparisons(tmp_path):
     figures["seqkd-3e-3"] = (0.94, 11.0, 1.2)  # three margins better than at its other rates
     figures["share-0.25"] = (0.92, 12.5, 1.2)  # ahead by 1, 1.5 and 0 margins: the second best counts
     figures["share-0.75"] = (0.80, 10.5, 1.2)  # better in one measure alone
-    figures["rank-64"] = (0.93, 11.8, 1.19)  # better than the base, less than share-0.25
+    figures["mix-0.25"] = (0.93, 11.8, 1.19)  # better than the base, less than share-0.25
     figures["interventions"] = (0.85, 6.0, 0.9)  # far behind every rival in one measure
     (tmp_path / "results.json").write_text(json.dumps(results_of(figures)))
     command = [sys.executable, str(STUDY / "choose.py"), "finals", "--search", "results.json", "--output", "finals.yaml"]
@@ -155,9 +158,10 @@ def test_the_choice_follows_its_rule_and_its_files_are_comparisons(tmp_path):
     configs = {c.name: c.config for c in finals.cells}
     assert configs["seqkd"].train.learning_rate == 3e-3 and configs["gkd"].train.learning_rate == 1e-3
     assert {n for n in configs if n.startswith("best")} == {"best-3e-4", "best-1e-3", "best-3e-3"}
-    assert configs["best-3e-4"].rollout.teacher_share == 0.25 and configs["best-3e-4"].student.lora.r == 16
+    assert configs["best-3e-4"].rollout.teacher_share == 0.25 and configs["best-3e-4"].data.ground_truth_mix == 0
     both = configs["combined-3e-3"]
-    assert (both.rollout.teacher_share, both.student.lora.r, both.loss.scope) == (0.25, 64, "all")
+    assert (both.rollout.teacher_share, both.data.ground_truth_mix, both.loss.scope) == (0.25, 0.25, "all")
+    assert {c.seed for c in finals.cells} == {2, 3}, "not the seed that was chosen by"
 
     last = {name: (1.0, 11.0, 1.2) for name in configs}
     last["combined-3e-3"] = (0.9, 13.0, 1.1)
@@ -167,7 +171,7 @@ def test_the_choice_follows_its_rule_and_its_files_are_comparisons(tmp_path):
     test = read_comparison(tmp_path / "test.yaml")
     chosen = {c.name: c.config for c in test.cells}
     recipe = chosen["recipe"]
-    assert (recipe.rollout.teacher_share, recipe.student.lora.r, recipe.train.learning_rate) == (0.25, 64, 3e-3)
+    assert (recipe.rollout.teacher_share, recipe.data.ground_truth_mix, recipe.train.learning_rate) == (0.25, 0.25, 3e-3)
     assert recipe.loss.divergence_teacher_tokens == "forward_kl" and chosen["seqkd"].train.learning_rate == 3e-3
     assert chosen["distillm"].train.eval_steps == 5 and test.section.test is not None
 
