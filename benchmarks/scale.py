@@ -74,7 +74,7 @@ class World:
 
 
 def rollout_seconds(lengths: Sequence[int], world: World) -> float:
-    """One process reads prompts and writes responses: rounds for the rows that are alive; new rows join as others end."""
+    """One process reads prompts and writes: rounds for the rows that are alive, new rows join as others end."""
     waiting = [math.ceil(n / world.tokens_per_round) for n in lengths]
     live: list[int] = []
     seconds = len(lengths) * world.prompt_seconds
@@ -93,12 +93,10 @@ def simulate(world: World, processes: int, seed: int = 0) -> dict[str, float]:
     divide = Processes(Launch(processes)).divide
     owners = divide([1.0] * world.sequences)
     exchange = reduce_seconds(world.gradient_bytes, processes, world.link_bytes_per_s)
-    write, learn, alone, rebalanced = (
-        [],
-        [],
-        [],
-        [],
-    )  # of each step: by process, by process, in one process, the slowest
+    write: list[list[float]] = []  # of each step, by process
+    learn: list[list[float]] = []
+    alone: list[float] = []  # of each step, in one process
+    rebalanced: list[float] = []  # of each step, the slowest
 
     def shares(lengths: Sequence[int], owners: Sequence[int]) -> list[list[int]]:
         return [[n for n, owner in zip(lengths, owners, strict=True) if owner == rank] for rank in range(processes)]
