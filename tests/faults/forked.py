@@ -123,6 +123,9 @@ def preload() -> None:
     import qswitch.run
 
     torch.set_num_threads(1)
+    # A fork finds torch's thread pool without its threads and makes another at its next use. That must not be several
+    # threads' use at once, as the loading of weights is: all but one of them would see no pool at all, and fail.
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
     typer.main.get_command = functools.cache(typer.main.get_command)
     typer.main.get_command(qswitch.cli.app)
     qswitch.report.page.page_template()
