@@ -17,6 +17,7 @@ from qswitch.config import LossSection
 from qswitch.distill.logit_cache import Targets
 from qswitch.distill.loss import chunked_divergence, language_model_loss
 from qswitch.distill.sequence import TrainingSequence
+from qswitch.models.host_memory import trim_heap
 from qswitch.models.language_model import LanguageModel
 from qswitch.rollout.policy import STUDENT, TEACHER
 
@@ -92,6 +93,8 @@ class StudentObjective(nn.Module):
         """
         loss = self.settings
         hidden = self.hidden_at(batch)
+        if hidden.device.type == "cpu":
+            trim_heap()  # what the pass freed is resident still, and would add to the peak, which the first chunk is
         if targets is None:
             labels = batch.input_ids[batch.rows, batch.columns + 1]
             return language_model_loss(
