@@ -20,7 +20,7 @@ from qswitch.data.template import Prompt, PromptEncoder, template_source
 from qswitch.distill.recovery import BatchRows
 from qswitch.distill.teacher_distance import ModelView, distances, view_of
 from qswitch.errors import ConfigError, DataError
-from qswitch.evaluate.own import OwnView, free_model_memory, read_by_teacher
+from qswitch.evaluate.own import OwnView, read_by_teacher
 from qswitch.evaluate.protocol import Protocol
 from qswitch.evaluate.score_table import render
 from qswitch.evaluate.scores import SetScores, compare_positions, compare_scores, score_set
@@ -29,6 +29,7 @@ from qswitch.evaluate.subjects import LoadedSubject, Subject
 from qswitch.evaluate.testset import TestSet, clash_of_names, encode_test_set, load_test_set
 from qswitch.evaluate.versions import versions
 from qswitch.evaluate.write import YARDSTICK_SEED, write_responses
+from qswitch.models.host_memory import release_memory
 from qswitch.models.language_model import output_rows
 from qswitch.models.vocab import check_tokenizers
 from qswitch.run_dir import locked
@@ -256,8 +257,9 @@ def _teacher_views(
         views[test_set.name] = rows.attempt(
             loaded.model.device, partial(view_of, loaded.model, sequences, pad_id=loaded.pad_id)
         )
+    place = loaded.model.device
     del loaded
-    free_model_memory()
+    release_memory(place)
     return views
 
 
@@ -322,8 +324,9 @@ def _answer(
             read = partial(view_of, loaded.model, sequences, pad_id=loaded.pad_id)
             view = rows.attempt(loaded.model.device, read)
             waiting.append(OwnView(what, unread_ids, view, loaded.pad_id, own_measured))
+    place = loaded.model.device
     del loaded
-    free_model_memory()
+    release_memory(place)
     return waiting
 
 

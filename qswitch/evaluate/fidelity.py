@@ -9,7 +9,6 @@ Letters: `T` response tokens, `D` hidden width, `V` shared vocabulary.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
 import re
@@ -30,6 +29,7 @@ from qswitch.errors import ConfigError, ModelError
 from qswitch.evaluate.intervals import Estimate, mean_interval
 from qswitch.evaluate.score_table import markdown_table
 from qswitch.evaluate.versions import versions
+from qswitch.models.host_memory import release_memory
 from qswitch.models.language_model import Head, LanguageModel
 from qswitch.models.load import context_tokens, load_teacher
 from qswitch.models.pair import TokenizerPair, load_pair_tokenizer, with_own_tokenizer
@@ -165,7 +165,7 @@ def fidelity(
     student_view = _view(student, mixed, pair, batch)
     reference = [_view(teacher, written, pair, batch) for written in (own, mixed)]
     del teacher, student
-    _free()
+    release_memory(runtime.device)
 
     reports, failed = [], {}
     for precision in precisions:
@@ -179,7 +179,7 @@ def fidelity(
         if quantised is None or views is None:
             say(f"{precision} does not run here: {failed[precision]}")
             del quantised, views  # half a teacher would take the next one's memory
-            _free()
+            release_memory(runtime.device)
             continue
         tokens = [
             _tokens(r, q, head, quantised.head) for r, q in zip(reference[0].hidden, views[0].hidden, strict=True)
@@ -190,7 +190,7 @@ def fidelity(
         ]
         reports.append(summarise(precision, _gib(quantised), tokens, decisions))
         del quantised, views
-        _free()
+        release_memory(runtime.device)
     return {
         "teacher": resolve_reference(config.teacher.model, config.teacher.revision).name,
         "origin": origin_note(config),
@@ -274,12 +274,6 @@ def _view(model: LanguageModel, written: Sequence[Rollout], pair: TokenizerPair,
 
 def _gib(model: LanguageModel) -> float:
     return model.causal_model.get_memory_footprint() / GIB
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 # ------------------------------------------------------------------------------------------------------------- figures

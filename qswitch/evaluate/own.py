@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-
-import torch
 
 from qswitch.distill.recovery import BatchRows
 from qswitch.distill.teacher_distance import ModelView, own_distances
 from qswitch.evaluate.store import Lines
 from qswitch.evaluate.subjects import Subject
+from qswitch.models.host_memory import release_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +48,6 @@ def read_by_teacher(
         found = rows.attempt(loaded.model.device, measure)
         one.store.add([{"id": i} | asdict(d) for i, d in zip(one.ids, found, strict=True)])
         say(f"{one.what}: the teacher read {len(found)} own responses")
+    place = loaded.model.device
     del loaded
-    free_model_memory()
-
-
-def free_model_memory() -> None:
-    """Give back what a model held that nothing refers to any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory(place)
