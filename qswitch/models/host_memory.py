@@ -35,7 +35,8 @@ def trim_heap() -> None:
     """Let glibc give back the pages of its free lists.
 
     Decoding leaves holes of many sizes in the heap. Training fills them again, whatever the mapping threshold, and a
-    hole that is freed stays resident: after a demo's first micro-batch 0.9 GiB of the heap were free and held.
+    hole that is freed stays resident: after a demo's first micro-batch 0.9 GiB of the heap were free and held. So
+    it is called where a pass has left most, before the loss and after a micro-batch; it takes 40 to 80 ms in the demo.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
