@@ -310,10 +310,10 @@ class LossSection(Section):
     divergence: DivergenceName = "skew_reverse_kl"
     """p is the teacher, q the student: skew_reverse_kl = KL(q || (1-alpha) p + alpha q)."""
     divergence_teacher_tokens: DivergenceName | None = None
-    """The divergence at response tokens that the teacher wrote, sampled from p; None: loss.divergence. The data's own
-    tokens keep loss.divergence."""
+    """The divergence at response tokens that the teacher wrote; None: loss.divergence. The data's own tokens keep
+    loss.divergence."""
     divergence_student_tokens: DivergenceName | None = None
-    """The divergence at response tokens that the student wrote, sampled from q; None: loss.divergence."""
+    """The divergence at response tokens that the student wrote; None: loss.divergence."""
     alpha: float = Field(default=0.1, ge=0, lt=1)
     """Skew of the skew_ divergences."""
     beta: float = Field(default=0.5, gt=0, lt=1)

@@ -116,13 +116,31 @@ def _student_decodes(read: Read) -> bool:
     return writes_rollouts(read) and read("rollout.policy") != "teacher"
 
 
+def _by_writer(read: Read) -> list[Any]:
+    """The divergences of the tokens that train and have their writer's own; None for loss.divergence."""
+    if not writes_rollouts(read) or not _two_writers(read):
+        return []
+    names = _BY_WRITER if read("loss.scope") == "all" else _BY_WRITER[:1]
+    return [read(name) for name in names]
+
+
+def _reads_divergence(read: Read) -> bool:
+    """Whether some token trains that does not have its writer's own divergence."""
+    return None in (_by_writer(read) or [None]) or reads_responses(read)
+
+
 def _some_divergence(*names: str) -> Condition:
-    """The condition that any token's divergence has one of these names."""
-    by_writer = ("loss.divergence", "loss.divergence_teacher_tokens", "loss.divergence_student_tokens")
-    return lambda read: any(read(setting) in names for setting in by_writer)
+    """The condition that the divergence of some token that trains has one of these names."""
+
+    def condition(read: Read) -> bool:
+        common = [read("loss.divergence")] if _reads_divergence(read) else []
+        return any(name in [*_by_writer(read), *common] for name in names)
+
+    return condition
 
 
 _BY_WRITER = ("loss.divergence_teacher_tokens", "loss.divergence_student_tokens")
+_two_writers = is_one_of("rollout.policy", "switch", "random", "skd", "adaswitch")
 _switches = is_one_of("rollout.policy", "switch")
 _POLICY = "with policy {rollout.policy}"
 _SCHEDULE = "with schedule {rollout.schedule}"
@@ -205,8 +223,12 @@ UNREAD = (
         "with loss.objective=cross_entropy",
     ),
     Unread(
-        _BY_WRITER, is_one_of("rollout.policy", "switch", "random", "skd", "adaswitch"),
+        _BY_WRITER, _two_writers,
         f"{_POLICY}, whose tokens are all of one kind", "Set loss.divergence.",
+    ),
+    Unread(
+        ("loss.divergence",), _reads_divergence,
+        "with loss.scope={loss.scope}: every token that trains has the divergence of its writer",
     ),
     Unread(
         ("loss.divergence_student_tokens",), is_one_of("loss.scope", "all"),
@@ -214,11 +236,11 @@ UNREAD = (
     ),
     Unread(
         ("loss.alpha",), _some_divergence("skew_forward_kl", "skew_reverse_kl"),
-        "with loss.divergence={loss.divergence}", "Use a skew_ divergence or remove it.",
+        "with the divergences that train", "Use a skew_ divergence or remove it.",
     ),
     Unread(
         ("loss.beta",), _some_divergence("jsd"),
-        "with loss.divergence={loss.divergence}", "Use jsd or remove it.",
+        "with the divergences that train", "Use jsd or remove it.",
     ),
     Unread(("cache",), imitates, "with loss.objective=cross_entropy, which reads no teacher outputs"),
     Unread(("cache.topk",), is_one_of("cache.format", "topk"), "with cache.format={cache.format}"),

@@ -199,7 +199,8 @@ def test_every_rule_speaks_somewhere():
     ]
     others: list[dict[str, Any]] = [{"student.adapter": "none"}, {"data.template": "alpaca"}, {"epochs": 1},
                                    {"method": "kd", "teacher.responses": "store"},
-                                   {"method": "seqkd", "student.tokenizer": "own"}]  # fmt: skip
+                                   {"method": "seqkd", "student.tokenizer": "own"},
+                                   {"loss.divergence_teacher_tokens": "forward_kl"}]  # fmt: skip
     configs += [build_config(MINIMAL, other) for other in others]
     said = [text for config in configs for text in unread(reader(config)).values()]
     assert said and not any("{" in text for text in said)

@@ -61,11 +61,12 @@ def chain(output_dir: Path, *, until: str, deadline: float | None) -> None:
         if part != "search":
             path = output_dir / f"{part}.yaml"
             if not path.is_file():  # chosen once: a cell that is measured anew must not move the choice
-                command = [sys.executable, str(HERE / "choose.py"), part, "--output", str(path)]
-                command += ["--search", str(output_dir / "search/results.json")]
-                command += ["--finals", str(output_dir / "finals/results.json")] if part == "test" else []
-                run(command, deadline)
+                before = output_dir / PARTS[PARTS.index(part) - 1]
+                choice = [sys.executable, str(HERE / "choose.py"), part]
+                run([*choice, "--from", str(before), "--output", str(path)], deadline)
         run([sys.executable, "-m", "qswitch", "compare", str(path), "--output-dir", str(output_dir / part)], deadline)
+    if until == "test":
+        run([sys.executable, str(HERE / "choose.py"), "target", "--from", str(output_dir / "test")], None)
 
 
 def main() -> None:
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="stop after so many, with a checkpoint")
     arguments = parser.parse_args()
     deadline = None if arguments.seconds is None else time.monotonic() + arguments.seconds
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does, and takes the comparison along
     try:
         chain(arguments.output_dir, until=arguments.until, deadline=deadline)
     except TimeIsUp:

@@ -15,7 +15,7 @@ from qswitch.compare.spec import Cell, Comparison, TestSection
 from qswitch.evaluate.intervals import Estimate, paired_difference, standard_deviation
 from qswitch.evaluate.scores import SetScores, combine_scores, compare_positions, compare_scores, score_set
 from qswitch.evaluate.store import Lines
-from qswitch.evaluate.figures import COLUMNS, LOWER_IS_BETTER, OWN_COLUMNS, OWN_TEXT_COLUMNS
+from qswitch.evaluate.figures import BETTER, COLUMNS, OWN_COLUMNS, OWN_TEXT_COLUMNS
 from qswitch.evaluate.score_table import estimate, markdown_table, own_difference_tables, own_tables, protocol_line
 from qswitch.evaluate.versions import versions
 from qswitch.outside import read_json
@@ -127,7 +127,7 @@ def declared_test(
     verdicts = []
     ours = by_seed.get(baseline)
     for metric, margin in test.margins.items():
-        sign = 1 if metric in LOWER_IS_BETTER else -1
+        sign = -BETTER[metric]
         for name in test.against:
             theirs = by_seed.get(name)
             if not ours or not theirs or any(metric not in s.metrics for s in (*ours.values(), *theirs.values())):
@@ -299,7 +299,7 @@ def _test_table(verdicts: Sequence[Mapping[str, Any]], baseline: str) -> str:
               f"{baseline} is"]  # fmt: skip
     rows = [
         [
-            (COLUMNS | OWN_COLUMNS | OWN_TEXT_COLUMNS)[v["metric"]],
+            (COLUMNS | OWN_COLUMNS)[v["metric"]],
             v["against"],
             estimate(v["difference"]),
             ", ".join(f"{d:.3f}" for d in v["by_seed"]),

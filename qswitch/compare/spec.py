@@ -16,7 +16,7 @@ from qswitch.config import DataSection, RunConfig, Section
 from qswitch.layers import build_config, by_section, flatten, stack
 from qswitch.data.sources import reference_path
 from qswitch.errors import ConfigError, DataError
-from qswitch.evaluate.figures import METRICS
+from qswitch.evaluate.figures import BETTER
 from qswitch.evaluate.protocol import PROTOCOLS, make_protocol
 from qswitch.presets import load_preset
 from qswitch.units import MAX_ROWS, MAX_TOKENS
@@ -202,7 +202,7 @@ def read_comparison(path: Path) -> Comparison:
         known = [*named, *CONTROLS]
         problems += [f"test.against: there is no cell {n}" for n in section.test.against if n not in known]
         problems += [
-            f"test.margins.{m}: choose among {', '.join(METRICS)}" for m in section.test.margins if m not in METRICS
+            f"test.margins.{m}: choose among {', '.join(BETTER)}" for m in section.test.margins if m not in BETTER
         ]
     problems += _unlike_evaluations(cells, section)
     problems += _bad_evaluation(section)

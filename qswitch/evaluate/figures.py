@@ -12,9 +12,9 @@ COLUMNS = {
 """Metric -> heading, of what stands in every table. ROUGE-L x 100, against the references and against the teacher's
 response; KL(teacher || model) and agreement on the teacher's responses; KL(model || teacher) on the model's own."""
 OWN_COLUMNS = {
-    "own_reverse_kl_nats": "KL(model || teacher), nats/token",
-    "own_jsd_bits": "JSD, bits/token",
-    "own_log_ratio_nats": "log p(teacher) - log p(model), nats/token",
+    "own_reverse_kl_nats": COLUMNS["own_reverse_kl_nats"],
+    "own_jsd_bits": "JSD on own text, bits/token",
+    "own_log_ratio_nats": "log p(teacher) - log p(model) on own text, nats/token",
 }
 """Metric -> heading, of the table about the model's own responses."""
 OWN_TEXT_COLUMNS = {
@@ -23,5 +23,14 @@ OWN_TEXT_COLUMNS = {
     "own_repetition": "repeated 4-grams",
 }
 """Metric -> heading, of what the model's own responses are like, as shares."""
-METRICS = tuple(COLUMNS | OWN_COLUMNS | OWN_TEXT_COLUMNS)
-LOWER_IS_BETTER = ("kl_nats", "own_reverse_kl_nats", "own_jsd_bits")
+BETTER = {
+    "rouge_l": 1,
+    "rouge_l_teacher": 1,
+    "kl_nats": -1,
+    "top1_agreement": 1,
+    "own_reverse_kl_nats": -1,
+    "own_jsd_bits": -1,
+    "own_log_ratio_nats": 1,
+}
+"""Metric -> 1 where more is better, -1 where less is. What a text is like (OWN_TEXT_COLUMNS) is good where it is as the
+teacher's, so it has no direction and cannot be tested."""

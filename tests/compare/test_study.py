@@ -13,7 +13,9 @@ from types import ModuleType
 import pytest
 import yaml
 
-from qswitch.compare.spec import read_comparison
+from qswitch.compare.spec import Comparison, read_comparison
+from qswitch.config import known_keys, reader
+from qswitch.methods import OWNED
 from qswitch.presets import load_run_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,37 +145,104 @@ def results_of(figures: dict[str, tuple[float, float, float]]) -> dict:
     return {"cells": dict.fromkeys(figures, {}), "sets": {"search": {"models": models}}}
 
 
+def choose(tmp_path: Path, what: str, study: dict, figures: dict[str, tuple[float, float, float]]) -> Comparison:
+    """What choose.py makes of a comparison with these figures."""
+    folder = tmp_path / f"before-{what}"
+    folder.mkdir(exist_ok=True)
+    (folder / "compare.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    (folder / "results.json").write_text(json.dumps(results_of(figures)))
+    output = tmp_path / f"{what}.yaml"
+    command = [sys.executable, str(STUDY / "choose.py"), what, "--from", str(folder), "--output", str(output)]
+    subprocess.run(command, check=True)
+    return read_comparison(output)
+
+
 def test_the_choice_follows_its_rule_and_its_files_are_comparisons(tmp_path):
     search = yaml.safe_load((STUDY / "search.yaml").read_text())
     figures = {name: (1.0, 11.0, 1.2) for name in search["cells"]}
     figures["seqkd-3e-3"] = (0.94, 11.0, 1.2)  # three margins better than at its other rates
+    figures["random"] = (0.5, 20.0, 0.5)  # a control, however good
     figures["share-0.25"] = (0.92, 12.5, 1.2)  # ahead by 1, 1.5 and 0 margins: the second best counts
     figures["share-0.75"] = (0.80, 10.5, 1.2)  # better in one measure alone
     figures["mix-0.25"] = (0.93, 11.8, 1.19)  # better than the base, less than share-0.25
     figures["interventions"] = (0.85, 6.0, 0.9)  # far behind every rival in one measure
-    (tmp_path / "results.json").write_text(json.dumps(results_of(figures)))
-    command = [sys.executable, str(STUDY / "choose.py"), "finals", "--search", "results.json", "--output", "finals.yaml"]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    finals = read_comparison(tmp_path / "finals.yaml")
-    configs = {c.name: c.config for c in finals.cells}
+    configs = {c.name: c.config for c in choose(tmp_path, "finals", search, figures).cells}
     assert configs["seqkd"].train.learning_rate == 3e-3 and configs["gkd"].train.learning_rate == 1e-3
-    assert {n for n in configs if n.startswith("best")} == {"best-3e-4", "best-1e-3", "best-3e-3"}
+    assert configs.keys() == {
+        "gkd", "kd", "seqkd", "skd", "distillm", "sft", "best-3e-4", "best-1e-3", "best-3e-3", "combined-3e-4",
+        "combined-1e-3", "combined-3e-3",
+    }  # fmt: skip
     assert configs["best-3e-4"].rollout.teacher_share == 0.25 and configs["best-3e-4"].data.ground_truth_mix == 0
     both = configs["combined-3e-3"]
     assert (both.rollout.teacher_share, both.data.ground_truth_mix, both.loss.scope) == (0.25, 0.25, "all")
-    assert {c.seed for c in finals.cells} == {2, 3}, "not the seed that was chosen by"
+    assert {c.seed for c in read_comparison(tmp_path / "finals.yaml").cells} == {2, 3}, "not the seed chosen by"
 
     last = {name: (1.0, 11.0, 1.2) for name in configs}
     last["combined-3e-3"] = (0.9, 13.0, 1.1)
-    (tmp_path / "last.json").write_text(json.dumps(results_of(last)))
-    command[2:3] = ["test", "--finals", "last.json"]
-    subprocess.run([*command[:-1], "test.yaml"], check=True, cwd=tmp_path)
-    test = read_comparison(tmp_path / "test.yaml")
+    test = choose(tmp_path, "test", yaml.safe_load((tmp_path / "finals.yaml").read_text()), last)
     chosen = {c.name: c.config for c in test.cells}
     recipe = chosen["recipe"]
     assert (recipe.rollout.teacher_share, recipe.data.ground_truth_mix, recipe.train.learning_rate) == (0.25, 0.25, 3e-3)
     assert recipe.loss.divergence_teacher_tokens == "forward_kl" and chosen["seqkd"].train.learning_rate == 3e-3
     assert chosen["distillm"].train.eval_steps == 5 and test.section.test is not None
+
+
+def test_all_cells_of_the_test_see_the_same_data_in_the_same_order(tmp_path):
+    search = yaml.safe_load((STUDY / "search.yaml").read_text())
+    finals = choose(tmp_path, "finals", search, dict.fromkeys(search["cells"], (1.0, 11.0, 1.2)))
+    figures = dict.fromkeys((c.name for c in finals.cells), (1.0, 11.0, 1.2))
+    test = choose(tmp_path, "test", yaml.safe_load((tmp_path / "finals.yaml").read_text()), figures)
+    own = {*OWNED, "method", "train.learning_rate", "train.eval_steps", "train.eval_own_prompts"}
+    for comparison in (finals, test):
+        shared = {
+            c.name: {key: reader(c.config)(key) for key in known_keys() if key not in own} for c in comparison.cells
+        }
+        for name, values in shared.items():
+            assert values == shared["gkd"], name
+
+
+@pytest.mark.parametrize(("better", "expected"), [
+    ({"mix-0.25": 2.0, "share-0.25": 1.0}, {"data.ground_truth_mix": 0.25, "rollout.teacher_share": 0.25}),
+    # Of two cells about who writes, or about which divergence trains where, the better one.
+    ({"relative": 2.0, "share-0.25": 1.0}, None),
+    ({"forward-jsd": 2.0, "both-skew-reverse": 1.0}, None),
+    ({"interventions": 2.0, "forward-jsd": 1.0, "reuse-2": 0.5}, {"loss.scope": "interventions", "rollout.reuse": 2}),
+    # The best cell with another rate is no combination: the finals have every rate.
+    ({"share-0.25": 2.0, "recipe-3e-3": 1.0}, None),
+])  # fmt: skip
+def test_a_combination_mixes_no_two_cells_of_one_decision(better, expected):
+    program = script("choose")
+    search, declared = (yaml.safe_load((STUDY / f"{name}.yaml").read_text()) for name in ("search", "test"))
+    figures = {name: (1.0, 11.0, 1.2) for name in search["cells"]}
+    figures |= {name: (1.0 - 0.02 * gain, 11.0 + gain, 1.2) for name, gain in better.items()}
+    cells = program.finals(search, results_of(figures), declared)["cells"]
+    best = {**search["cells"][next(iter(better))]["settings"], "train.learning_rate": 0.001}
+    assert cells["best-1e-3"]["settings"] == best
+    assert cells.get("combined-1e-3", {}).get("settings") == (expected and {**expected, "train.learning_rate": 0.001})
+
+
+def test_the_target_needs_two_measures_and_nothing_behind():
+    program = script("choose")
+    declared = yaml.safe_load((STUDY / "test.yaml").read_text())
+    against = declared["test"]["against"]
+    metrics = list(declared["test"]["margins"])
+
+    def judged(recipe: tuple[float, float, float], won: list[str], **others: tuple[float, float, float]) -> bool:
+        figures = {**dict.fromkeys(against, (1.0, 11.0, 1.2)), **others, "recipe": recipe}
+        results = results_of(figures)
+        results["sets"]["search"]["test"] = [
+            {"metric": m, "against": rival, "baseline_is": "better" if m in won else "undecided"}
+            for m in metrics
+            for rival in against
+        ]
+        return bool(program.target(results, declared)[0])
+
+    two = metrics[:2]
+    assert judged((0.9, 13.0, 1.2), two)
+    assert not judged((0.9, 13.0, 1.2), two[:1]), "better in one measure alone"
+    assert judged((0.9, 13.0, 1.22), two), "behind by less than the margin"
+    assert not judged((0.9, 13.0, 1.25), two), "behind by more than the margin, whatever the verdict is"
+    assert not judged((0.9, 13.0, 1.2), two, skd=(0.8, 11.0, 1.2)), "behind a rival that is not named"
 
 
 def test_the_chain_stops_in_time_goes_on_and_repeats_no_choice(tmp_path, monkeypatch):
@@ -192,7 +261,7 @@ def test_the_chain_stops_in_time_goes_on_and_repeats_no_choice(tmp_path, monkeyp
     monkeypatch.setattr(chain, "run", remember)
     chain.chain(tmp_path / "out", until="test", deadline=None)
     assert [Path(c[1]).name if c[1] != "-m" else Path(c[4]).stem for c in ran] == [
-        "search", "choose.py", "finals", "choose.py", "test"
+        "search", "choose.py", "finals", "choose.py", "test", "choose.py"
     ]  # fmt: skip
     ran.clear()
     chain.chain(tmp_path / "out", until="finals", deadline=None)

@@ -162,13 +162,13 @@ def plain_step(trainer, sequences, loss_of) -> tuple[float, list[torch.Tensor]]:
 def test_a_step_has_the_loss_and_the_gradients_of_the_published_formula(folders, tmp_path, published):
     """The chunked and cached loss of a whole step against whole logits: token mean, micro-batches, and all."""
     shared = {"train__compute_dtype": "fp64", "loss__chunk_tokens": 5, "rollout__decay_rate": 0.5}
-    by_writer = {"loss__divergence_teacher_tokens": "forward_kl", "loss__divergence_student_tokens": "skew_reverse_kl"}
+    by_writer = {"loss__divergence_teacher_tokens": "forward_kl", "loss__divergence_student_tokens": "jsd"}
     method, changes, loss_of = {
         "trl": ("gkd", {}, lambda p, q, _: trl_jsd(p, q, beta=0.1)),
         "distillm": ("gkd", {}, lambda p, q, _: distillm_js(p, q, weight=0.9)),
         "by writer": (
-            "switch", {"loss__scope": "all", "loss__divergence": "jsd", **by_writer},
-            lambda p, q, writer: kl(p, q) if writer == TEACHER else skew_reverse(p, q),
+            "switch", {"loss__scope": "all", "loss__beta": 0.3, **by_writer},
+            lambda p, q, writer: kl(p, q) if writer == TEACHER else trl_jsd(p, q, beta=0.3),
         ),
         "interventions": ("switch", {"loss__divergence_teacher_tokens": "forward_kl"}, lambda p, q, _: kl(p, q)),
     }[published]  # fmt: skip
