@@ -1,11 +1,14 @@
-"""What a recipe costs: seconds per trained token of a study's cells, taking turns, and of what validation looks at.
+"""What a recipe costs: seconds per token of a study's cells, taking turns, and of what validation looks at.
 
-    python -m benchmarks.recipe_cost --cells recipe,switch-paper,gkd --output benchmarks/results/recipe_cost.json
+    python -m benchmarks.recipe_cost --study compare/study-2/test.yaml --cells recipe,switch-paper,gkd \\
+        --output benchmarks/results/recipe_cost.json
 
-From the top of the checkout, after benchmarks/study/prepare.py. The cells are those of a study file (`--study`), and
-`default` is `method: switch` as it is without any setting. Their trainers take turns, step by step, so that a noisy
-machine disturbs all of them; seconds and tokens are summed over the counted steps, so a cell that trains several times
-on a rollout, or reads the data in some of its steps, has its mean. On a busy machine only the ratios say anything.
+From the top of the checkout, after benchmarks/study/prepare.py. Seconds stand beside trained tokens, those in the loss,
+and beside response tokens, which a budget counts: a cell that trains on interventions alone has fewer of the former.
+The cells are those of a study file (`--study`), and `default` is `method: switch` as it is without any setting. Their
+trainers take turns, step by step, so that a noisy machine disturbs all of them; seconds and tokens are summed over the
+counted steps, so a cell that trains several times on a rollout, or reads the data in some of its steps, has its mean.
+On a busy machine only the ratios say anything.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ def changed(config: RunConfig, changes: dict[str, str]) -> RunConfig:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", type=Path, default=STUDY / "test.yaml")
+    parser.add_argument("--study", type=Path, required=True)
     parser.add_argument("--cells", default="recipe,switch-paper,gkd")
     parser.add_argument("--steps", type=int, default=6, help="counted steps of each cell, after one that is not")
     parser.add_argument("--settings", action="append", default=[], help="section.key=value on top, for a quick try")
@@ -58,6 +61,7 @@ def main() -> None:
     changes = dict(setting.split("=", 1) for setting in args.settings)
     seconds: dict[str, list[float]] = {}
     tokens: dict[str, list[int]] = {}
+    responses: dict[str, list[int]] = {}
     validation: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         trainers = {
@@ -73,23 +77,33 @@ def main() -> None:
                 if turn:
                     seconds.setdefault(name, []).append(taken)
                     tokens.setdefault(name, []).append(report.loss_tokens)
+                    read = report.loss_tokens if report.batch == "ground_truth" else 0
+                    responses.setdefault(name, []).append(report.written_tokens or read)
         looker = trainers["default"]
         for what, look in (("teacher's text", looker.validate), ("own text", looker.own_figures)):
             started = time.perf_counter()
             look()
             validation[what] = time.perf_counter() - started
         device = looker.device.type
-    per_token = {name: sum(values) / max(1, sum(tokens[name])) for name, values in seconds.items()}
+    per_trained, per_response = (
+        {name: sum(values) / max(1, sum(counted[name])) for name, values in seconds.items()}
+        for counted in (tokens, responses)
+    )
     publish(
         {
             "benchmark": "recipe_cost",
             "study": args.study.name,
-            "seconds_per_trained_token": per_token,
-            "times_default": {name: value / per_token["default"] for name, value in per_token.items()},
+            "seconds_per_trained_token": per_trained,
+            "seconds_per_response_token": per_response,
+            "times_default_by_trained_token": {n: value / per_trained["default"] for n, value in per_trained.items()},
+            "times_default_by_response_token": {
+                n: value / per_response["default"] for n, value in per_response.items()
+            },
             "median_step_seconds": {name: statistics.median(values) for name, values in seconds.items()},
             "validation_seconds": validation,
             "own_text_over_step": validation["own text"] / statistics.median(seconds["default"]),
             "trained_tokens": tokens,
+            "response_tokens": responses,
         },
         args.output,
         device,

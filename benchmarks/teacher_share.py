@@ -25,6 +25,8 @@ def shares(run_dir: RunDir) -> dict[str, Any]:
     tokens = [line["rollout_tokens"] for line in sets]
     by_teacher = [line["rollout_tokens"] * line["teacher_share"] for line in sets]
     settings = run_dir.config.rollout
+    if not sum(tokens):
+        raise SystemExit(f"{run_dir.path} has no step with a threshold factor: it ran without rollout.teacher_share")
     return {
         "wanted": settings.teacher_share,
         "schedule": settings.schedule,

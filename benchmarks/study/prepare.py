@@ -69,6 +69,8 @@ def main() -> None:
         if getattr(arguments, name) is None:
             continue
         link = out / name
+        if link.is_dir() and not link.is_symlink():
+            parser.error(f"{link} is a folder, where a link to the {name} would go: move it away")
         link.unlink(missing_ok=True)
         link.symlink_to(getattr(arguments, name).resolve(), target_is_directory=True)
 

@@ -20,6 +20,8 @@ def shares(path: Path) -> dict[str, Any]:
     """Number of rollouts, their mean length, and the student's share of the tokens among the first n of each."""
     with path.open(encoding="utf-8") as handle:
         writers = [[token["writer"] for token in json.loads(line)["tokens"]] for line in handle]
+    if not writers:
+        raise SystemExit(f"{path} has no rollout: the run has logged none")
     found = {}
     for length in LENGTHS:
         kept = [w for row in writers for w in row[:length]]
@@ -36,7 +38,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    text = json.dumps({run.name: shares(run / "rollouts.jsonl") for run in arguments.runs}, indent=1)
+    text = json.dumps({str(run): shares(run / "rollouts.jsonl") for run in arguments.runs}, indent=1)
     print(text)
     if arguments.output is not None:
         arguments.output.write_text(text + "\n", encoding="utf-8")

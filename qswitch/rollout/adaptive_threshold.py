@@ -102,7 +102,7 @@ class AdaptiveThreshold:
 
 
 def threshold_of_run(rollout: RolloutSection, path: Path | None) -> Threshold:
-    """The threshold with which a run wrote last, by its threshold.json; as the configuration has it without one.
+    """The threshold with which a run would write next, by its threshold.json; without one, the configuration's.
 
     Raises:
         ConfigError: as `make_threshold`.

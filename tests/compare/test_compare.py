@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -195,6 +197,8 @@ def test_a_failing_cell_stops_with_what_to_do_and_keeps_the_others(tmp_path: Pat
         ({"cells": {"sft": {}}}, "not the SFT control"),
         ({"test": {"against": ["x"], "margins": {"kl_nats": 0.1}}}, "there is no cell x"),
         ({"test": {"against": ["gkd"], "margins": {"kl": 0.1}}}, "choose among"),
+        # Good where it is as the teacher's: neither way is better.
+        ({"test": {"against": ["gkd"], "margins": {"own_repetition": 0.1}}}, "choose among"),
         ({"run": "missing.yaml"}, "does not exist"),
         ({"cells": {"teacher": {}}}, "the name of a control"),
         ({"seeds": [1, 1]}, "a seed is named twice"),
@@ -247,6 +251,26 @@ def test_verdicts_follow_the_interval_the_margin_and_every_seed(shift: float, ve
     # More ROUGE-L is better, more KL is worse.
     mirrored = {"better": "worse", "worse": "better"}
     assert rouge["baseline_is"] == mirrored.get(verdict, verdict)
+
+
+def test_the_interval_shares_the_level_among_the_rivals_and_weights_records():
+    """Against the normal approximation: 2.2414 standard errors at 97.5 %, where 95 % would have 1.96."""
+    noise = [0.02 * (i % 7 - 3) for i in range(700)]
+    weights = {i: 1.0 + 9.0 * (i % 7 == 6) for i in range(700)}  # the records with the largest difference count tenfold
+
+    def cell(values: list[float]) -> SetScores:
+        metrics = {"kl_nats": Metric(dict(enumerate(values)), weights), "rouge_l": Metric(dict(enumerate(values)), None)}
+        return SetScores(metrics, {}, None, 1, 1.0, 1.0, 0.0, 0.0)
+
+    cells = {"switch": {1: cell([0.0] * 700)}, "gkd": {1: cell(noise)}}
+    test = TestSection(against=["gkd", "kd"], margins={"rouge_l": 0.2, "kl_nats": 0.2})
+    (rouge, kl) = declared_test(test, "switch", cells, {"switch": [1], "gkd": [1]})
+    difference = rouge["difference"]
+    half = 2.2414 * statistics.pstdev(noise) / math.sqrt(700)
+    assert (difference["high"] - difference["low"]) / 2 == pytest.approx(half, rel=0.06)
+    weighted = sum(n * w for n, w in zip(noise, weights.values(), strict=True)) / sum(weights.values())
+    assert kl["difference"]["mean"] == pytest.approx(weighted) and abs(weighted) > 0.02
+    assert rouge["difference"]["mean"] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_one_seed_against_the_rest_leaves_it_undecided():

@@ -9,6 +9,7 @@ import torch
 
 from qswitch.distill.own_responses import own_figures
 from qswitch.distill.own_text import POSITIONS
+from qswitch.distill.teacher_distance import CHUNK_TOKENS, distances, own_distances, view_of
 from qswitch.distill.validation import VALIDATION_SEED
 from qswitch.rollout.decode import RolloutRequest, inference, rollout
 from qswitch.rollout.policy import StudentPolicy
@@ -25,28 +26,54 @@ def trainer(folders, tmp_path):
     return make_trainer(config, tmp_path / "run")
 
 
-def plain_figures(trainer, requests) -> tuple[list[dict[str, float]], list[list[int]]]:
-    """Of every response the token means, from whole logits of both models, and the responses."""
+def plain_terms(trainer, prompt_ids: list[int], response_ids: list[int]) -> dict[str, torch.Tensor]:
+    """Per token, from whole logits of both models."""
+    ids = torch.tensor([prompt_ids + response_ids])
+    log_p, log_q = (m.hf(ids).logits[0].double().log_softmax(-1) for m in (trainer.teacher, trainer.student))
+    at = slice(len(prompt_ids) - 1, -1)
+    log_p, log_q = log_p[at], log_q[at]
+    mean = ((log_p.exp() + log_q.exp()) / 2).log()
+    return {
+        "forward_kl_nats": (log_p.exp() * (log_p - log_q)).sum(-1),
+        "reverse_kl_nats": (log_q.exp() * (log_q - log_p)).sum(-1),
+        "jsd_bits": (log_p.exp() * (log_p - mean) + log_q.exp() * (log_q - mean)).sum(-1) / 2 / math.log(2),
+        "log_ratio_nats": (log_p - log_q).gather(-1, torch.tensor(response_ids)[:, None])[:, 0],
+    }
+
+
+def plain_figures(trainer, requests) -> tuple[list[dict[str, torch.Tensor]], list[list[int]]]:
+    """The terms of the student's own responses, and the responses."""
     written, _ = rollout(
         requests, teacher=None, student=trainer.student, policy=StudentPolicy(), seed=VALIDATION_SEED, temperature=1.0,
         eos_ids=trainer.pair.eos_ids, pad_id=trainer.pair.pad_id, batch_size=1, keep="nothing",
     )  # fmt: skip
-    found = []
     with inference(trainer.student):
-        for one in written:
-            ids = torch.tensor([one.prompt_ids + one.response_ids])
-            log_p, log_q = (m.hf(ids).logits[0].double().log_softmax(-1) for m in (trainer.teacher, trainer.student))
-            at = slice(len(one.prompt_ids) - 1, -1)
-            log_p, log_q = log_p[at], log_q[at]
-            tokens = torch.tensor(one.response_ids)[:, None]
-            mean = ((log_p.exp() + log_q.exp()) / 2).log()
-            terms = {
-                "reverse_kl_nats": (log_q.exp() * (log_q - log_p)).sum(-1),
-                "jsd_bits": (log_p.exp() * (log_p - mean) + log_q.exp() * (log_q - mean)).sum(-1) / 2 / math.log(2),
-                "log_ratio_nats": (log_p - log_q).gather(-1, tokens)[:, 0],
-            }
-            found.append(terms)
+        found = [plain_terms(trainer, one.prompt_ids, one.response_ids) for one in written]
     return found, [one.response_ids for one in written]
+
+
+def test_long_responses_are_measured_as_whole_ones(trainer):
+    """A response is projected to the vocabulary in chunks, whose edges are no edges of the positions."""
+    torch.manual_seed(0)
+    vocab_size = trainer.student.vocab_size
+    lengths = (1, CHUNK_TOKENS, CHUNK_TOKENS + 1, 2 * CHUNK_TOKENS + 44)
+    sequences = [([5, 6, 7], torch.randint(vocab_size, (length,)).tolist()) for length in lengths]
+    with inference(trainer.student), torch.no_grad():
+        for parameter in trainer.learner.trainable:  # a student that differs from its start
+            parameter += 0.05 * torch.randn(parameter.shape, dtype=parameter.dtype)
+        own = own_distances(
+            view_of(trainer.student, sequences, pad_id=0, batch_size=4), trainer.teacher, pad_id=0, batch_size=2
+        )
+        teachers = distances(
+            view_of(trainer.teacher, sequences, pad_id=0, batch_size=4), trainer.student, pad_id=0, batch_size=2
+        )
+        for sequence, mine, its in zip(sequences, own, teachers, strict=True):
+            terms = plain_terms(trainer, *sequence)
+            assert its.tokens == len(sequence[1]) == sum(mine.tokens)
+            assert its.kl_nats == pytest.approx(float(terms["forward_kl_nats"].mean()), rel=1e-6)
+            for name in ("reverse_kl_nats", "jsd_bits", "log_ratio_nats"):
+                expected = [float(terms[name][first:last].sum()) for first, last in POSITIONS]
+                assert getattr(mine, name) == pytest.approx(expected, rel=1e-5, abs=1e-6), name
 
 
 def test_the_figures_are_those_of_whole_logits(trainer):
