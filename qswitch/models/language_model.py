@@ -44,7 +44,7 @@ class Head(nn.Module):
         self.logit_scale = logit_scale
         self.softcap = softcap
         self.compute_dtype = compute_dtype
-        self._casts = casts_weights(linear, compute_dtype)
+        self._casts = casts_weight(linear.weight, compute_dtype)
 
     @property
     def linear(self) -> nn.Module:
@@ -69,7 +69,7 @@ class LanguageModel(nn.Module):
         hf: a PreTrainedModel with a causal head, or a PeftModel around one.
         vocab_size: number of ids of the shared vocabulary; None keeps every row of the head.
         compute_dtype: arithmetic of the passes. Where weights are kept in fp32 and this is bf16, passes run under
-            autocast. None: the dtype of the weights.
+            autocast; a single such module that trains beside adapters is enough. None: the dtype of the weights.
 
     Raises:
         ModelError: rollouts cannot decode the architecture (`architecture.py` says which).
@@ -84,7 +84,8 @@ class LanguageModel(nn.Module):
         check_architecture(causal)
         linear = causal.get_output_embeddings()
         self.compute_dtype = compute_dtype or linear_dtype(linear)
-        self._casts = casts_weights(linear, self.compute_dtype)
+        # With adapters the head may be narrow and a module beside them wide, which only autocast brings together.
+        self._casts = any(casts_weight(w, self.compute_dtype) for w in (linear.weight, *_trained_whole(hf)))
         scale, softcap = _logit_transform(causal.config)
         self.head = Head(
             linear, vocab_size=vocab_size, logit_scale=scale, softcap=softcap, compute_dtype=self.compute_dtype
@@ -226,9 +227,19 @@ def linear_dtype(linear: nn.Module) -> torch.dtype:
     return getattr(linear, "compute_dtype", None) or torch.float32
 
 
-def casts_weights(linear: nn.Module, compute_dtype: torch.dtype | None) -> bool:
-    """Whether weights are kept in fp32 while the arithmetic is narrower, so that passes run under autocast."""
-    return compute_dtype in (torch.bfloat16, torch.float16) and linear.weight.dtype == torch.float32
+def casts_weight(weight: Tensor, compute_dtype: torch.dtype | None) -> bool:
+    """Whether a weight is kept in fp32 while the arithmetic is narrower, so that passes run under autocast."""
+    return compute_dtype in (torch.bfloat16, torch.float16) and weight.dtype == torch.float32
+
+
+def _trained_whole(hf: nn.Module) -> list[nn.Parameter]:
+    """The weights that peft keeps beside adapters as copies of the base's: those of `modules_to_save`."""
+    if not hasattr(hf, "peft_config"):
+        return []
+    from peft.utils import ModulesToSaveWrapper
+
+    copies = [module.modules_to_save for module in hf.modules() if isinstance(module, ModulesToSaveWrapper)]
+    return [weight for copy in copies for weight in copy.parameters()]
 
 
 def _autocast(casts: bool, compute_dtype: torch.dtype | None, device: torch.device) -> Any:
@@ -241,10 +252,12 @@ def weights_cast_once(model: LanguageModel) -> Iterator[None]:
 
     Autocast would make the same copies anew in every pass: of a model of N parameters it reads 4 N bytes and writes 2 N
     for each token that is decoded. What a pass computes is the same bit for bit; embeddings and norms stay in fp32, a
-    head that is tied to the embedding as well as others gets a copy of its own. Nothing for other models.
+    head that is tied to the embedding as well as others gets a copy of its own. Nothing for other models: adapters are
+    small, and passes that were recorded as CUDA graphs read them in their place after the block.
     """
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for module in model.hf.modules() if model._casts else ():
+    trains_all = model._casts and not hasattr(model.hf, "peft_config")
+    for module in model.hf.modules() if trains_all else ():
         if isinstance(module, nn.Linear | Conv1D) and module.weight.requires_grad:
             kept += [
                 (module, n, p) for n, p in module._parameters.items() if p is not None and p.dtype == torch.float32

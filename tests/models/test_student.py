@@ -152,6 +152,27 @@ def test_an_adapter_comes_back_bit_for_bit_and_plain_peft_reads_it(tmp_path, lor
     assert plain.peft_config["default"].base_model_name_or_path == str(folder)
 
 
+@pytest.mark.parametrize(
+    ("precision", "whole"),
+    [("bf16", "norm"), ("bf16", "embed_tokens"), ("bf16", "down_proj"), ("nf4", "norm"), ("nf4", "input_layernorm")],
+)
+def test_modules_that_train_in_fp32_beside_adapters_go_with_a_base_in_16_bits(tmp_path, precision, whole):
+    """As on every GPU; the trained copy equals the base's, so the logits do too, but for the rounding."""
+    folder = save_tiny(tmp_path / "m", dtype=torch.bfloat16)
+    lora = {"modules_to_save": [whole], "target_modules": ["q_proj", "v_proj"]}
+    model = load_student(config_for(folder, precision=precision, lora=lora), BF16)  # which verifies the head
+    plain = load_student(config_for(folder, precision=precision, lora={**lora, "modules_to_save": []}), BF16)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in n}
+    assert trained and all(p.dtype == torch.float32 for p in trained.values())
+    with torch.no_grad():
+        got, expected = (m.eval().logits(m.hidden(IDS)) for m in (model, plain))
+    assert got.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected.float(), atol=0.03 * expected.abs().max().item(), rtol=0)
+    rollout(model)
+    found = gradients(model)
+    assert all(found[name].abs().max() > 0 for name in trained)
+
+
 def test_every_lora_setting_reaches_peft(tmp_path):
     lora = {"r": 5, "alpha": 7.0, "dropout": 0.25, "use_rslora": True, "rank_pattern": {"q_proj": 3},
             "alpha_pattern": {"q_proj": 9.0}, "layers_to_transform": [0], "modules_to_save": ["norm"]}  # fmt: skip

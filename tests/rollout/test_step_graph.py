@@ -6,7 +6,9 @@ on a GPU is that call. `test_a_cuda_graph_gives_the_states_of_a_usual_pass` runs
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from qswitch.layers import build_config
 from qswitch.models.language_model import LanguageModel
+from qswitch.models.runtime import Runtime
+from qswitch.models.student import load_student
 from qswitch.rollout import graph_trial, step_graph
 from qswitch.rollout.block_length import FixedBlock
 from qswitch.rollout.decode import rollout
@@ -22,7 +27,7 @@ from qswitch.rollout.graph_trial import try_graphs
 from qswitch.rollout.kv_cache import KVState, Prompts
 from qswitch.rollout.step_graph import EAGER_PASSES, StepGraphs
 from tests.rollout.test_engines import ARCHITECTURES, EOS, PAD, POLICIES, draw_requests, make_pair, same, write
-from tests.tiny import tiny_model
+from tests.tiny import save_tiny, tiny_model
 
 
 class Repeater:
@@ -119,6 +124,48 @@ def test_small_buffers_and_what_was_recorded_over_them_are_kept_from_call_to_cal
     assert num_recorded[2] + num_recorded[4] < num_recorded[3] + num_recorded[5]
     makers = kept.layer_makers(4, 64)
     assert kept.layer_makers(3, 32) is makers and kept.layer_makers(5, 64) is not makers
+
+
+class PlacesOnly:
+    """Records as a CUDA graph does in one more way: it knows where the weights lay, and keeps none of them alive."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self.weights: list[list[weakref.ref[Tensor]]] = []
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        place = run()
+        self.weights.append([weakref.ref(weight) for weight in self._model.hf.parameters()])
+
+        def replay() -> Tensor:
+            place.copy_(run())
+            return place
+
+        return replay
+
+
+@pytest.mark.parametrize(
+    ("precision", "whole"), [("bf16", []), ("bf16", ["lm_head"]), ("bf16", ["norm"]), ("fp32", [])]
+)
+def test_kept_passes_of_a_student_with_adapters_read_weights_that_are_still_there(tmp_path, precision, whole):
+    """On a GPU they would read what lies in that place by then, and nobody would hear of it."""
+    folder = save_tiny(tmp_path / "m", dtype=torch.bfloat16)
+    model = {"model": str(folder)}
+    config = build_config({
+        "teacher": model, "data": {"train": "x.jsonl"},
+        "student": {**model, "precision": precision, "lora": {"modules_to_save": whole}},
+    })  # fmt: skip
+    student = load_student(config, Runtime(device=torch.device("cpu"), compute_dtype=torch.bfloat16))
+    recorder = PlacesOnly(student)
+    graphs = StepGraphs(student, recorder, kept_bytes=2**20)
+    requests = draw_requests(random.Random(4), 6)
+    _, stats = rollout(
+        requests, teacher=None, student=student, policy=POLICIES["student"], seed=0, temperature=1.0, eos_ids=[EOS],
+        pad_id=PAD, batch_size=4, keep="nothing", student_graphs=graphs,
+    )  # fmt: skip
+    assert stats.student_replays > 0 and graphs.num_recorded == len(recorder.weights) > 0
+    gc.collect()
+    assert all(weight() is not None for weights in recorder.weights for weight in weights)
 
 
 def test_eager_attention_has_masks_that_are_added(monkeypatch):
