@@ -71,7 +71,7 @@ class Decoding:
             (1, TRIED_BLOCK) if drafts else (1,), teacher_stays, processes,
         )  # fmt: skip
         """The same of the teacher's, one token or a block."""
-        self.blocks = self._make_blocks(processes)
+        self.blocks = self._make_blocks(num_rows, processes)
 
     def _graphs(
         self,
@@ -103,28 +103,27 @@ class Decoding:
             return None
         return StepGraphs(model, role=role, kept_bytes=KEPT_BUFFER_BYTES if stays else 0)
 
-    def _make_blocks(self, processes: Processes) -> BlockLength:
+    def _make_blocks(self, num_rows: int, processes: Processes) -> BlockLength:
         config, settings = self._config, self._config.rollout
         if settings.block_tokens != "auto":
             return FixedBlock(settings.block_tokens)
         teacher = self._teacher
         if teacher is None or not config.writes_rollouts:
             return FixedBlock(0)
-        times = PassTimes.from_dict(processes.from_first(lambda: self._kept_times(teacher).to_dict()))
+        times = PassTimes.from_dict(processes.from_first(lambda: self._kept_times(teacher, num_rows).to_dict()))
         return AutoBlock(times, self.acceptance, drafts_within_scratch(settings.batch_size, self._student.vocab_size))
 
-    def _kept_times(self, teacher: LanguageModel) -> PassTimes:
+    def _kept_times(self, teacher: LanguageModel, num_rows: int) -> PassTimes:
         """Those of this run, measured where it has none yet."""
         path = self._run_dir.pass_times_path
         if path.exists():
             return _read(path)
-        times = self._times_of_this_machine(teacher)
+        times = self._times_of_this_machine(teacher, num_rows)
         self._run_dir.write_json(path.name, times.to_dict())
         return times
 
-    def _times_of_this_machine(self, teacher: LanguageModel) -> PassTimes:
+    def _times_of_this_machine(self, teacher: LanguageModel, num_rows: int) -> PassTimes:
         """Pass times of this pair, measured once on a machine and kept; not where it was too busy to measure all."""
-        num_rows = self._config.rollout.batch_size
         kept = cache_folder() / "pass_times" / f"{self._key(teacher, num_rows)}.json"
         if kept.exists():
             self._progress.say(f"pass times of this pair on this machine are known ({kept})")

@@ -56,6 +56,11 @@ from qswitch.run_dir import RunDir
 from qswitch.units import GIB
 
 ROLLOUTS_LOGGED_PER_STEP = 2
+AT_THE_FLOOR = (
+    "Free memory, or go on with the run on a larger device; for this one start anew with a smaller "
+    "rollout.max_new_tokens or data.max_prompt_tokens, or teacher.residency=swap."
+)
+"""What to do where memory runs out and nothing is left to shrink."""
 
 
 class Trainer:
@@ -78,11 +83,10 @@ class Trainer:
         processes: Processes | None = None,
         stored: StoredTeacher | None = None,
     ) -> None:
-        train, batch_size = config.train, config.rollout.batch_size
         self.processes = processes or Processes()
         self.config, self.run_dir, self.pair = config, run_dir, pair
         self.teacher, self.student = teacher, student
-        self.progress = progress or Progress(total_steps=total_steps(train))
+        self.progress = progress or Progress(total_steps=total_steps(config.train))
         self.device = student.device
         self.counters = Counters()
         self.stop_requested = False
@@ -108,9 +112,7 @@ class Trainer:
         self.processes.copy_from_first(self.learner.trainable)
         response_loss = None
         if not config.learns_from_teacher or config.data.adaptive_share:
-            response_loss = ResponseLoss(
-                validation_prompts, pad_id=pair.pad_id, batch_size=batch_size, processes=self.processes
-            )
+            response_loss = ResponseLoss(validation_prompts, pad_id=pair.pad_id, processes=self.processes)
         self.response_loss = response_loss
         """The loss on held-out responses, where something is decided by it."""
         self.validation: Validation | ResponseLoss
@@ -118,7 +120,7 @@ class Trainer:
             owners = self.processes.divide([len(p.prompt_ids) for p in validation_prompts])
             self.validation = Validation(
                 stored.held_out(validation_prompts, owners), stored.held_out_targets, pad_id=pair.pad_id,
-                batch_size=batch_size, processes=self.processes,
+                processes=self.processes,
             )  # fmt: skip
         elif teacher is None:
             assert response_loss is not None
@@ -133,11 +135,13 @@ class Trainer:
                     max_new_tokens=config.rollout.max_new_tokens,
                     eos_ids=pair.eos_ids,
                     pad_id=pair.pad_id,
-                    batch_size=batch_size,
+                    recovery=self.recovery,
                     processes=self.processes,
                 )
             except NonFiniteError as error:
                 raise teacher_at_fault(f"{error} No step was taken.{self._of_fp16()}", config) from error
+            except MemoryFloorError as error:
+                raise MemoryFloorError(f"{error} The held-out prompts have no answers yet. {AT_THE_FLOOR}") from error
         threshold = None
         if AdaptiveThreshold.is_needed(config.rollout):
             threshold = AdaptiveThreshold(config.rollout)
@@ -277,8 +281,7 @@ class Trainer:
     def _at_the_floor(self, error: MemoryFloorError) -> MemoryFloorError:
         return MemoryFloorError(
             f"{error} Step {self.step} was not taken; the checkpoint of step {self.step} in "
-            f"{self.run_dir.checkpoints_path} has all before it. Free memory, or resume on a larger device; for this "
-            "one start anew with a smaller rollout.max_new_tokens or data.max_prompt_tokens, or teacher.residency=swap."
+            f"{self.run_dir.checkpoints_path} has all before it. {AT_THE_FLOOR}"
         )
 
     def _not_finite(self, text: str, role: str = "student") -> TrainingError:

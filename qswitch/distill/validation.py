@@ -20,6 +20,7 @@ from qswitch.distill.logit_cache import Key, Targets
 from qswitch.distill.loss import chunked_divergence_values
 from qswitch.distill.objective import StudentObjective, collate, collate_with_labels
 from qswitch.distill.processes import Processes
+from qswitch.distill.recovery import Recovery
 from qswitch.distill.sequence import TrainingSequence, ground_truth_sequence
 from qswitch.errors import DataError
 from qswitch.models.language_model import LanguageModel
@@ -41,15 +42,13 @@ class HeldOut:
     what: str
     """The figure, for people."""
 
-    def __init__(
-        self, sequences: Sequence[TrainingSequence], *, pad_id: int, batch_size: int, processes: Processes
-    ) -> None:
+    def __init__(self, sequences: Sequence[TrainingSequence], *, pad_id: int, processes: Processes) -> None:
         self.sequences = list(sequences)
         self.num_prompts = len(self.sequences)
         self.num_tokens = sum(len(s.loss_steps) for s in self.sequences)
         self.nats_by_prompt: list[float] = []
         """What `nats` measured last, by prompt: nats per token of it, in the order of the sequences."""
-        self._pad_id, self._batch_size, self._processes = pad_id, batch_size, processes
+        self._pad_id, self._processes = pad_id, processes
         self._own = [i for i, s in enumerate(self.sequences) if s.owner == processes.rank]
 
     def nats(
@@ -100,10 +99,9 @@ class Validation(HeldOut):
         targets_of: Callable[[Sequence[TrainingSequence]], Targets],
         *,
         pad_id: int,
-        batch_size: int,
         processes: Processes,
     ) -> None:
-        super().__init__(sequences, pad_id=pad_id, batch_size=batch_size, processes=processes)
+        super().__init__(sequences, pad_id=pad_id, processes=processes)
         self._targets_of = targets_of
 
     def _token_nats(
@@ -126,26 +124,27 @@ def written_by_teacher(
     max_new_tokens: int,
     eos_ids: Sequence[int],
     pad_id: int,
-    batch_size: int,
+    recovery: Recovery,
     processes: Processes | None = None,
 ) -> Validation:
-    """A validation whose responses the teacher writes now; its outputs stay in host memory.
+    """A validation whose responses the teacher writes now, as many rows at a time as a rollout; its outputs stay in
+    host memory.
 
     Raises:
         NonFiniteError: the teacher computes NaN.
+        MemoryFloorError: nothing is left to shrink.
     """
     processes = processes or Processes()
-    answers = partial(
-        teacher_answers, teacher=teacher, max_new_tokens=max_new_tokens, eos_ids=eos_ids, pad_id=pad_id,
-        batch_size=batch_size,
-    )  # fmt: skip
+    answers = partial(teacher_answers, teacher=teacher, max_new_tokens=max_new_tokens, eos_ids=eos_ids, pad_id=pad_id)
     owners = processes.divide([len(p.prompt_ids) for p in prompts])
     own = [i for i, owner in enumerate(owners) if owner == processes.rank]
     hidden: dict[Key, Tensor] = {}
 
     def write_own() -> dict[int, TrainingSequence]:
         found = {}
-        for i, (sequence, states) in zip(own, answers([prompts[i] for i in own]), strict=True):
+        asked = [prompts[i] for i in own]
+        written = recovery.attempt("rollout", lambda: answers(asked, batch_size=recovery.sizes.rollout_rows))
+        for i, (sequence, states) in zip(own, written, strict=True):
             found[i] = replace(sequence, owner=processes.rank)
             hidden[sequence.key] = states.cpu()
         return found
@@ -155,7 +154,6 @@ def written_by_teacher(
         [sequences[i] for i in range(len(prompts))],
         lambda some: Targets.from_hidden(torch.cat([hidden[s.key] for s in some]), teacher.head),
         pad_id=pad_id,
-        batch_size=batch_size,
         processes=processes,
     )
 
@@ -200,10 +198,10 @@ class ResponseLoss(HeldOut):
     key = "response_loss_nats"
     what = "loss on held-out responses"
 
-    def __init__(self, prompts: Sequence[Prompt], *, pad_id: int, batch_size: int, processes: Processes) -> None:
+    def __init__(self, prompts: Sequence[Prompt], *, pad_id: int, processes: Processes) -> None:
         owners = processes.divide([len(p.prompt_ids) + len(p.response_ids or ()) for p in prompts])
         found = (ground_truth_sequence(p, 0, owner) for p, owner in zip(prompts, owners, strict=True))
-        super().__init__([s for s in found if s is not None], pad_id=pad_id, batch_size=batch_size, processes=processes)
+        super().__init__([s for s in found if s is not None], pad_id=pad_id, processes=processes)
         if not self.sequences:
             raise DataError(
                 f"None of the {len(prompts)} held-out prompts has a response to be scored on. Name another "

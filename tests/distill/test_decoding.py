@@ -83,18 +83,18 @@ def test_pass_times_are_measured_once_on_a_machine_and_by_a_run_kept(tmp_path, m
     monkeypatch.setenv("QSWITCH_CACHE", str(tmp_path / "cache"))
     (teacher, student), said = (LanguageModel(tiny_model("llama", seed=i)) for i in (1, 2)), []
     progress = SimpleNamespace(say=said.append)
-    config = config_with(batch_size=2)
+    config = config_with(batch_size=16)  # of which memory has left fewer
 
-    def decode(name: str, config=config) -> dict:
+    def decode(name: str, num_rows: int = 2) -> dict:
         run_dir = RunDir.create(tmp_path / name, config)
-        Decoding(config, run_dir, teacher=teacher, student=student, num_rows=2, progress=progress)
+        Decoding(config, run_dir, teacher=teacher, student=student, num_rows=num_rows, progress=progress)
         return json.loads(run_dir.pass_times_path.read_text())
 
     first, second = decode("first"), decode("second")
-    assert first == second
+    assert first == second and first["rows"][-1] == 2
     assert [text.split(" ")[0] for text in said] == ["measuring", "pass"]
-    assert decode("other", config_with(batch_size=3))["rows"][-1] == 3 and said[-1].startswith("measuring")
+    assert decode("other", 3)["rows"][-1] == 3 and said[-1].startswith("measuring")
     # Of a machine that was too busy nothing is kept.
     monkeypatch.setattr(decoding, "LIMIT_S", -1.0)
-    decode("busy", config_with(batch_size=4))
+    decode("busy", 4)
     assert "passes are slow" in said[-1] and len(list((tmp_path / "cache/pass_times").iterdir())) == 2

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qswitch.config import RunConfig
+from qswitch.distill import validation
 from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes, is_out_of_memory
 from qswitch.distill.trainer import Trainer
 from qswitch.models.host_memory import resident_bytes
@@ -53,7 +54,8 @@ class FailingRecovery(Recovery):
         self.said: list[str] = []
         super().__init__(Sizes.of(config), CPU, planned_bytes=8, planned_bytes_of=lambda sizes: sizes.micro_batch,
                          say=self.said.append)  # fmt: skip
-        self._stage, self._nth, self._call = stage, nth, call
+        # The teacher answers the held-out prompts before the first step.
+        self._stage, self._nth, self._call = stage, nth, call + (stage == "rollout")
         self.count, self.calls = 0, 0
 
     def attempt(self, stage: str, run: Any, undo: Any = None) -> Any:
@@ -153,6 +155,29 @@ def test_a_failure_at_any_allocation_changes_nothing(
     events = [e for m in trainer.run_dir.read_metrics() for e in m.get("out_of_memory", [])]
     if stage != "validation":  # the last validation comes after the last step's line
         assert [e["stage"] for e in events] == [stage] and "injected" in events[0]["reason"]
+
+
+def test_the_answers_to_held_out_prompts_shrink_as_a_rollout_does(
+    folders, tmp_path, planned_small, monkeypatch  # noqa: F811
+):  # fmt: skip
+    """Of a run that survived with fewer rows too: when it is resumed, they are written before its first step."""
+    rows: list[int] = []
+    answers = validation.teacher_answers
+
+    def watched(*asked: Any, batch_size: int, **options: Any) -> Any:
+        rows.append(batch_size)
+        return answers(*asked, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(validation, "teacher_answers", watched)
+    config = small(folders)
+    recovery = FailingRecovery(config, "rollout", 5, call=0)
+    trainer = run_trainer(config, tmp_path / "run", recovery)
+    assert recovery.count >= 5 and rows == [4, 2] and "out of memory (rollout): rollout_rows 4 -> 2" in recovery.said[0]
+    tokens, _, losses = outcome(trainer)
+    assert tokens == planned_small[0] and losses == pytest.approx(planned_small[2], rel=1e-12)
+    one_row = small(folders, rollout__batch_size=1)
+    with pytest.raises(MemoryFloorError, match=r"held-out prompts have no answers yet. Free memory.*max_new_tokens"):
+        run_trainer(one_row, tmp_path / "floor", FailingRecovery(one_row, "rollout", 5, call=0))
 
 
 def test_dropout_draws_the_same_after_a_failure(folders, tmp_path, allocations):  # noqa: F811
