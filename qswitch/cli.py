@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,14 +43,26 @@ class _Interrupted(Exception):
     """Ctrl-C inside a command; its argument, if any, is the run directory to resume."""
 
 
+class _PipeClosed(Exception):
+    """What was being written to is closed; its cause says where."""
+
+
 class _Commands(TyperGroup):
-    """typer turns KeyboardInterrupt into a bare exit code; this keeps what it says."""
+    """typer turns KeyboardInterrupt and a closed pipe into bare exit codes; this keeps what they say."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        try:  # `qswitch --help` is printed here
+            return super().make_context(*arguments, **options)
+        except BrokenPipeError as error:
+            raise _PipeClosed from error
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise _Interrupted(*error.args) from error
+        except BrokenPipeError as error:
+            raise _PipeClosed from error
 
 
 OF_SEVERAL_PROCESSES = ("distill", "sft", "teach")
@@ -85,8 +98,9 @@ def run(arguments: list[str]) -> int:
         if not error.said_elsewhere:
             _complain(str(error))
         return error.exit_code
-    except BrokenPipeError:  # `qswitch presets list | head -1` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (_PipeClosed, BrokenPipeError) as error:
+        if not _reader_left():
+            raise (error.__cause__ or error) from None
         return 0
     except (_Interrupted, KeyboardInterrupt) as error:
         if launched().rank:
@@ -111,6 +125,20 @@ def run(arguments: list[str]) -> int:
             return 2
         raise
     return result if isinstance(result, int) else 0
+
+
+def _reader_left() -> bool:
+    """Whether who reads our output has read enough, as `qswitch presets list | head -1` has; it then leads nowhere.
+
+    Otherwise the closed pipe is another, to a tracker's service for instance, and an error like any.
+    """
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    left = [descriptor for descriptor, state in poll.poll(0) if state & (select.POLLERR | select.POLLHUP)]
+    for descriptor in left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(left)
 
 
 def _complain(text: str) -> None:

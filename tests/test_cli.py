@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from typer.main import get_command
@@ -122,11 +125,29 @@ def test_a_stopped_run_names_its_directory(tmp_path, capsys, monkeypatch):
 
 
 def test_the_console_script_ends_with_the_same_codes():
-    import subprocess
-    import sys
-
     for arguments, code in [(["--version"], 0), (["presets", "show", "nothing"], 2), (["plan", "--bogus"], 2)]:
         result = subprocess.run([sys.executable, "-m", "qswitch", *arguments], capture_output=True, text=True)
         assert result.returncode == code
         assert "Traceback" not in result.stderr
         assert bool(result.stderr) == (code != 0)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["presets", "--help"], ["presets", "list"]])
+def test_a_reader_that_has_read_enough_is_no_error(arguments):
+    """As `qswitch presets list | head -1`, without its race: nobody reads from the start."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        result = subprocess.run([sys.executable, "-m", "qswitch", *arguments], stdout=writer, stderr=subprocess.PIPE)
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_another_pipe_that_breaks_is_an_error(monkeypatch):
+    def broken():
+        raise BrokenPipeError("a tracker's service has ended")
+
+    monkeypatch.setattr("qswitch.preset_index.read_index", broken)
+    with pytest.raises(BrokenPipeError, match="tracker"):
+        run(["presets", "list"])
