@@ -38,10 +38,9 @@ def require_own_sizes_fit(plan: Plan) -> None:
         PlanError: the plan does not fit; exit code 3.
     """
     if not plan.fits:
-        enough = math.ceil(100 * plan.total_gib) / 100
         raise PlanError(
             f"{shortage(plan, 'with the sizes that the run began with')}\nA run keeps its sizes when it is resumed. "
-            f"Give it at least {enough:.2f} GiB, leave --vram out, or start a new run with that --vram."
+            f"Give it at least {_enough(plan.total_bytes)}, leave --vram out, or start a new run with that --vram."
         )
 
 
@@ -49,9 +48,14 @@ def explain_no_fit(plan: Plan) -> str:
     """What the smallest plan needs, part by part, against the budget, and the settings that would fit."""
     remedies = list(_remedies(plan))
     if not remedies:
-        remedies = [f"choose a smaller teacher or give at least {plan.total_gib:.1f} GiB"]
+        remedies = [f"choose a smaller teacher or give at least {_enough(plan.total_bytes)}"]
     text = ", or ".join(remedies)
     return f"{shortage(plan)}\n{text[0].upper()}{text[1:]}."
+
+
+def _enough(num_bytes: int) -> str:
+    """A budget to ask for: rounded up, since one that is rounded down would not hold it."""
+    return f"{math.ceil(100 * num_bytes / GIB) / 100:.2f} GiB"
 
 
 def _remedies(plan: Plan) -> Iterator[str]:
@@ -128,5 +132,5 @@ def faster(plan: Plan) -> list[str]:
             lines.append(f"teacher.precision=bf16 fits too, in {room}: the teacher as it was trained, {time}")
     if plan.next_better is not None:
         size, part = plan.next_better
-        lines.append(f"a budget of {size / GIB:.1f} GiB: about {100 * part:.0f} % of the time")
+        lines.append(f"a budget of {_enough(size)}: about {100 * part:.0f} % of the time")
     return lines

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -224,6 +225,23 @@ def test_what_is_said_to_be_faster_is_and_fits():
     assert gpu_plan(config(teacher={"precision": "bf16"}), 24).fits
     assert not any("bf16" in line for line in faster(gpu_plan(config(), 12)))
     assert faster(gpu_plan(config(), 4)) == [] == faster(plan_run(config(train={"device": "cpu"})))
+
+
+@pytest.mark.parametrize("gib", [7.6, 8, 9.2])  # the first needs 7.923, which 7.9 and 7.92 do not hold
+def test_a_budget_that_is_asked_for_is_enough(gib):
+    tight = gpu_plan(config(), gib)
+    (line,) = [line for line in faster(tight) if line.startswith("a budget of ")]
+    asked, share = re.match(r"a budget of (\S+ GiB): about (\d+) %", line).groups()
+    more = plan_run(config(), budget_bytes=parse_size(asked), device="cuda")
+    assert more.fits and 100 * more.seconds / tight.seconds == pytest.approx(int(share), abs=1)
+
+
+def test_memory_that_would_be_enough_is():
+    # 5.404 GiB, which 5.4 does not hold; nothing smaller is left to advise.
+    quantised = {"teacher": {"precision": "nf4"}, "student": {"precision": "nf4"}}
+    small = gpu_plan(config(**quantised, rollout={"max_new_tokens": 16}, train={"optimizer": "paged_adamw_8bit"}), 4)
+    asked = re.search(r"give at least (\S+ GiB)", explain_no_fit(small))[1]
+    assert plan_run(small.config, budget_bytes=parse_size(asked), device="cuda").fits
 
 
 def test_a_card_is_known_by_the_name_that_nvidia_smi_gives_it():
