@@ -31,10 +31,16 @@ def lines(path: Path) -> Iterator[str]:
     """Lines of text and code; tables cannot be wrapped, and neither can the targets of links, which are left out."""
     for line in path.read_text(encoding="utf-8").split("\n"):
         if not line.startswith(("|", "[")):
-            yield re.sub(r"\]\([^)]*\)", "]()", line)
+            yield re.sub(r"\]\([^)]*\)|: https://\S+$", "]()", line)
 
 
-OTHERS = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")]
+OTHERS = [
+    *(
+        ROOT / name
+        for name in ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "compose.yaml", "mkdocs.yml")
+    ),
+    *sorted((ROOT / "presets").rglob("*.yaml")),
+]
 
 
 @pytest.mark.parametrize("path", [README, *OTHERS, *PAGES], ids=lambda p: str(p.relative_to(ROOT)))
