@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -19,6 +20,7 @@ from typer.models import ArgumentInfo
 
 from qswitch import config
 from qswitch.cli import app
+from qswitch.layers import ALIASES, FROM_ELSEWHERE
 
 FOLDER = Path(__file__).parent / "reference"
 NOTE = "<!-- Written by docs/make_reference.py from the code: change the code, then run it. -->\n"
@@ -86,7 +88,25 @@ NAME` prints what a preset sets. A setting that has no effect in the chosen meth
         section = _section_of(field.annotation)
         if section is not None:
             text += _section_text(section, name)
-    return text
+    return text + _other_names()
+
+
+def _other_names() -> str:
+    """What is understood beside the settings' own names, and what is answered with advice."""
+    short = sorted(name for name, setting in ALIASES.items() if setting.endswith(f".{name}"))
+    named = [f"| `{name}` | `{setting}` |" for name, setting in ALIASES.items() if name not in short]
+    advised = [
+        f"| `{name}` | {_cell(_sentence(text[0].upper() + text[1:]))} |" for name, text in FROM_ELSEWHERE.items()
+    ]
+    alone = f"These settings need no section: {', '.join(f'`{name}`' for name in short)}."
+    return "\n".join([
+        "\n## Names from other tools\n",
+        "In a file and after `--set` these names are understood too, inside their section or without one:\n",
+        "| name | setting |\n|---|---|", *named,
+        f"\n{textwrap.fill(alone, 120, break_on_hyphens=False)}\n",
+        "These names of other trainers are no settings here, and the message says what to do instead:\n",
+        "| name | instead |\n|---|---|", *advised, "",
+    ])  # fmt: skip
 
 
 def _section_text(section: type[BaseModel], name: str) -> str:

@@ -220,7 +220,8 @@ def distill(
     config: Config = None,
     overrides: Overrides = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Run directory; default: runs/<preset>-<date>-<time>.")
+        Path | None,
+        typer.Option(help="Run directory; default: runs/NAME-<date>-<time>. NAME is the preset, the file, or run."),
     ] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", "--resume-from-checkpoint", help="Go on with this run directory.")
@@ -257,7 +258,7 @@ def distill(
             _print_run(path, runs.distill(settings, path, vram=vram), as_json, shown=processes.is_first)
 
 
-@app.command(epilog="Example: qswitch sft --preset llama-7b-to-1b --model teacher --set data.train=my_data.jsonl")
+@app.command(epilog="Example: qswitch sft --preset qwen2.5-7b-to-1.5b --model teacher --set data.train=my_data.jsonl")
 def sft(
     model: Annotated[
         Literal["teacher", "student"], typer.Option(help="Which model of the pair to fine-tune.")
@@ -269,7 +270,7 @@ def sft(
     config: Config = None,
     overrides: Overrides = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Run directory; default: runs/<preset>-sft-<model>-<date>-<time>.")
+        Path | None, typer.Option(help="Run directory; default: runs/NAME-sft-<model>-<date>-<time>.")
     ] = None,
     dry_run: DryRun = False,
     vram: Vram = None,
@@ -298,7 +299,7 @@ def sft(
             print(f"  or:      qswitch distill ... --set {setting}={path}")
 
 
-@app.command(epilog="Example: qswitch teach --preset llama-7b-to-1b --method kd --output-dir store")
+@app.command(epilog="Example: qswitch teach --preset qwen2.5-7b-to-1.5b --method kd --output-dir store")
 def teach(
     teacher: Teacher = None,
     student: Student = None,
@@ -308,7 +309,7 @@ def teach(
     config: Config = None,
     overrides: Overrides = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder to write; default: runs/<preset>-teacher-<date>-<time>.")
+        Path | None, typer.Option(help="Folder to write; default: runs/NAME-teacher-<date>-<time>.")
     ] = None,
     resume: Annotated[Path | None, typer.Option("--resume", help="Write what is missing of this store.")] = None,
     spread: Annotated[
@@ -350,7 +351,7 @@ def teach(
             ))  # fmt: skip
 
 
-@app.command(epilog="Example: qswitch plan --preset llama-7b-to-1b --gpu rtx3060-12gb")
+@app.command(epilog="Example: qswitch plan --preset qwen2.5-7b-to-1.5b --gpu rtx3060-12gb")
 def plan(
     teacher: Teacher = None,
     student: Student = None,
