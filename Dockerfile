@@ -4,7 +4,7 @@
 #   docker run --rm --gpus all qswitch doctor
 #   docker run --rm -it --gpus all --user "$(id -u):$(id -g)" \
 #     -v "$PWD:/work" -v qswitch-cache:/cache -e HF_TOKEN \
-#     qswitch distill --preset llama-7b-to-1b --set data.train=my_prompts.jsonl
+#     qswitch distill --preset qwen2.5-7b-to-1.5b --data my_prompts.jsonl
 #
 # compose.yaml has the same for `docker compose run --rm qswitch ...`. Commands run in /work, the user's folder, so every
 # path means what it means outside. Any user id works: what is written besides goes to /cache, which all may write.

@@ -429,8 +429,8 @@ def presets_copy(
     """Write the full configuration of a preset to a file of your own."""
     from qswitch.preset_info import copy_preset
 
-    copy_preset(name, target)
-    print(f"wrote {target}; run it with: qswitch distill --config {target}")
+    data = copy_preset(name, target).data.train
+    print(f"wrote {target}, which trains on {data} (data.train); run it with: qswitch distill --config {target}")
 
 
 app.add_typer(student_app)

@@ -93,6 +93,7 @@ def test_our_bugs_keep_their_traceback(monkeypatch):
 def test_a_copied_preset_is_a_whole_configuration(tmp_path, capsys):
     target = tmp_path / "mine.yaml"
     assert run(["presets", "copy", "smollm2-demo", str(target)]) == 0
+    assert "trains on package:qswitch/data/demo_prompts.jsonl" in capsys.readouterr().out
     assert run(["distill", "--config", str(target), "--dry-run"]) == 0
     assert run(["presets", "copy", "smollm2-demo", str(target)]) == 2
 

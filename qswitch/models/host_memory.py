@@ -1,6 +1,6 @@
 """What a process that runs models holds of the host's memory, and how to make it give back what it does not need.
 
-On a CPU the allocators below torch keep far more than is live; docs/memory.md has the figures. Knows no model.
+On a CPU the allocators below torch keep far more than is live; docs/architecture.md has the figures. Knows no model.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ to 2 MiB in blocks above 1 MiB) and cannot always reuse a hole. An allowance, no
 PROCESS_BYTES = int(0.9 * GIB)
 """Host memory of the Python process beside tensors: 0.59 GiB with its libraries, the demo's tokenizer and data
 (resident set, anonymous 0.48 and files 0.11; torch 2.13, transformers 5.23, peft 0.21, Linux), and the 0.3 GiB by which
-it grew between steps over the demo's twelve (small blocks of the heap, oneDNN's kernels; docs/memory.md)."""
+it grew between steps over the demo's twelve (small blocks of the heap, oneDNN's kernels; docs/architecture.md)."""
 
 PINNED_SLAB_BYTES = 256 * 2**20
 """Piece of a swapped teacher's host copy (models/residency.py)."""
