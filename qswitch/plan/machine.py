@@ -258,12 +258,25 @@ def _host_available_bytes() -> tuple[int | None, str]:
     return (int(match[1]) * 1024 if match else None), "available host memory (/proc/meminfo)"
 
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where a container sees its own limits (cgroup v2)."""
+
+
 def _control_group_free_bytes() -> int | None:
-    root = Path("/sys/fs/cgroup")
+    """What a container may still take; None without a limit.
+
+    The kernel counts the pages of files that were read as used. It drops those that nothing has touched twice before it
+    refuses memory, so they are free (Kubernetes' working set leaves out the same).
+    """
     try:
-        return max(1, int((root / "memory.max").read_text()) - int((root / "memory.current").read_text()))
+        limit, used = (int((CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
     except (OSError, ValueError):
         return None  # no limit ("max"), or another hierarchy
+    try:
+        match = re.search(r"^inactive_file (\d+)$", (CONTROL_GROUP / "memory.stat").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return max(1, limit - used + (int(match[1]) if match else 0))
 
 
 def has_native_bf16_cpu() -> bool:

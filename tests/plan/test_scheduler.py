@@ -312,6 +312,17 @@ def test_other_sizes_are_refused(text):
         parse_size(text)
 
 
+def test_what_a_container_holds_of_files_it_has_read_is_free(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{4 * GIB}\n")
+    (tmp_path / "memory.current").write_text(f"{3 * GIB}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 17\nfile {2 * GIB}\ninactive_file {GIB}\nactive_file {GIB}\n")
+    monkeypatch.setattr(machine, "_host_available_bytes", lambda: (8 * GIB, "meminfo"))
+    assert detect_budget_bytes("cpu") == (2 * GIB, "free memory of the container (cgroup)")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert detect_budget_bytes("cpu") == (8 * GIB, "meminfo")
+
+
 def test_the_budget_is_found_on_gpu_and_host(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     size, source = detect_budget_bytes()
