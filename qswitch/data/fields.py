@@ -82,10 +82,10 @@ class Fields:
         Raises:
             DataError: it is text, but no JSON.
         """
-        if not isinstance(value, str):
-            return json.loads(json.dumps(value, default=str))
         try:
-            return json.loads(value)
+            return json.loads(value if isinstance(value, str) else json.dumps(value, default=str))
+        except RecursionError:
+            raise self.error(f"{name} is nested too deep. Mend or delete this record") from None
         except ValueError as error:
             raise self.error(f"{name} is text that is no JSON ({error}). Mend or delete this record") from None
 

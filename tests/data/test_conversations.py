@@ -199,6 +199,12 @@ def test_shapes_of_tool_calls_say_the_same(tmp_path):
         assert (found.prompt_ids, found.response_ids) == (expected.prompt_ids, expected.response_ids)
 
 
+def test_a_cell_whose_json_is_nested_too_deep_is_a_record_to_mend(tmp_path):
+    row = {"messages": [turn("user", "Warm?"), turn("assistant", "Yes.")], "tools": "[" * 100_000}
+    with pytest.raises(DataError, match=r"line 1.*tools is nested too deep"):
+        read(tmp_path, row)
+
+
 def test_parquet_fills_no_nulls_into_tools(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
