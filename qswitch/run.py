@@ -59,7 +59,7 @@ def distill(config: RunConfig, path: Path, *, vram: str | None = None) -> Summar
         PreflightError: what would stop the run, all in one list.
         PlanError: no sizes fit the memory; no weight was loaded.
         DataError, ModelError, TrainingError: as their messages say.
-        Interrupted: stopped by SIGINT or SIGTERM; `resume` goes on. Its argument is the folder.
+        Interrupted: stopped by SIGINT, SIGTERM or SIGHUP; `resume` goes on. Its argument is the folder.
     """
     with joined() as processes:
         path = processes.from_first(lambda: free_path(path))

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import platform
 import shutil
-import signal
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +29,7 @@ from qswitch.distill.processes import Processes
 from qswitch.distill.progress import Progress, total_steps
 from qswitch.distill.recovery import Recovery, Sizes, limit_device_memory
 from qswitch.distill.sequence import TrainingSequence
+from qswitch.distill.stopping import stop_on_signal
 from qswitch.distill.stored_teacher import StoredTeacher
 from qswitch.distill.trainer import Trainer
 from qswitch.errors import Interrupted, RunDirError
@@ -148,7 +147,7 @@ def train(
 
     Raises:
         ModelError, TrainingError: as their messages say.
-        Interrupted: stopped by SIGINT or SIGTERM after a checkpoint.
+        Interrupted: stopped by SIGINT, SIGTERM or SIGHUP after a checkpoint.
     """
     config, pair, data = config or run_dir.config, prepared.pair, prepared.prompts
     processes = processes or Processes()
@@ -206,7 +205,7 @@ def train(
     if trainer.step == 0:
         peaks.enter("rollout")
         processes.from_first(lambda: keep_first_answers(trainer, data.held_out, prepared.encoder))
-    with _stop_on_signal(trainer, progress):
+    with stop_on_signal(trainer, progress.say):
         trainer.run()
     if not trainer.finished:
         raise Interrupted
@@ -378,21 +377,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
-
-
-@contextmanager
-def _stop_on_signal(trainer: Trainer, progress: Progress) -> Iterator[None]:
-    """The first SIGINT or SIGTERM ends the run after the current step, with a checkpoint; the second at once."""
-
-    def request(signum: int, _frame: Any) -> None:
-        if trainer.stop_requested:
-            raise KeyboardInterrupt
-        trainer.stop_requested = True
-        progress.say("stopping after this step, with a checkpoint; press Ctrl-C again to stop at once")
-
-    previous = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
