@@ -6,6 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from qswitch.hub import has_token
 from qswitch.units import GIB
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "gguf")
@@ -95,5 +96,5 @@ def _try_hub() -> str:
             pass
     except (OSError, urllib.error.URLError) as failure:
         return f"{endpoint} not reachable ({failure}); local folders and package: references still work"
-    token = "set" if os.environ.get("HF_TOKEN") else "not set (only gated models need it)"
-    return f"{endpoint} reachable; HF_TOKEN {token}"
+    token = "with a token" if has_token() else "no token (only gated models need one: HF_TOKEN, or hf auth login)"
+    return f"{endpoint} reachable; {token}"

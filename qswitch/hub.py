@@ -1,4 +1,4 @@
-"""What a reference to a model looks like, and where its files lie once they are here. Cold."""
+"""What a reference to a model looks like, where its files lie once they are here, and why the hub gives none. Cold."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 """`owner/name`, or the bare name of the hub's first models."""
+
+
+TOKEN_REMEDY = "set HF_TOKEN or run `hf auth login`"
+"""How the hub gets to know who asks."""
 
 
 def is_hub_id(reference: str) -> bool:
@@ -24,6 +28,39 @@ def hub_cache() -> Path:
         os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
     )
     return Path(home).expanduser() / "hub"
+
+
+def has_token() -> bool:
+    """Whether huggingface_hub finds a token: of HF_TOKEN, or of `hf auth login`."""
+    from huggingface_hub import get_token
+
+    return get_token() is not None
+
+
+def hub_problem(repository: str, revision: str | None = None) -> str | None:
+    """Why the hub gives nothing of a model to this machine now, with the remedy; None where it does.
+
+    One request without retries: a machine without a network should hear so in a second, not in half a minute.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set; unset it to download"
+    at = f" at revision {revision}" if revision else ""
+    try:
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, "config.json", revision=revision))
+    except errors.GatedRepoError:
+        return f"it is gated: accept its licence at https://huggingface.co/{repository}, then {TOKEN_REMEDY}"
+    except errors.RevisionNotFoundError:
+        return f"the hub has no revision {revision} of it"
+    except errors.RepositoryNotFoundError:
+        return f"it is not on the hub (or private: {TOKEN_REMEDY}), nor is there such a folder"
+    except errors.EntryNotFoundError:
+        return f"the repository has no config.json{at}; it must hold a transformers model"
+    except Exception as error:  # httpx, OSError and proxies raise many kinds; all mean that it cannot be had
+        return f"the hub cannot be reached ({type(error).__name__}); give a folder, or try again with a connection"
+    return None
 
 
 def package_file(reference: str) -> Path:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qswitch.config import RunConfig, StudentSection, TeacherSection
 from qswitch.errors import ConfigError, DataError, ModelError, QSwitchError
+from qswitch.hub import has_token
 from qswitch.launch import launched
 from qswitch.outside import user_path
 from qswitch.units import GIB
@@ -362,9 +363,7 @@ def _unreadable_models(config: RunConfig, known: Sequence[str], device: torch.de
 
     Those of which a `known` problem says so already are passed over.
     """
-    from transformers import AutoConfig
-
-    from qswitch.models.messages import explained, quiet
+    from qswitch.models.load import read_config
     from qswitch.models.quantise import check_stored
     from qswitch.models.references import resolve_reference
     from qswitch.models.weight_files import check_weight_files, check_whole
@@ -381,10 +380,7 @@ def _unreadable_models(config: RunConfig, known: Sequence[str], device: torch.de
         seen.add(key)
         try:
             resolved = resolve_reference(section.model, section.revision)
-            with quiet(), explained(resolved.name, "model"):
-                found = AutoConfig.from_pretrained(
-                    resolved.path, revision=resolved.revision, trust_remote_code=section.trust_remote_code
-                )
+            found = read_config(resolved, section.trust_remote_code)
             reason = unusable_because(found)
             if reason is not None:
                 raise ModelError(f"{resolved.name} ({found.model_type}) cannot be distilled here: {reason}")
@@ -395,8 +391,8 @@ def _unreadable_models(config: RunConfig, known: Sequence[str], device: torch.de
             _refuse_another_shape(section.shape, found, resolved.name)
         except ModelError as error:
             hint = ""
-            if config.about.gated and config.about.twin and not os.environ.get("HF_TOKEN"):
-                hint = f" HF_TOKEN is not set; the preset {config.about.twin} needs none."
+            if config.about.gated and config.about.twin and not has_token():
+                hint = f" There is no token for the hub here; the preset {config.about.twin} needs none."
             reason = str(error).rstrip(".")
             problems.append(f"{role}.model: {reason}.{hint}")
     for setting, reference in (("teacher.adapter", config.teacher.adapter),

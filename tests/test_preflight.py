@@ -183,12 +183,16 @@ def test_records_beyond_the_limit_are_not_read(copy, tmp_path):
     assert "student.model" in found
 
 
-def test_a_gated_preset_without_a_token_names_its_twin(pair, monkeypatch):
+def test_a_gated_preset_without_a_token_names_its_twin(pair, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     about = {"name": "p", "gated": True, "twin": "p-open"}
     (found,) = problems(prepare, settings(pair, teacher__model="no folder", about=about))
-    assert "HF_TOKEN is not set; the preset p-open needs none" in found
+    assert "no token for the hub here; the preset p-open needs none" in found
+    (tmp_path / "token").write_text("hf_of_a_login")  # as `hf auth login` leaves it
+    (found,) = problems(prepare, settings(pair, teacher__model="no folder", about=about))
+    assert "token" not in found
 
 
 def test_code_of_its_own_without_permission(copy):

@@ -8,7 +8,6 @@ import importlib.util
 import logging
 import os
 import struct
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 from qswitch.aside import folder_aside
 from qswitch.errors import ModelError
-from qswitch.models.messages import first_line, quiet
+from qswitch.models.messages import first_line, quiet, saying
 from qswitch.outside import user_path
 from qswitch.units import GIB
 
@@ -53,7 +52,7 @@ def materialise_gguf(path: Path) -> Path:
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         with folder_aside(folder) as partial, quiet(), gguf_progress(f"converting {path.name}"):
-            with _saying(f"converting {path.name}: its tokenizer"):
+            with saying(f"converting {path.name}: its tokenizer", PROGRESS_EVERY_S):
                 tokenizer = AutoTokenizer.from_pretrained(**source)
             loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
             plain_model(loaded).to(torch.bfloat16).save_pretrained(partial)
@@ -96,24 +95,6 @@ def gguf_progress(what: str | None = None) -> Iterator[None]:
         yield
     finally:
         reader.tqdm = bar
-
-
-@contextlib.contextmanager
-def _saying(what: str) -> Iterator[None]:
-    """Every `PROGRESS_EVERY_S` a line with the seconds that a block has taken; nobody knows how many are left."""
-    done, started = threading.Event(), time.monotonic()
-
-    def say() -> None:
-        while not done.wait(PROGRESS_EVERY_S):
-            logger.warning("%s, %.0f s", what, time.monotonic() - started)
-
-    thread = threading.Thread(target=say, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _said(items: Iterable[Any], what: str) -> Iterator[Any]:

@@ -22,7 +22,7 @@ from qswitch.models.messages import explained, first_line, quiet, say_once
 from qswitch.models.quantise import QUANTISED, check_stored, keep_from_repacking, quantization_config
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
-from qswitch.models.weight_files import check_weight_files
+from qswitch.models.weight_files import check_weight_files, download_shown
 from qswitch.plan.adapters import find_adapter
 from qswitch.plan.counted import text_part, unusable_because
 
@@ -42,7 +42,7 @@ def read_tokenizer(resolved: ResolvedModel, trust_remote_code: bool = False) -> 
     """As `load_tokenizer`, of a resolved model."""
     from transformers import AutoTokenizer
 
-    with quiet(), explained(resolved.name, "tokenizer"):
+    with quiet(), explained(resolved.name, "tokenizer", resolved.revision):
         tokenizer = AutoTokenizer.from_pretrained(
             resolved.path, revision=resolved.revision, trust_remote_code=trust_remote_code
         )
@@ -132,13 +132,22 @@ def context_tokens(section: ModelSection) -> int:
 
 def read_context_tokens(resolved: ResolvedModel, trust_remote_code: bool = False) -> int:
     """As `context_tokens`, of a resolved model."""
+    config = read_config(resolved, trust_remote_code).get_text_config()
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+
+
+def read_config(resolved: ResolvedModel, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a resolved model.
+
+    Raises:
+        ModelError: it cannot be had or read.
+    """
     from transformers import AutoConfig
 
-    with quiet(), explained(resolved.name, "model"):
-        config = AutoConfig.from_pretrained(
+    with quiet(), explained(resolved.name, "model", resolved.revision):
+        return AutoConfig.from_pretrained(
             resolved.path, revision=resolved.revision, trust_remote_code=trust_remote_code
         )
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def load_base(
@@ -198,12 +207,11 @@ def read_model(
     Weights asked for in bf16 where the run computes wider are rounded to bf16 and then kept in the compute dtype (said
     once): a CPU without bf16 units is 25 times slower in it. Where the run computes in fp16 they are read as fp16.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     # "main" in words: with None transformers does not look for the hub's own conversion of pickled weights (OPT).
     common = {"revision": resolved.revision or "main", "trust_remote_code": trust_remote_code}
-    with quiet(), explained(resolved.name, "model"):
-        config = AutoConfig.from_pretrained(resolved.path, **common)
+    config = read_config(resolved, trust_remote_code)
     reason = unusable_because(config)
     if reason is not None:
         raise ModelError(f"{resolved.name} ({config.model_type}) cannot be distilled here: {reason}")
@@ -240,7 +248,7 @@ def read_model(
         offloaded = tempfile.TemporaryDirectory(prefix="qswitch-offload-")
         options |= {"device_map": "auto", "max_memory": spread_limits(runtime), "offload_folder": offloaded.name}
         load_dtype = runtime.compute_dtype
-    with quiet(), explained(resolved.name, "model"):
+    with quiet(), explained(resolved.name, "model", resolved.revision), download_shown(resolved):
         model, info = AutoModelForCausalLM.from_pretrained(
             resolved.path, dtype=load_dtype, output_loading_info=True, **options
         )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
+import time
 from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
-from qswitch.errors import ModelError
+from qswitch.errors import ModelError, storage_problem
+from qswitch.hub import TOKEN_REMEDY, hub_problem, is_hub_id
 
 logger = logging.getLogger(__name__)
 
@@ -39,35 +42,127 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(name: str, what: str) -> Iterator[None]:
-    """Turn what transformers raises for a user's mistake into a ModelError with the remedy."""
+def saying(what: str, every_s: float) -> Iterator[None]:
+    """Every so many seconds a line with the time that a block has taken; nobody knows how much is left."""
+    done, started = threading.Event(), time.monotonic()
+
+    def say() -> None:
+        while not done.wait(every_s):
+            logger.warning("%s, %.0f s", what, time.monotonic() - started)
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def explained(name: str, what: str, revision: str | None = None) -> Iterator[None]:
+    """Turn what is raised for a user's mistake, a disk or a lost connection into a ModelError with the remedy.
+
+    `revision` is that of a hub id.
+    """
     try:
         yield
     except ModelError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        text = str(error)
-        lower = text.lower()
+    except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's; the trainer's business
             raise
-        if "gated" in lower or "401" in lower or "403" in lower:
-            remedy = f"it is gated: accept its licence at https://huggingface.co/{name} and set HF_TOKEN."
-        elif "trust_remote_code" in lower:
-            remedy = "it needs Python code of its own. Read that code, then set trust_remote_code=true for this model."
-        elif "safetensors" in lower:
-            remedy = "it has no safetensors weights, and qswitch reads no pickle. Convert it, or use another revision."
-        elif "unrecognized configuration class" in lower:
-            remedy = "it is no decoder-only language model that transformers knows."
-        elif "unrecognized model" in lower or "does not recognize this architecture" in lower:
-            remedy = "this transformers version does not know its architecture; check config.json, or upgrade."
-        elif what == "tokenizer":
-            remedy = (
-                f"{first_line(error)}. Put the tokenizer.json and tokenizer_config.json of the model it was made from "
-                "beside its weights, or name a model that has them."
-            )
-        else:
-            remedy = first_line(error)
+        remedy = _outside_remedy(error, name, what, revision)
+        if remedy is None and isinstance(error, _OF_MODELS):
+            remedy = _model_remedy(error, what)
+        if remedy is None:
+            raise
         raise ModelError(f"The {what} {name} cannot be loaded: {remedy}") from error
+
+
+_OF_MODELS = (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError)
+"""What transformers raises of a model or tokenizer that it cannot read."""
+_OF_CONNECTIONS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+"""Packages whose errors huggingface_hub, in one version or another, lets through when a connection fails."""
+_NO_WEIGHTS = "does not appear to have a file named model.safetensors"
+"""transformers' words for a repository without weights that it could read."""
+_NOT_HAD = (_NO_WEIGHTS, "couldn't find them in the cache", "can't load the model for")
+"""What it says where it was not given the weights, the first also where it could not ask what the repository has."""
+_KEPT = "What was downloaded is kept."
+
+
+def _outside_remedy(error: Exception, name: str, what: str, revision: str | None) -> str | None:
+    """The remedy where it is not the model that is at fault, but connection, hub, disk or memory; else None."""
+    chain = list(_shown_with(error))
+    lower = str(error).lower()
+    statuses = [status for one in chain if (status := _hub_status(one)) is not None]
+    if any(status in (401, 403) for status in statuses) or "gated repo" in lower:
+        return f"it is gated or private: accept its licence at https://huggingface.co/{name}, then {TOKEN_REMEDY}."
+    refused = next((status for status in statuses if status == 429 or status >= 500), None)
+    if refused is not None:
+        return f"the hub answered with status {refused}. Run it again later. {_KEPT}"
+    broken = next((one for one in chain if _of_connection(one)), None)
+    if broken is not None:
+        return f"the connection to the hub failed ({first_line(broken)}). Run it again when it is back. {_KEPT}"
+    problem = storage_problem(error)
+    if problem is not None:
+        return problem
+    if "cannot allocate memory" in lower:  # mmap's words; safetensors maps a file as a whole
+        return (
+            f"the system gave it no host memory ({first_line(error)}). Close other programs, or allow more: with "
+            "`memory=` in .wslconfig under WSL, with swap, or without `ulimit -v`."
+        )
+    if what == "model" and is_hub_id(name) and any(words in lower for words in _NOT_HAD):
+        problem = hub_problem(name, revision)
+        if problem is not None:
+            return f"its weights are not all in the local Hugging Face cache, and {problem}. {_KEPT}"
+    return None
+
+
+def _model_remedy(error: Exception, what: str) -> str:
+    lower = str(error).lower()
+    if "trust_remote_code" in lower:
+        return "it needs Python code of its own. Read that code, then set trust_remote_code=true for this model."
+    if what == "model" and _NO_WEIGHTS in lower:
+        return "it has no safetensors weights, and qswitch reads no pickle. Convert it, or use another revision."
+    if isinstance(error, SafetensorError):
+        return f"a file of its weights is damaged ({first_line(error)}). Delete that file and download it again."
+    if error.__cause__ is not None and "can't load the model for" in lower:
+        return first_line(error.__cause__)  # all that transformers adds is advice about folders of the same name
+    if "unrecognized configuration class" in lower:
+        return "it is no decoder-only language model that transformers knows."
+    if "unrecognized model" in lower or "does not recognize this architecture" in lower:
+        return "this transformers version does not know its architecture; check config.json, or upgrade."
+    if what == "tokenizer":
+        return (
+            f"{first_line(error)}. Put the tokenizer.json and tokenizer_config.json of the model it was made from "
+            "beside its weights, or name a model that has them."
+        )
+    return first_line(error)
+
+
+def _shown_with(error: BaseException) -> Iterator[BaseException]:
+    """An error and what Python shows above it: transformers raises some of its own without naming the cause."""
+    seen: set[int] = set()
+    at: BaseException | None = error
+    while at is not None and id(at) not in seen:
+        seen.add(id(at))
+        yield at
+        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
+
+
+def _hub_status(error: BaseException) -> int | None:
+    """The status with which the hub answered, of an error that says so."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _of_connection(error: BaseException) -> bool:
+    """Whether no answer came, or came in part; the errors of these packages are no OSErrors."""
+    if _hub_status(error) is not None:
+        return False
+    kinds = type(error).__mro__
+    return any(k.__module__.partition(".")[0] in _OF_CONNECTIONS or k.__name__ == "XetDownloadError" for k in kinds)
 
 
 def first_line(error: BaseException) -> str:

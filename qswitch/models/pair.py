@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from qswitch import rules
 from qswitch.config import RunConfig, StudentSection, TeacherSection, as_text, reader
 from qswitch.errors import ModelError, TokenizerMismatchError
-from qswitch.models.load import load_tokenizer
+from qswitch.models.load import load_tokenizer, read_config
 from qswitch.models.references import resolve_reference
 from qswitch.models.vocab import check_head, check_tokenizers
 
@@ -143,10 +143,7 @@ def template_tokenizer(pair: TokenizerPair, template: str) -> Any:
 
 def _num_rows(section: TeacherSection | StudentSection) -> int:
     resolved = resolve_reference(section.model, section.revision)
-    config = AutoConfig.from_pretrained(
-        resolved.path, revision=resolved.revision, trust_remote_code=section.trust_remote_code
-    )
-    return int(config.get_text_config().vocab_size)
+    return int(read_config(resolved, section.trust_remote_code).get_text_config().vocab_size)
 
 
 def _generation_eos(section: TeacherSection | StudentSection) -> set[int]:

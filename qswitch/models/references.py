@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qswitch.config import ModelReference
 from qswitch.errors import ModelError
-from qswitch.hub import HUB_ID, package_file
+from qswitch.hub import HUB_ID, hub_problem, package_file
 from qswitch.models.messages import say_once
 from qswitch.outside import user_path
 
@@ -88,7 +88,7 @@ def _from_file(path: Path) -> ResolvedModel:
 
 def _hub(reference: str, revision: str | None) -> ResolvedModel:
     import huggingface_hub
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     try:
         huggingface_hub.utils.validate_repo_id(reference)
@@ -97,24 +97,7 @@ def _hub(reference: str, revision: str | None) -> ResolvedModel:
     found = ResolvedModel(reference, revision, reference)
     if isinstance(huggingface_hub.try_to_load_from_cache(reference, "config.json", revision=revision), str):
         return found
-    if constants.HF_HUB_OFFLINE:
-        raise _UnavailableError("not in the local Hugging Face cache, and HF_HUB_OFFLINE is set; unset it to download")
-    at = f" at revision {revision}" if revision else ""
-    try:
-        # One request without retries: a machine without a network should hear so in a second, not in half a minute.
-        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(reference, "config.json", revision=revision))
-    except errors.GatedRepoError:
-        raise _UnavailableError(
-            f"gated: accept its licence at https://huggingface.co/{reference} and set HF_TOKEN to your token"
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise _UnavailableError(f"the hub has no revision {revision} of it") from None
-    except errors.RepositoryNotFoundError:
-        raise _UnavailableError("not on the hub (or private: set HF_TOKEN), and no such folder") from None
-    except errors.EntryNotFoundError:
-        raise _UnavailableError(f"the repository has no config.json{at}; it must hold a transformers model") from None
-    except Exception as error:  # httpx, OSError and proxies raise many kinds; all mean that it cannot be had
-        raise _UnavailableError(
-            f"not in the local cache, and the hub cannot be reached ({type(error).__name__}); give a folder"
-        ) from None
+    problem = hub_problem(reference, revision)
+    if problem is not None:
+        raise _UnavailableError(f"not in the local Hugging Face cache, and {problem}")
     return found

@@ -24,7 +24,7 @@ from qswitch.config import ModelReference
 from qswitch.errors import ModelError
 from qswitch.models.decoder_layers import find_layers
 from qswitch.models.layer_choice import calibration, choose_layers, kl_of_choice, scored_rows
-from qswitch.models.load import read_model, read_tokenizer
+from qswitch.models.load import read_config, read_model, read_tokenizer
 from qswitch.models.messages import quiet
 from qswitch.models.references import resolve_reference
 from qswitch.models.runtime import Runtime
@@ -181,10 +181,7 @@ def shrink_to_folder(
 
 def source_dtype(resolved: Any, trust_remote_code: bool = False) -> torch.dtype:
     """The dtype a model is stored in, as its config says; fp32 where it says nothing."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(resolved.path, revision=resolved.revision, trust_remote_code=trust_remote_code)
-    dtype = getattr(config, "dtype", None)
+    dtype = getattr(read_config(resolved, trust_remote_code), "dtype", None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32

@@ -1,22 +1,40 @@
-"""Whether a model folder's weight files are all there and whole, by their headers alone. Knows no model class."""
+"""Whether a model's weight files are all there and whole, by their headers alone, and what of them the hub is to send.
+
+Knows no model class.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from typing_extensions import TypedDict
 
 from qswitch.errors import FileError, ModelError
+from qswitch.launch import launched
+from qswitch.models.messages import saying
 from qswitch.models.references import ResolvedModel
 from qswitch.outside import read_json
+from qswitch.units import GIB
 
+logger = logging.getLogger(__name__)
+
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header, little-endian."""
 _SAMPLED_BYTES = 4 * 2**20
 """Read of each end of a file for its fingerprint."""
+
+
+SAY_EVERY_S = 60.0
+"""Between two lines about a download, where no bar is shown."""
 
 
 class IndexFile(TypedDict):
@@ -54,6 +72,64 @@ def check_weight_files(resolved: ResolvedModel) -> None:
         files = [folder / part for part in sorted(parts)]
     for file in files:
         check_whole(file)
+
+
+@contextlib.contextmanager
+def download_shown(resolved: ResolvedModel) -> Iterator[None]:
+    """While a hub model is read: say how much of its weights is still to come, and show huggingface_hub's bars.
+
+    A block inside `quiet`, which switches those bars off together with the ones of transformers.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    if Path(resolved.path).is_dir() or constants.HF_HUB_OFFLINE:
+        yield
+        return
+    missing_bytes = bytes_to_download(resolved)
+    what = f"downloading {missing_bytes / GIB:.2f} GiB of {resolved.name} into {constants.HF_HUB_CACHE}"
+    if missing_bytes:
+        logger.warning("%s", what)
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None and launched().rank == 0:
+        enable_progress_bars()
+    try:
+        # A bar is drawn on a terminal only; a log file gets a line now and then.
+        with saying(what, SAY_EVERY_S) if missing_bytes and not sys.stderr.isatty() else contextlib.nullcontext():
+            yield
+    finally:
+        if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+            disable_progress_bars()
+
+
+def bytes_to_download(resolved: ResolvedModel) -> int:
+    """Of a hub model's weights, the bytes that are not in the cache yet; 0 where the hub does not say.
+
+    Why it does not, is said by whoever then reads the model.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def here(name: str) -> bool:
+        found = huggingface_hub.try_to_load_from_cache(resolved.path, name, revision=resolved.revision)
+        return isinstance(found, str)
+
+    def size(name: str) -> int:
+        url = huggingface_hub.hf_hub_url(resolved.path, name, revision=resolved.revision)
+        return huggingface_hub.get_hf_file_metadata(url).size or 0
+
+    if here(SINGLE):
+        return 0
+    try:
+        try:
+            if not here(INDEX):
+                return size(SINGLE)
+        except EntryNotFoundError:
+            pass  # in parts, then
+        index: Any = huggingface_hub.hf_hub_download(resolved.path, INDEX, revision=resolved.revision)
+        parts = sorted(set(read_json(Path(index), IndexFile)["weight_map"].values()))
+        return sum(size(part) for part in parts if not here(part))
+    except Exception:  # httpx, OSError and the hub's own; the model is read next, and what fails there is explained
+        return 0
 
 
 def check_whole(file: Path) -> None:

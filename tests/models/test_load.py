@@ -15,8 +15,10 @@ from qswitch.errors import ModelError
 from qswitch.models import messages
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import load_teacher, load_tokenizer, read_model
+from qswitch.models.pair import _num_rows
 from qswitch.models.references import resolve_reference
 from qswitch.models.runtime import Runtime, make_runtime
+from qswitch.models.shrink import source_dtype
 from qswitch.plan.families import shape_from_config
 from qswitch.plan.machine import has_native_bf16_cpu
 from qswitch.rollout.kv_probe import verify_kv
@@ -209,6 +211,10 @@ def test_code_of_its_own_and_unknown_architectures_are_explained(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="trust_remote_code"):
         load_teacher(TeacherSection(model=str(folder), precision="fp32"), FP32)
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        source_dtype(resolve_reference(str(folder)))
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        _num_rows(TeacherSection(model=str(folder)))
     del config["auto_map"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="architecture"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,16 @@ def test_the_cpu_is_used_where_it_is_asked_for(shown_gpu, monkeypatch):
     assert make_runtime(TrainSection(device="cpu")).device.type == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert make_runtime(TrainSection()).device.type == "cpu" and unusable_gpu() is None
+
+
+def test_the_doctor_knows_a_token_that_a_login_has_left(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    assert "reachable; no token (only gated models need one" in doctor._try_hub()
+    (tmp_path / "token").write_text("hf_of_a_login")
+    assert doctor._try_hub().endswith("reachable; with a token")
 
 
 def test_the_doctor_says_it(shown_gpu, monkeypatch):

@@ -1,0 +1,145 @@
+"""A model of the hub loads; and where hub, connection, disk or memory is at fault, the message blames no model."""
+
+from __future__ import annotations
+
+import errno
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+
+from qswitch.config import TeacherSection
+from qswitch.errors import ModelError
+from qswitch.models import messages, weight_files
+from qswitch.models.load import load_teacher, load_tokenizer, read_config
+from qswitch.models.messages import explained
+from qswitch.models.references import resolve_reference
+from qswitch.models.runtime import Runtime
+from qswitch.models.weight_files import bytes_to_download
+from qswitch.units import GIB
+from tests.hub import NAME, ModelHub, serving
+from tests.tiny import save_tiny
+
+FP32 = Runtime(device=torch.device("cpu"), compute_dtype=torch.float32)
+TEACHER = TeacherSection(model=NAME, precision="fp32")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelHub]:
+    monkeypatch.setattr(messages, "_said", set())
+    with serving(save_tiny(tmp_path / "published"), tmp_path / "cache", monkeypatch) as server:
+        yield server
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """huggingface_hub waits a second before each of its attempts."""
+    waited: list[float] = []
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", waited.append)
+    return waited
+
+
+def test_a_download_is_said_with_its_size_and_shown_by_the_hubs_bars(hub, caplog, monkeypatch):
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    shown: list[bool] = []
+    download = huggingface_hub.file_download.http_get
+
+    def watched(*args, **kwargs):
+        shown.append(not are_progress_bars_disabled())
+        return download(*args, **kwargs)
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", watched)
+    load_tokenizer(TEACHER)
+    assert shown and not any(shown), "small files are no news"
+    shown.clear()
+    load_teacher(TEACHER, FP32)
+    assert shown and shown[0], "of the weights"
+    size = (hub.folder / "model.safetensors").stat().st_size
+    assert f"downloading {size / GIB:.2f} GiB of {NAME} into" in caplog.text
+    assert are_progress_bars_disabled() is False, "as it was before"
+    caplog.clear()
+    load_teacher(TEACHER, FP32)
+    assert "downloading" not in caplog.text
+
+
+def test_of_weights_in_parts_only_those_that_are_not_here_are_counted(hub):
+    load_teacher(TEACHER, FP32).hf.save_pretrained(hub.folder, max_shard_size="100KB")
+    (hub.folder / "model.safetensors").unlink(missing_ok=True)
+    shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
+    parts = sorted(hub.folder.glob("model-*.safetensors"))
+    resolved = resolve_reference(NAME)
+    assert len(parts) > 2 and bytes_to_download(resolved) == sum(p.stat().st_size for p in parts)
+    huggingface_hub.hf_hub_download(NAME, parts[1].name)
+    assert bytes_to_download(resolved) == sum(p.stat().st_size for p in parts if p != parts[1])
+
+
+def test_a_download_without_a_terminal_says_now_and_then_that_it_goes_on(hub, caplog, monkeypatch):
+    monkeypatch.setattr(weight_files, "SAY_EVERY_S", 0.001)
+    load_teacher(TEACHER, FP32)
+    assert re.search(r"downloading .* GiB of owner/name into .*, 0 s", caplog.text)
+
+
+def test_a_connection_that_breaks_is_no_fault_of_the_model(hub, no_waiting):
+    hub.breaks = "model.safetensors"
+    with pytest.raises(
+        ModelError, match=r"the connection to the hub failed \(RemoteProtocolError.*Run it again"
+    ) as found:
+        load_teacher(TEACHER, FP32)
+    assert no_waiting and "safetensors weights" not in str(found.value)
+    hub.breaks = None
+    load_teacher(TEACHER, FP32)
+
+
+def test_a_connection_that_breaks_in_config_json_is_explained_too(hub, no_waiting):
+    hub.breaks = "config.json"
+    with pytest.raises(ModelError, match="the connection to the hub failed"):
+        read_config(resolve_reference(NAME))
+
+
+def test_a_download_that_was_cut_off_is_no_model_without_weights(hub, monkeypatch):
+    read_config(resolve_reference(NAME))  # config.json is here, the weights are not
+    monkeypatch.setenv("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask a service of the hub for it
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"its weights are not all in the local .* HF_HUB_OFFLINE is set"):
+        load_teacher(TEACHER, FP32)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub.gated = True
+    with pytest.raises(ModelError, match=f"gated: accept its licence at https://huggingface.co/{NAME}"):
+        load_teacher(TEACHER, FP32)
+    hub.gated = False
+    (hub.folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="it has no safetensors weights"):
+        load_teacher(TEACHER, FP32)
+
+
+def test_without_a_network_weights_that_are_not_here_are_not_called_missing(hub, no_waiting):
+    read_config(resolve_reference(NAME))
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(ModelError, match=r"the connection to the hub failed \(ConnectError"):
+        load_teacher(TEACHER, FP32)
+
+
+def test_a_hub_that_is_down_says_so(hub, no_waiting):
+    read_config(resolve_reference(NAME))
+    hub.status = 503
+    with pytest.raises(ModelError, match="the hub answered with status 503"):
+        load_teacher(TEACHER, FP32)
+
+
+@pytest.mark.parametrize(("error", "said"), [
+    (RuntimeError("unable to mmap 4976698672 bytes from file <model-00001-of-00004.safetensors>: Cannot allocate "
+                  "memory (12)"), "no host memory"),
+    (OSError(errno.ENOSPC, "No space left on device", "/cache/blobs/ab403f.incomplete"), "Free some space"),
+    (RuntimeError("size mismatch: torch.Size([14013, 64])"), "size mismatch"),
+    (ValueError("safetensors_rust says 401 things"), "401 things"),
+])  # fmt: skip
+def test_numbers_and_words_in_a_text_blame_nobody(error, said):
+    with pytest.raises(ModelError, match=said) as found, explained("foo", "model"):
+        raise error
+    assert "gated" not in str(found.value) and "has no safetensors" not in str(found.value)
