@@ -40,6 +40,7 @@ OTHERS = [
         for name in ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "compose.yaml", "mkdocs.yml")
     ),
     *sorted((ROOT / "presets").rglob("*.yaml")),
+    *sorted((ROOT / "benchmarks").rglob("*.yaml")),
 ]
 
 
