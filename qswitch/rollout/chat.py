@@ -10,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qswitch.data.turns import Message
-from qswitch.errors import ConfigError, DataError
+from qswitch.distill.recovery import is_out_of_memory
+from qswitch.errors import QSwitchError
+from qswitch.models.host_memory import release_memory
+from qswitch.models.messages import first_line
 from qswitch.rollout.generate import Answerer, Generation
 from qswitch.rollout.policy import Policy, StudentPolicy, TeacherPolicy
 
@@ -70,8 +73,15 @@ class Chat:
                 self._take(line)
             except KeyboardInterrupt:
                 self._say("(stopped)")
-            except (ConfigError, DataError) as error:  # this question cannot be answered; the next may be
+            except QSwitchError as error:  # this question cannot be answered; the next may be
                 self._say(str(error))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._say(f"(out of memory: {first_line(error)}; /new or a shorter question takes less)")
+            else:
+                continue
+            release_memory(self._answerer.device)  # outside the handlers the traceback is gone, and what it held
 
     def _take(self, line: str) -> None:
         if not line:

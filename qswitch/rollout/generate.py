@@ -10,13 +10,17 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from qswitch.aside import file_aside
 from qswitch.config import DataSection
 from qswitch.data.gather import make_encoder
 from qswitch.data.records import Record, load_records
 from qswitch.data.turns import Message
+from qswitch.distill.recovery import BatchRows
 from qswitch.errors import ConfigError
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import context_tokens, load_teacher
@@ -83,6 +87,7 @@ class Answerer:
         self._pair = load_pair_tokenizer(self.config)
         self._temperature = self.config.rollout.temperature if temperature is None else temperature
         self._seed = seed
+        self._rows = BatchRows(self.config.rollout.batch_size)
         self._student = load_student(
             self.config, self._runtime, vocab_size=self._pair.vocab_size, base_path=run_dir.student_base_path
         )
@@ -90,6 +95,11 @@ class Answerer:
         self._teacher: LanguageModel | None = None
         self._encoder = make_encoder(self.config, self._pair)
         self._threshold_path = run_dir.threshold_path
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self._runtime.device
 
     @property
     def run_policy(self) -> Policy:
@@ -142,7 +152,8 @@ class Answerer:
             )
         if policy.uses_teacher and self._teacher is None:
             self._teacher = load_teacher(self.config.teacher, self._runtime, vocab_size=self._pair.vocab_size)
-        written, _ = rollout(
+        write = partial(
+            rollout,
             requests,
             teacher=self._teacher if policy.uses_teacher else None,
             student=self._student if policy.uses_student else None,
@@ -151,9 +162,9 @@ class Answerer:
             temperature=self._temperature,
             eos_ids=self._pair.eos_ids,
             pad_id=self._pair.pad_id,
-            batch_size=self.config.rollout.batch_size,
             keep="nothing",
         )
+        written, _ = self._rows.attempt(self.device, write)
         return [
             Generation(
                 prompt=messages[-1].content,

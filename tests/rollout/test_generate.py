@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from qswitch.cli import run
 from qswitch.data.turns import Message
-from qswitch.errors import ConfigError
+from qswitch.errors import ConfigError, ModelError
+from qswitch.rollout import generate
 from qswitch.rollout.chat import Chat
 from qswitch.rollout.generate import Answerer, generate_from_run, read_conversations
 from qswitch.rollout.policy import StudentPolicy, TeacherPolicy
@@ -135,3 +137,37 @@ def test_a_question_that_cannot_be_answered_does_not_end_the_conversation(short)
     shown = converse(short, ["/again", "/nothing", "x" * 80, "hi", "/writers", "hi", "/new", "/help"])
     assert "Ask something first" in shown and "There is no /nothing" in shown and "Shorten it" in shown
     assert "(by writer)" in shown and "/quit" in shown
+
+
+def test_responses_that_do_not_fit_together_are_written_by_fewer_at_a_time(folder, monkeypatch, caplog):
+    expected = generate_from_run(folder, ["tell fox", "tell dog", "tell lazy"])
+    written, tried = generate.rollout, []
+
+    def cramped(*args, batch_size, **options):
+        tried.append(batch_size)
+        if batch_size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return written(*args, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(generate, "rollout", cramped)
+    assert generate_from_run(folder, ["tell fox", "tell dog", "tell lazy"]) == expected
+    assert tried == [4, 2, 1] and "out of memory: 2 -> 1 rows" in caplog.text
+
+
+@pytest.mark.parametrize("error", [ModelError("the teacher is gone"), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_a_teacher_that_cannot_be_read_does_not_end_the_conversation(folder, monkeypatch, error):
+    def fail(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr(generate, "load_teacher", fail)
+    shown = converse(folder, ["tell fox", "/teacher", "tell dog"])
+    assert str(error) in shown and second_answer(folder) in shown
+
+
+def second_answer(folder) -> str:
+    """What the student says to the second question."""
+    answers = Answerer(folder)
+    [first] = answers.answer([ask("tell fox")], StudentPolicy(), first_id=0)
+    history = (*ask("tell fox"), Message("assistant", first.text), *ask("tell dog"))
+    [second] = answers.answer([history], StudentPolicy(), first_id=1)
+    return second.text
