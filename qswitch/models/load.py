@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
-import tempfile
 import warnings
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qswitch.aside import scratch
 from qswitch.config import StudentSection, TeacherSection
 from qswitch.errors import ModelError
 from qswitch.models.architecture import on_meta
 from qswitch.models.finite import require_finite
+from qswitch.models.gguf_cache import cache_folder
 from qswitch.models.gpus import begin_on, device_map, gpus_of_teacher
 from qswitch.models.language_model import LanguageModel, verify_head
 from qswitch.models.messages import explained, first_line, quiet, say_once
@@ -243,15 +246,17 @@ def read_model(
             raise ModelError(f"precision={precision} needs bitsandbytes: pip install bitsandbytes")
         if stored is None:
             options["quantization_config"] = quantization_config(meta, resolved, precision, runtime)
-    offloaded = None
-    if spread:
-        offloaded = tempfile.TemporaryDirectory(prefix="qswitch-offload-")
-        options |= {"device_map": "auto", "max_memory": spread_limits(runtime), "offload_folder": offloaded.name}
-        load_dtype = runtime.compute_dtype
-    with quiet(), explained(resolved.name, "model", resolved.revision), download_shown(resolved):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            resolved.path, dtype=load_dtype, output_loading_info=True, **options
-        )
+    with contextlib.ExitStack() as offloaded:
+        if spread:
+            folder = offloaded.enter_context(scratch(cache_folder()))  # the system's own may lie in memory
+            options |= {"device_map": "auto", "max_memory": spread_limits(runtime), "offload_folder": str(folder)}
+            load_dtype = runtime.compute_dtype
+        with quiet(), explained(resolved.name, "model", resolved.revision), download_shown(resolved):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                resolved.path, dtype=load_dtype, output_loading_info=True, **options
+            )
+        if spread:
+            weakref.finalize(model, offloaded.pop_all().close)  # the files go with the model
     missing = sorted(info.get("missing_keys", ()))
     if missing or info.get("mismatched_keys"):
         raise ModelError(
@@ -260,9 +265,7 @@ def read_model(
         )
     if len(gpus) > 1:
         begin_on(model, gpus[0])
-    if spread:
-        model._qswitch_offloaded = offloaded  # the files go with the model
-    elif precision == "bf16" and runtime.compute_dtype in (torch.float32, torch.float64):
+    if not spread and precision == "bf16" and runtime.compute_dtype in (torch.float32, torch.float64):
         wide = str(runtime.compute_dtype).removeprefix("torch.")
         say_once(
             f"{resolved.name}: weights are rounded to bf16 but kept in {wide}, the compute dtype "

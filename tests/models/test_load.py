@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from qswitch.config import TeacherSection, TrainSection
 from qswitch.errors import ModelError
-from qswitch.models import messages
+from qswitch.models import load, messages
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import load_teacher, load_tokenizer, read_model
 from qswitch.models.pair import _num_rows
@@ -297,3 +298,17 @@ def test_of_a_model_with_a_vision_tower_the_text_part_is_read(tmp_path, kind, la
     values = json.loads((tmp_path / "config.json").read_text())
     assert shape_from_config(values).num_parameters == sum(p.numel() for p in model.parameters())
     verify_kv(LanguageModel(model, compute_dtype=torch.float32), blocks=True)
+
+
+def test_what_a_spread_teacher_writes_lies_in_the_cache_and_goes_with_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("QSWITCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(load, "spread_limits", lambda _runtime: {"cpu": 100_000})
+    resolved = resolve_reference(str(save_tiny(tmp_path / "m", "qwen3_moe")))  # its experts are stored otherwise
+    model = read_model(resolved, FP32, "fp32", spread=True)
+    assert list((tmp_path / "cache").glob(".scratch.*.partial/*experts*.safetensors"))
+    with torch.no_grad():
+        spread = model(input_ids=IDS).logits
+    del model
+    gc.collect()
+    assert list((tmp_path / "cache").iterdir()) == []
+    torch.testing.assert_close(spread, read_model(resolved, FP32, "fp32")(input_ids=IDS).logits, atol=1e-5, rtol=0)
