@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from qswitch.cli_options import AsJson, MaxNewTokens, show
+from qswitch.cli_options import AsJson, MaxNewTokens, say, show
 from qswitch.errors import ConfigError
 
 student_app = typer.Typer()
@@ -39,7 +39,7 @@ def merge(
     from qswitch.export.merge import merge_run
 
     check_tools(gguf or [])
-    report = merge_run(run_path, output_dir, dtype=dtype)
+    report = merge_run(run_path, output_dir, dtype=dtype, notify=say)
     if not gguf:
         show(report, as_json, merged)
         return

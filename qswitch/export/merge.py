@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -84,10 +84,12 @@ def merge_run(
     *,
     dtype: Literal["bf16", "fp32"] = "bf16",
     prompts: Sequence[str] | None = None,
+    notify: Callable[[str], None] = logger.info,
 ) -> MergeReport:
     """Merge RUN/adapter (or the latest checkpoint's) into its unquantised base and save a plain model folder.
 
-    The folder is RUN/merged where none is named. One that holds this very merge already is left as it is.
+    The folder is RUN/merged where none is named. One that holds this very merge already is left as it is. `notify` is
+    told what is being done, of which each part takes minutes for a large student.
 
     Runs on the CPU and needs the memory that `merge_bytes` forecasts, 6 bytes a parameter and more for a large
     vocabulary.
@@ -116,9 +118,12 @@ def merge_run(
     ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in texts]
     _refuse_what_does_not_fit(config, [row.shape[1] for row in ids])
 
+    notify(f"reading {base.name} in fp32, with {adapter}")
     reference = _trained(config, base, adapter)
+    notify(f"computing its logits on {len(ids)} prompts, in fp32 and in fp64")
     before, before_exact = _logits(reference.hf, ids), _exact_logits(reference.hf, ids)
     merged = reference.hf.merge_and_unload(safe_merge=True) if config.student.adapter == "lora" else reference.hf
+    notify("computing those of the merged weights")
     pass_rounding = _largest_difference(before, before_exact)
     difference = _largest_difference(before, _logits(merged, ids))
     merge_error = _largest_difference(before_exact, _exact_logits(merged, ids))
@@ -131,9 +136,11 @@ def merge_run(
     _set_end_tokens(merged, adapter)
     merged.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     card = model_card(config, base.name, _summary(run_dir), merge_error, dtype)
+    notify(f"writing {output_dir}")
     with folder_aside(output_dir) as partial:  # with its report, without which the next call would find a stranger
         write_model_files(merged, tokenizer, partial, {"README.md": card}, copies=_sentencepiece_files(base))
         del merged, reference
+        notify("reading it back, and comparing it with the adapter")
         kl_nats = _kl_nats(before, _logits(_plain(partial), ids))
         report = MergeReport(
             output_dir=output_dir,

@@ -207,7 +207,9 @@ def test_fp64_passes_layer_by_layer_are_those_of_the_whole_model_in_fp64(tmp_pat
 
 def test_a_finished_merge_is_left_as_it_is_and_another_adapter_is_not_mixed_with_it(tmp_path):
     run_dir, config = trained_run(tmp_path)
-    first = merge_run(run_dir.path, prompts=TEXTS)
+    said: list[str] = []
+    first = merge_run(run_dir.path, prompts=TEXTS, notify=said.append)
+    assert [line.split()[0] for line in said] == ["reading", "computing", "computing", "writing", "reading"]
     assert first.output_dir == run_dir.path / "merged" and json.loads((first.output_dir / "merge.json").read_text())
     weights = first.output_dir / "model.safetensors"
     written, mode = weights.stat().st_mtime_ns, stat.S_IMODE(weights.stat().st_mode)
