@@ -12,14 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import GenerationConfig
 
 from qswitch import rules
 from qswitch.config import RunConfig, StudentSection, TeacherSection, as_text, reader
 from qswitch.errors import ModelError, TokenizerMismatchError
 from qswitch.models.load import load_tokenizer, read_config
-from qswitch.models.references import resolve_reference
+from qswitch.models.messages import explained, quiet, say_once
+from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.vocab import check_head, check_tokenizers
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,16 +153,41 @@ def _num_rows(section: TeacherSection | StudentSection) -> int:
 
 def _generation_eos(section: TeacherSection | StudentSection) -> set[int]:
     resolved = resolve_reference(section.model, section.revision)
-    try:
-        eos = GenerationConfig.from_pretrained(resolved.path, revision=resolved.revision).eos_token_id
-    except OSError as error:  # models without a generation_config.json are common, and the tokenizer's token stands
-        path = Path(resolved.path) / "generation_config.json"
-        if path.is_file():
-            raise ModelError(f"{path} is not valid JSON ({error}). Mend it, or delete it.") from None
+    path = _generation_config(resolved)
+    if path is None:  # common, and the tokenizer's token stands
         return set()
+    try:
+        eos = GenerationConfig.from_pretrained(path.parent).eos_token_id
+    except OSError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}). Mend it, or delete it.") from None
     found = eos if isinstance(eos, list) else [eos]
     if not all(i is None or (isinstance(i, int) and not isinstance(i, bool)) for i in found):
         raise ModelError(
             f"generation_config.json of {resolved.name}: eos_token_id is {eos!r}, not a token id or a list."
         )
     return {i for i in found if i is not None}
+
+
+def _generation_config(resolved: ResolvedModel) -> Path | None:
+    """generation_config.json of a model; None where it has none, or, which is said, where nobody can tell.
+
+    Raises:
+        ModelError: it cannot be downloaded.
+    """
+    if Path(resolved.path).is_dir():
+        path = Path(resolved.path) / GENERATION_CONFIG
+        return path if path.is_file() else None
+    with quiet(), explained(resolved.name, "model", resolved.revision):
+        try:
+            return Path(huggingface_hub.hf_hub_download(resolved.path, GENERATION_CONFIG, revision=resolved.revision))
+        except LocalEntryNotFoundError:  # the hub was not asked
+            known = huggingface_hub.try_to_load_from_cache(resolved.path, GENERATION_CONFIG, revision=resolved.revision)
+            if known is None:
+                say_once(
+                    f"{resolved.name}: {GENERATION_CONFIG} is not in the local Hugging Face cache, and the hub does "
+                    "not answer. If the model has one, download it: without it the tokenizer's end-of-sequence token "
+                    "alone ends a response."
+                )
+            return None
+        except EntryNotFoundError:
+            return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from qswitch.errors import ModelError
 from qswitch.models import messages, weight_files
 from qswitch.models.load import load_teacher, load_tokenizer, read_config
 from qswitch.models.messages import explained
+from qswitch.models.pair import _generation_eos
 from qswitch.models.references import resolve_reference
 from qswitch.models.runtime import Runtime
 from qswitch.models.weight_files import bytes_to_download
@@ -143,3 +145,24 @@ def test_numbers_and_words_in_a_text_blame_nobody(error, said):
     with pytest.raises(ModelError, match=said) as found, explained("foo", "model"):
         raise error
     assert "gated" not in str(found.value) and "has no safetensors" not in str(found.value)
+
+
+def test_end_tokens_are_lost_only_where_the_hub_says_that_there_are_none(hub, no_waiting, monkeypatch, caplog):
+    section = TeacherSection(model=NAME)
+    published = hub.folder / "generation_config.json"
+    values = json.loads(published.read_text())
+    published.write_text(json.dumps({**values, "eos_token_id": [2, 7]}))
+    assert _generation_eos(section) == {2, 7}
+    published.unlink()
+    shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
+    read_config(resolve_reference(NAME))
+    assert _generation_eos(section) == set() and not caplog.text, "most models have none"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert _generation_eos(section) == set() and not caplog.text, "the cache knows that there is none"
+    shutil.rmtree(Path(huggingface_hub.constants.HF_HUB_CACHE) / "models--owner--name" / ".no_exist")
+    assert _generation_eos(section) == set() and "generation_config.json is not in the local" in caplog.text
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    published.write_text("{}")
+    hub.breaks = published.name
+    with pytest.raises(ModelError, match="the connection to the hub failed"):
+        _generation_eos(section)
