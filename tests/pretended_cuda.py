@@ -293,7 +293,7 @@ def pretended_cuda(cards: int = 1) -> Iterator[Pretended]:
         _patch_tensors(patch, mode)
         _patch_cuda(patch, seen, cards)
         card = machine._DetectedGpu(11 * GIB, "pretended", (8, 6))
-        patch.setattr(machine, "_detect_gpu", lambda index=0: card if index < cards else None)
+        patch.setattr(machine, "_detect_gpu", lambda index=0, **_: card if index < cards else None)
         patch.setattr(step_graph, "CudaRecorder", lambda: seen.record)
         AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the device of the process
         try:

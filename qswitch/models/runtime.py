@@ -56,8 +56,8 @@ def make_runtime(train: TrainSection) -> Runtime:
 
 def unusable_gpu() -> str | None:
     """Why torch cannot use the GPU that nvidia-smi shows, and the remedy; None where it can, or none is shown."""
-    shown = detected_gpu()
-    if shown is None or torch.cuda.is_available():
+    shown = None if torch.cuda.is_available() else detected_gpu()
+    if shown is None:
         return None
     if torch.version.cuda is None:
         return f"nvidia-smi shows {shown}, but torch {torch.__version__} is built without CUDA. Install a CUDA build."

@@ -204,9 +204,16 @@ class _DetectedGpu:
     """CUDA compute capability; None where the driver is too old to say."""
 
 
-def _detect_gpu(index: int | None = None) -> _DetectedGpu | None:
+_seen_gpus: dict[tuple[str, str | None], _DetectedGpu] = {}
+"""What nvidia-smi said last, by its path and by which GPU it was asked for."""
+
+
+def _detect_gpu(index: int | None = None, *, is_fresh: bool = True) -> _DetectedGpu | None:
     """This process's GPU (torch's cuda:0 where there is one process), or that of an index, as nvidia-smi sees it; cold,
     since torch takes seconds and a CUDA context.
+
+    Its free memory is asked for anew where `is_fresh`; name and capability stay, and a call of nvidia-smi takes up to
+    seconds where the driver is loaded for it alone.
 
     CUDA_VISIBLE_DEVICES is read as CUDA reads it: indices or UUIDs, one for each process; empty or -1 hides all.
     CUDA orders by speed where CUDA_DEVICE_ORDER does not say PCI_BUS_ID, nvidia-smi by bus: on a machine with unlike
@@ -220,6 +227,8 @@ def _detect_gpu(index: int | None = None) -> _DetectedGpu | None:
         first = visible.split(",")[index].strip() if index < len(visible.split(",")) else ""
     if program is None or first in ("", "-1"):
         return None
+    if not is_fresh and (program, first) in _seen_gpus:
+        return _seen_gpus[program, first]
     chosen = [] if first is None or first.startswith("MIG-") else [f"--id={first}"]
     for fields in ("memory.free,name,compute_cap", "memory.free,name"):
         query = [program, *chosen, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
@@ -228,9 +237,10 @@ def _detect_gpu(index: int | None = None) -> _DetectedGpu | None:
             free, name, *capability = (value.strip() for value in answer.splitlines()[0].split(","))
             known = re.fullmatch(r"(\d+)\.(\d+)", capability[0]) if capability else None
             which = "the first GPU" if first is None else f"GPU {first}"
-            return _DetectedGpu(
+            _seen_gpus[program, first] = _DetectedGpu(
                 int(free) * 2**20, f"{which}, {name}", (int(known[1]), int(known[2])) if known else None
             )
+            return _seen_gpus[program, first]
         except (OSError, subprocess.SubprocessError, ValueError, IndexError):
             continue  # drivers before 510 know no compute_cap; one that answers nothing is a machine without a GPU
     return None
@@ -293,7 +303,7 @@ def describe_machine(
 ) -> Machine:
     """Device and arithmetic to plan for; `device` overrides train.device (planning for a GPU one does not have)."""
     wanted = device or train.device
-    here = _detect_gpu() if wanted == "auto" or (wanted == "cuda" and device is None) else None
+    here = _detect_gpu(is_fresh=False) if wanted == "auto" or (wanted == "cuda" and device is None) else None
     if wanted == "auto":
         wanted = "cuda" if here is not None else "cpu"
     card = gpu or (None if here is None else _card_called(here.label))

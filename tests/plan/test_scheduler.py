@@ -363,6 +363,11 @@ def test_the_gpu_that_cuda_sees_first_is_planned_for(monkeypatch, tmp_path):
     assert describe_machine(train, "cuda").compute_dtype == "bf16", "of a card that is called by its memory alone"
     assert describe_machine(train, "cuda", machine.GPUS["tesla-t4-15gb"]).compute_dtype == "fp16"
     assert machine.gpu_dtype((6, 1)) == "fp32" and machine.gpu_dtype((7, 0)) == "fp16"
+    asked = tmp_path / "asked"
+    program.write_text(FAKE_NVIDIA_SMI + f"echo >> {asked}\n")
+    assert describe_machine(train).compute_dtype == describe_machine(train).compute_dtype == "fp16"
+    assert not asked.exists(), "what a card is called and can do stays"
+    assert detect_budget_bytes()[0] == 22 * GIB and asked.read_text() == "\n", "what is free does not"
     for first in ("1", "1,0", "GPU-bbbb"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", first)
         size, source = detect_budget_bytes()
