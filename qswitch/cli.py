@@ -34,7 +34,7 @@ from qswitch.cli_options import (
 )
 from qswitch.cli_results import results_app
 from qswitch.cli_student import student_app
-from qswitch.errors import ConfigError, QSwitchError, storage_problem
+from qswitch.errors import ConfigError, QSwitchError, is_out_of_memory, storage_problem
 from qswitch.launch import launched
 from qswitch.terminal import filter_log, printable
 
@@ -117,7 +117,7 @@ def run(arguments: list[str]) -> int:
             return int(error.exit_code)
         if type(error).__name__ == "Abort":
             return 130
-        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):  # torch's, which is not loaded
+        if is_out_of_memory(error):
             _complain(_out_of_memory(error))
             return 2
         if (problem := storage_problem(error)) is not None:

@@ -108,11 +108,37 @@ _REMEDIES = {
     errno.ESTALE: "The network disk was lost; mount it again",
     errno.EMFILE: "Raise the limit of open files (ulimit -n)",
     errno.ENFILE: "Close other programs",
+    errno.ENOMEM: "Close other programs, or allow more memory",
     errno.EPIPE: "What read the output has ended",
 }
 """What a user does about an error of the operating system, by its number."""
 _FOREIGN = re.compile(r"os error (\d+)|[Ee]rrno (\d+)")
 """How libraries in Rust and C++ write the number of such an error into their own."""
+
+
+_SIGNS_OF_FULL_MEMORY = re.compile(
+    r"DefaultCPUAllocator"  # torch's, on a CPU
+    r"|(CUDA|Cuda|HIP)\b.{0,40}out of memory"  # torch, the driver through it, NCCL, Triton, bitsandbytes
+    r"|(CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_(\w+_)?ALLOC(ATION)?_FAILED"
+    r"|CUBLAS_STATUS_NOT_INITIALIZED.*cublasCreate"  # its first call on a card that is full
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that an allocation failed, on a GPU or in host memory; false for one of ours, which says.
+
+    Most libraries raise a plain RuntimeError and say so in its text alone. Asks no torch, so that a command that has
+    not loaded it can ask. What the system refused for want of memory, as a file to be mapped, is a `storage_problem`.
+    """
+    for one in _causes(error):
+        if isinstance(one, QSwitchError):
+            return False
+        is_torchs = any(kind.__name__ == "OutOfMemoryError" for kind in type(one).__mro__)
+        if is_torchs or isinstance(one, MemoryError):
+            return True
+        if isinstance(one, Exception) and _SIGNS_OF_FULL_MEMORY.search(str(one)):
+            return True
+    return False
 
 
 def storage_problem(error: BaseException) -> str | None:

@@ -18,8 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.report import GIB, Context, Report
 from benchmarks.gpu.timing import host_and_device_ms
-from qswitch.distill.recovery import is_out_of_memory, limit_device_memory
+from qswitch.distill.recovery import limit_device_memory
 from qswitch.doctor import examine
+from qswitch.errors import is_out_of_memory
 from qswitch.models.host_memory import release_memory
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.quantise import keep_from_repacking

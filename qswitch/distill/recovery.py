@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from qswitch.config import RunConfig
-from qswitch.errors import TrainingError
+from qswitch.errors import TrainingError, is_out_of_memory
 from qswitch.models.host_memory import release_memory, resident_bytes
 from qswitch.units import GIB
 
@@ -209,15 +209,6 @@ class BatchRows:
             release_memory(device)
             self._say(f"out of memory: {self.rows} -> {self.rows // 2} rows at a time")
             self.rows //= 2
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that an allocation failed, on a GPU or in host memory."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    # torch's CPU allocator and cuBLAS raise plain RuntimeErrors.
-    return any(sign in text for sign in ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory"))
 
 
 def limit_device_memory(device: torch.device, budget_bytes: int, context_bytes: int) -> None:

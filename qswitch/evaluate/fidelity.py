@@ -25,7 +25,7 @@ from qswitch.config import RolloutSection, RunConfig
 from qswitch.data.gather import load_prompts
 from qswitch.distill.teacher_distance import CHUNK_TOKENS, ModelView, detached_head
 from qswitch.divergence import divergence, jsd_bits
-from qswitch.errors import ConfigError, ModelError
+from qswitch.errors import ConfigError, ModelError, is_out_of_memory
 from qswitch.evaluate.intervals import Estimate, mean_interval
 from qswitch.evaluate.score_table import markdown_table
 from qswitch.evaluate.versions import versions
@@ -145,7 +145,9 @@ def fidelity(
     try:
         teacher = _teacher(config, runtime, pair, REFERENCE)
         student = _student(config, runtime, pair, run_dir, work_dir)
-    except torch.cuda.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ModelError(
             f"The teacher in {REFERENCE}, the yardstick, does not fit this GPU beside the student. Use --device cpu, "
             "which is slow."

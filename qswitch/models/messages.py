@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
-from qswitch.errors import ModelError, storage_problem
+from qswitch.errors import ModelError, is_out_of_memory, storage_problem
 from qswitch.hub import TOKEN_REMEDY, hub_problem, is_hub_id
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def explained(name: str, what: str, revision: str | None = None) -> Iterator[Non
     except ModelError:
         raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; the trainer's business
+        if is_out_of_memory(error):  # the caller's business
             raise
         remedy = _outside_remedy(error, name, what, revision)
         if remedy is None and isinstance(error, _OF_MODELS):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qswitch.errors import is_out_of_memory
 from qswitch.models.language_model import LanguageModel
 from qswitch.rollout.kv_cache import KVState, Prompts
 from qswitch.rollout.step_graph import EAGER_PASSES, Record, StepGraphs
@@ -80,7 +81,9 @@ def try_graphs(
                 size = plain.norm(dim=-1).clamp_min(1e-12)
                 worst = max(worst, ((states["replayed"].double() - plain).norm(dim=-1) / size).max().item())
             seconds = {name: seconds[name] + best[name] for name in seconds}
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         return GraphTrial(False, "recorded passes do not fit beside the rest", num_rows)
     finally:
         model.train(training)

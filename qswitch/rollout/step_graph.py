@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
 
+from qswitch.errors import is_out_of_memory
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.messages import first_line
 from qswitch.rollout.cache_layers import CacheLayer, LayerMaker, SlotBuffers, SlotLayer, layer_makers
@@ -162,9 +163,9 @@ class StepGraphs:
         if size not in self._recorded:
             try:
                 recorded = self._recorded[size] = self._recorded_pass(size, recorded, layers)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # whatever a model does that cannot be recorded, it still runs as usual
+                if is_out_of_memory(error):
+                    raise
                 self.failure = first_line(error)
                 logger.warning("The %s's passes are not recorded as CUDA graphs: %s", self._role, self.failure)
                 return None

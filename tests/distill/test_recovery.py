@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from qswitch.config import RunConfig
 from qswitch.distill import validation
-from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes, is_out_of_memory
+from qswitch.distill.recovery import MemoryFloorError, Recovery, Sizes
 from qswitch.distill.trainer import Trainer
 from qswitch.models.host_memory import resident_bytes
 from qswitch.models.load import load_teacher
@@ -236,15 +236,9 @@ def test_a_host_budget_that_is_exceeded_shrinks_and_then_stops(folders, tmp_path
     roomy.check_host_memory()
 
 
-def test_what_counts_as_out_of_memory():
-    for error in (
-        torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
-    ):  # fmt: skip
-        assert is_out_of_memory(error)
-    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+def test_an_error_that_is_not_of_memory_shrinks_nothing():
     with pytest.raises(RuntimeError, match="shape mismatch"):
-        Recovery(Sizes(rollout_rows=1, micro_batch=1, chunk_tokens=1, validation_rows=1), CPU).attempt(
+        Recovery(Sizes(rollout_rows=2, micro_batch=2, chunk_tokens=1, validation_rows=1), CPU).attempt(
             "loss", lambda: (_ for _ in ()).throw(RuntimeError("shape mismatch"))
         )
 
