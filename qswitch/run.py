@@ -52,8 +52,8 @@ def rehearse(config: RunConfig, *, vram: str | None = None, resumes: bool = Fals
 def distill(config: RunConfig, path: Path, *, vram: str | None = None) -> Summary:
     """Train a student in a new folder and write its report.
 
-    A user's mistake that stops the run before its first step leaves no folder behind. Started as several processes,
-    each calls this, and the first one's `path` is the run's.
+    Whatever fails before its first step, memory while the models load too, leaves no folder behind. Started as several
+    processes, each calls this, and the first one's `path` is the run's.
 
     Raises:
         PreflightError: what would stop the run, all in one list.
@@ -80,7 +80,7 @@ def distill(config: RunConfig, path: Path, *, vram: str | None = None) -> Summar
             run_dir = RunDir(run_dir.path, run_dir.config, writes=processes.is_first)
             try:
                 return _carry_out(run_dir, prepared, plan, resumes=False, processes=processes)
-            except QSwitchError:
+            except Exception:
                 if processes.is_first:
                     run_dir.discard_unstarted()
                 raise

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from qswitch.config import RunConfig, reader
 from qswitch.distill.processes import Processes, joined
-from qswitch.errors import ConfigError, Interrupted, QSwitchError, RunDirError
+from qswitch.errors import ConfigError, Interrupted, RunDirError
 from qswitch.launch import launched
 from qswitch.layers import build_config
 from qswitch.plan.machine import Budget, describe_machine
@@ -113,7 +113,7 @@ def _work(
             )
     except KeyboardInterrupt:
         raise Interrupted(str(path), "teach") from None
-    except QSwitchError:
+    except Exception:
         if began and processes.is_first and not any(path.glob("part-*")):
             RunDir(path, config).discard_unstarted()
         raise

@@ -22,6 +22,7 @@ from qswitch.plan.run_plan import Plan
 from qswitch.plan.scheduler import plan_run
 from qswitch.run import distill, resume
 from qswitch.run_dir import RunDir
+from qswitch.teach import teach
 from tests.distill.test_trainer import folders, settings  # noqa: F401
 
 SHORT_BYTES = 4096
@@ -116,6 +117,22 @@ def test_after_memory_ran_out_the_plan_on_disk_is_that_of_the_smaller_sizes(fold
     smaller = own_plan(halved.write_into(config))
     resume(path, vram=f"{smaller.total_bytes // 1024 + 1}KiB")
     assert stored_plan(path)["total_gib"] == pytest.approx(smaller.total_gib, abs=1e-4)
+
+
+@pytest.mark.parametrize("start", [distill, teach])
+def test_memory_that_is_short_while_models_load_leaves_no_folder(folders, tmp_path, monkeypatch, start):  # noqa: F811
+    """The same command works once there is room; a folder with nothing in it would be refused as a run."""
+
+    def full(*_arguments: Any, **_options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (injected)")
+
+    for module in ("session", "teaching"):
+        monkeypatch.setattr(f"qswitch.distill.{module}.load_teacher", full)
+    path = tmp_path / "run"
+    config = settings(folders, rollout__policy="teacher", loss__divergence="forward_kl")
+    with pytest.raises(torch.OutOfMemoryError):
+        start(config, path)
+    assert not path.exists()
 
 
 def test_a_gpu_that_torch_alone_sees_needs_a_named_budget(folders, tmp_path, monkeypatch):  # noqa: F811
