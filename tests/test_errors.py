@@ -11,7 +11,7 @@ import torch
 
 from qswitch.cli import run
 from qswitch.distill.recovery import BatchRows, MemoryBudgetExceededError, MemoryFloorError
-from qswitch.errors import ModelError, is_out_of_memory
+from qswitch.errors import ModelError, is_out_of_memory, storage_problem
 from qswitch.models.messages import explained
 
 OF_MEMORY = [
@@ -74,3 +74,10 @@ def test_an_error_with_a_remedy_of_its_own_is_not_asked_for_its_cause():
     error = ModelError("The teacher does not fit this GPU beside the student. Use --device cpu.")
     error.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
     assert not is_out_of_memory(error)
+
+
+def test_memory_that_the_system_refuses_for_a_file_is_named_with_the_file():
+    error = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), "model.safetensors")
+    assert storage_problem(error) == (
+        f"model.safetensors: {os.strerror(errno.ENOMEM)}. Close other programs, or allow more memory."
+    )
