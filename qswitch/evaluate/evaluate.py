@@ -31,7 +31,7 @@ from qswitch.evaluate.versions import versions
 from qswitch.evaluate.write import YARDSTICK_SEED, write_responses
 from qswitch.models.host_memory import release_memory
 from qswitch.models.language_model import output_rows
-from qswitch.models.vocab import check_tokenizers
+from qswitch.models.vocab import check_tokenizers, ids_with_other_names
 from qswitch.run_dir import locked
 from qswitch.units import GIB
 
@@ -352,7 +352,7 @@ def _own_prompts(
         return encoded.prompts
     tokenizer, yardstick = subject.tokenizer(template), first.tokenizer(template)
     told = subject
-    if template in ("teacher", "student") and tokenizer.get_vocab() == yardstick.get_vocab():
+    if template in ("teacher", "student") and ids_with_other_names(tokenizer, yardstick) is not None:
         # One family: the same text for all. Another family would read the first one's special tokens as letters.
         tokenizer.chat_template, told = yardstick.chat_template, first
     encoder = PromptEncoder(tokenizer, template, template_kwargs=told.template_kwargs(template))

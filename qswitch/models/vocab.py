@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from qswitch.errors import ModelError, TokenizerMismatchError
+from qswitch.models.messages import say_once
+from qswitch.plan.vocabulary import renamed_ids
 from qswitch.rules import OTHER_TOKENIZER_REMEDY
 
 PROBES = (
@@ -41,8 +43,15 @@ def check_tokenizers(teacher_tokenizer: Any, student_tokenizer: Any, *, teacher_
         ModelError: a head has fewer rows than the tokenizer has ids.
     """
     teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
-    if teacher != student:
+    renamed = ids_with_other_names(teacher_tokenizer, student_tokenizer)
+    if renamed is None:
         raise TokenizerMismatchError(_describe_maps(teacher, student))
+    if renamed:
+        names = [tokenizer.convert_ids_to_tokens(renamed[0]) for tokenizer in (teacher_tokenizer, student_tokenizer)]
+        say_once(
+            f"{len(renamed)} special tokens have other names in the student's tokenizer, where one of the two models "
+            f"holds them in reserve (id {renamed[0]} is {names[0]} and {names[1]}); all others are the same"
+        )
     for special in (False, True):
         for probe in PROBES:
             a = teacher_tokenizer.encode(probe, add_special_tokens=special)
@@ -52,6 +61,13 @@ def check_tokenizers(teacher_tokenizer: Any, student_tokenizer: Any, *, teacher_
     for role, rows in (("teacher", teacher_rows), ("student", student_rows)):
         check_head(role, teacher, rows)
     return min(teacher_rows, student_rows)
+
+
+def ids_with_other_names(first: Any, second: Any) -> list[int] | None:
+    """As `renamed_ids`, of two tokenizers."""
+    mine, other = ({i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in (first, second))
+    special = [{i for i, token in t.added_tokens_decoder.items() if token.special} for t in (first, second)]
+    return renamed_ids(mine, other, special[0] & special[1])
 
 
 def check_head(role: str, vocabulary: dict[str, int], rows: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from transformers import AddedToken
 
 from qswitch.errors import ModelError, TokenizerMismatchError
+from qswitch.models import messages
 from qswitch.models.vocab import check_tokenizers
 from tests.tiny import CHARACTERS, VOCAB_SIZE, tiny_tokenizer
 
@@ -36,3 +38,24 @@ def test_a_head_smaller_than_the_tokenizer_is_refused():
     with pytest.raises(ModelError, match="student's head has 70 rows") as refused:
         check_tokenizers(tokenizer, tokenizer, teacher_rows=99, student_rows=70)
     assert not isinstance(refused.value, TokenizerMismatchError), "no other method would help"
+
+
+def with_special(*tokens: str, special: bool = True):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken(token, special=special) for token in tokens], special_tokens=special)
+    return tokenizer
+
+
+LLAMA_3 = ("<|eot_id|>", "<|reserved_special_token_4|>", "<|reserved_special_token_5|>")
+LLAMA_3_1 = ("<|eot_id|>", "<|eom_id|>", "<|reserved_special_token_2|>")
+
+
+def test_special_tokens_that_one_model_holds_in_reserve_may_have_a_name_in_the_other(caplog, monkeypatch):
+    monkeypatch.setattr(messages, "_said", set())
+    rows = {"teacher_rows": VOCAB_SIZE + 3, "student_rows": VOCAB_SIZE + 3}
+    assert check_tokenizers(with_special(*LLAMA_3), with_special(*LLAMA_3_1), **rows) == VOCAB_SIZE + 3
+    assert "2 special tokens have other names" in caplog.text and "<|eom_id|>" in caplog.text
+    for other in (with_special("<|eom_id|>", *LLAMA_3[1:]), with_special(*LLAMA_3[:2]),
+                  with_special(*LLAMA_3_1, special=False)):  # fmt: skip
+        with pytest.raises(TokenizerMismatchError, match="different vocabularies"):
+            check_tokenizers(with_special(*LLAMA_3), other, **rows)

@@ -17,7 +17,7 @@ def model(folder: Path, vocabulary: Any, added: list[tuple[int, str]] | None = N
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     if vocabulary is not None:
-        tokens = [{"id": i, "content": token} for i, token in added or []]
+        tokens = [{"id": i, "content": token, "special": token.startswith("<")} for i, token in added or []]
         text = json.dumps({"model": {"vocab": vocabulary}, "added_tokens": tokens}, indent=indent)
         (folder / "tokenizer.json").write_text(text)
     return str(folder)
@@ -34,6 +34,9 @@ BPE = {"a": 0, "b": 1, "ab": 2}
         ((BPE, [(3, "<end>")]), (BPE, [(3, "<end>")], 2), True),
         ((BPE,), ({"b": 0, "a": 1, "ab": 2},), False),
         ((BPE,), (BPE, [(3, "<end>")]), False),
+        ((BPE, [(3, "<end>"), (4, "<unused0>")]), (BPE, [(3, "<unused0>"), (4, "<unused1>")]), True),
+        ((BPE, [(3, "<end>")]), (BPE, [(3, "<stop>")]), False),
+        ((BPE, [(3, "end")]), (BPE, [(3, "unused")]), False),
         (([["a", -1.0], ["b", -2.0]],), ([["a", -3.0], ["b", -2.5]],), True),
         (([["a", -1.0], ["b", -2.0]],), (BPE,), False),
         ((BPE,), (None,), None),
