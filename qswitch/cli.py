@@ -149,8 +149,8 @@ def _out_of_memory(error: BaseException) -> str:
     """Training shrinks its sizes by itself; what ends here is loading, evaluating or generating."""
     first = str(error).strip().partition("\n")[0][:200]
     return (
-        f"out of memory{': ' + first if first else ''}. Close what else uses the device; for `qswitch eval` lower "
-        "--batch-size, --max-prompt-tokens or --max-new-tokens; or take --device cpu where a command has it."
+        f"out of memory{': ' + first if first else ''}. Close what else uses the device; lower --max-new-tokens, for "
+        "`qswitch eval` --batch-size or --max-prompt-tokens too; or take --device cpu where a command has it."
     )
 
 

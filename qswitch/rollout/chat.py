@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qswitch.data.turns import Message
-from qswitch.distill.recovery import is_out_of_memory
-from qswitch.errors import QSwitchError
+from qswitch.errors import QSwitchError, is_out_of_memory
 from qswitch.models.host_memory import release_memory
 from qswitch.models.messages import first_line
 from qswitch.rollout.generate import Answerer, Generation
