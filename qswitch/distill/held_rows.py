@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 from qswitch.config import RunConfig
@@ -39,10 +40,20 @@ def make_cache(
     teacher: LanguageModel | None,
     student: LanguageModel,
     vocab_size: int,
-    rank: int = 0,
+    processes: Processes,
 ) -> LogitCache:
-    """The cache of teacher outputs as `config.cache` describes it; without a teacher nothing will be put into it."""
+    """The cache of teacher outputs as `config.cache` describes it; without a teacher nothing will be put into it.
+
+    The files that an earlier start of the run left when it was killed go: a checkpoint holds its rows itself.
+    """
     cache = config.cache
+    folders = [run_dir.path / ("cache" if rank == 0 else f"cache-{rank}") for rank in range(processes.count)]
+    stale = [folders[processes.rank]]
+    if processes.is_first:  # of processes that there are no longer
+        stale += [folder for folder in run_dir.path.glob("cache-*") if folder not in folders]
+    for folder in stale:
+        if folder.is_dir():
+            shutil.rmtree(folder)
     return LogitCache(
         cache.format,
         head=teacher.head if teacher is not None else None,
@@ -51,6 +62,6 @@ def make_cache(
         dtype=student.compute_dtype if teacher is None else teacher.compute_dtype,
         device_budget_bytes=int(cache.device_budget_gib * GIB),
         host_budget_bytes=int(cache.host_budget_gib * GIB),
-        disk_path=run_dir.path / ("cache" if rank == 0 else f"cache-{rank}"),
+        disk_path=folders[processes.rank],
         topk=cache.topk,
     )

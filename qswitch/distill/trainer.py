@@ -95,7 +95,7 @@ class Trainer:
         self.recovery = recovery or Recovery(Sizes.of(config), self.device)
         self.peaks = peaks or PhasePeaks(self.device)
         self.cache: LogitCache | StoredTeacher = stored or make_cache(
-            config, run_dir, teacher=teacher, student=student, vocab_size=pair.vocab_size, rank=self.processes.rank
+            config, run_dir, teacher=teacher, student=student, vocab_size=pair.vocab_size, processes=self.processes
         )
         self.learner = Learner(
             config,

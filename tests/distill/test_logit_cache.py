@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from qswitch.distill import held_rows
 from qswitch.distill.cache_format import FORMATS, LogitTargets, TopkTargets
 from qswitch.distill.logit_cache import LogitCache, Targets
 from qswitch.distill.sequence import TrainingSequence
 from qswitch.errors import TrainingError
+from qswitch.layers import build_config
 from qswitch.plan.memory import cache_row_bytes
+from qswitch.run_dir import RunDir
 
 D, V, K = 6, 40, 5
 CPU = torch.device("cpu")
@@ -208,6 +212,24 @@ def test_no_file_is_made_before_the_disk_is_needed(tmp_path: Path):
     cache.put(sequences(0, 4), rows(0, 4))
     assert cache.stats()["host_bytes"] == 4 * D * 4
     assert not (tmp_path / "cache").exists()
+
+
+def test_files_of_a_start_that_was_killed_are_removed_by_the_next(tmp_path: Path):
+    """Of three processes, by two: each removes its own, and the first those of the one that there is no longer."""
+    config = build_config({"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d.jsonl"}})
+    run_dir = RunDir.create(tmp_path / "run", config)
+    for name in ("cache", "cache-1", "cache-2"):
+        (run_dir.path / name).mkdir()
+        (run_dir.path / name / "7-hidden.bin").write_bytes(b"0" * 64)
+    model = SimpleNamespace(device=torch.device("cpu"), compute_dtype=torch.float32, head=head)
+    left = []
+    for rank in (1, 0):
+        held_rows.make_cache(
+            config, run_dir, teacher=model, student=model, vocab_size=V,
+            processes=SimpleNamespace(rank=rank, count=2, is_first=rank == 0),
+        )  # fmt: skip
+        left.append({path.name for path in run_dir.path.glob("cache*")})
+    assert left == [{"cache", "cache-2"}, set()] and run_dir.config_path.exists()
 
 
 def test_full_without_a_disk_says_the_remedy():
