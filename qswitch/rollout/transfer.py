@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qswitch.pinned import host_buffer
+
 
 def to_device(values: np.ndarray | Sequence[int] | Sequence[list[int]], device: torch.device) -> Tensor:
     """Host values on the device, integers as int64 and truth values as bool. What is copied may change afterwards."""
@@ -16,18 +18,20 @@ def to_device(values: np.ndarray | Sequence[int] | Sequence[list[int]], device: 
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device, through pinned memory.
+    """A tensor of the host on the device, through pinned memory where it can be had.
 
     From pageable memory CUDA may wait for the stream, that is for every pass that was launched before.
     """
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    if device.type != "cuda":
+        return values.to(device)
+    return host_buffer(values.shape, values.dtype, pinned=True).copy_(values).to(device, non_blocking=True)
 
 
 def to_host(values: Tensor) -> Tensor:
     """Start a copy to the host that is complete when the device next answers."""
     if values.device.type != "cuda":
         return values
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    return host_buffer(values.shape, values.dtype, pinned=True).copy_(values, non_blocking=True)
 
 
 class OnEachDevice:
