@@ -373,7 +373,8 @@ class TrainSection(Section):
     warmup_steps: int = Field(default=0, ge=0, le=MAX_COUNT)
     """Steps of linear warm-up."""
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
-    """paged_adamw_8bit: bitsandbytes, GPU only, a quarter of the state."""
+    """paged_adamw_8bit: bitsandbytes, GPU only, a quarter of the state. The driver may move it to the host when memory
+    is short, but not after a resume, when it is read into the GPU's own memory; the plan counts all of it there."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)

@@ -55,13 +55,6 @@ class RolloutLine(TypedDict):
     tokens: list[Token]
 
 
-class ChangesLine(TypedDict):
-    """A line of changes.jsonl."""
-
-    resumed_from: str | None
-    changes: dict[str, Any]
-
-
 class OwnFigures(TypedDict):
     """What a run measured on the student's own responses, as far as it is read again."""
 

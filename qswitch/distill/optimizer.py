@@ -61,7 +61,11 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def make_optimizer(train: TrainSection, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of train.optimizer, all of its state there from the start."""
+    """The optimizer of train.optimizer; AdamW's state is there from the start, the other's from its first step.
+
+    The paged optimizer's state is paged where bitsandbytes allocates it: its load_state_dict moves what a checkpoint
+    holds to the GPU as it is.
+    """
     if train.optimizer == "paged_adamw_8bit":
         import bitsandbytes as bnb
 
