@@ -28,7 +28,7 @@ from qswitch.models.architecture import plain_experts
 from qswitch.models.host_memory import bound_kernel_cache, return_freed_memory
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import read_model, read_tokenizer
-from qswitch.models.messages import first_line, quiet
+from qswitch.models.messages import explained, first_line, quiet
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
 from qswitch.models.shrink import CALIBRATION_PROMPTS, refuse_non_empty, write_model_files
@@ -192,10 +192,11 @@ def _sentencepiece_files(base: ResolvedModel) -> list[Path]:
         return [path for path in [folder / SENTENCEPIECE_FILE] if path.is_file()]
     import huggingface_hub
 
-    try:
-        return [Path(huggingface_hub.hf_hub_download(base.path, SENTENCEPIECE_FILE, revision=base.revision))]
-    except huggingface_hub.errors.EntryNotFoundError:  # also where the hub is offline and the cache lacks it
-        return []
+    with quiet(), explained(base.name, "tokenizer", base.revision):
+        try:
+            return [Path(huggingface_hub.hf_hub_download(base.path, SENTENCEPIECE_FILE, revision=base.revision))]
+        except huggingface_hub.errors.EntryNotFoundError:  # also where the hub is offline and the cache lacks it
+            return []
 
 
 def _refuse_what_does_not_fit(config: RunConfig, prompt_tokens: Sequence[int]) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from qswitch.config import TeacherSection
 from qswitch.errors import ModelError
+from qswitch.export.merge import _sentencepiece_files
 from qswitch.models import messages, weight_files
 from qswitch.models.load import load_teacher, load_tokenizer, read_config
 from qswitch.models.messages import explained
@@ -166,3 +167,14 @@ def test_end_tokens_are_lost_only_where_the_hub_says_that_there_are_none(hub, no
     hub.breaks = published.name
     with pytest.raises(ModelError, match="the connection to the hub failed"):
         _generation_eos(section)
+
+
+def test_a_merge_asks_for_the_sentencepiece_model_and_says_what_failed(hub, no_waiting):
+    base = resolve_reference(NAME)
+    assert _sentencepiece_files(base) == []
+    (hub.folder / "tokenizer.model").write_bytes(b"pieces")
+    hub.breaks = "tokenizer.model"
+    with pytest.raises(ModelError, match="the connection to the hub failed"):
+        _sentencepiece_files(base)
+    hub.breaks = None
+    assert [path.read_bytes() for path in _sentencepiece_files(base)] == [b"pieces"]
