@@ -21,7 +21,7 @@ from qswitch.models.finite import require_finite
 from qswitch.models.gguf_cache import cache_folder
 from qswitch.models.gpus import begin_on, device_map, gpus_of_teacher
 from qswitch.models.language_model import LanguageModel, verify_head
-from qswitch.models.messages import explained, first_line, quiet, say_once
+from qswitch.models.messages import explained, first_line, quiet, reported, say_once
 from qswitch.models.quantise import QUANTISED, check_stored, keep_from_repacking, quantization_config
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
@@ -251,7 +251,7 @@ def read_model(
             folder = offloaded.enter_context(scratch(cache_folder()))  # the system's own may lie in memory
             options |= {"device_map": "auto", "max_memory": spread_limits(runtime), "offload_folder": str(folder)}
             load_dtype = runtime.compute_dtype
-        with quiet(), explained(resolved.name, "model", resolved.revision), download_shown(resolved):
+        with quiet(), explained(resolved.name, "model", resolved.revision), download_shown(resolved), reported():
             model, info = AutoModelForCausalLM.from_pretrained(
                 resolved.path, dtype=load_dtype, output_loading_info=True, **options
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -39,6 +40,38 @@ def quiet() -> Iterator[None]:
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Raise what stopped a load where transformers' error only refers to its report, which `quiet` keeps back.
+
+    It catches whatever fails while a weight is converted or quantised, memory that runs out too, and goes on to the
+    end of the model.
+    """
+    log, reports = logging.getLogger("transformers.modeling_utils"), []
+    level = log.level
+
+    def keep(record: logging.LogRecord) -> bool:
+        reports.append(record.getMessage())
+        return record.levelno >= logging.ERROR
+
+    log.addFilter(keep)
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    except RuntimeError as error:
+        found = _FAILURE.search("\n".join(reports)) if "above report" in str(error) else None
+        if found is None:
+            raise
+        raise RuntimeError(found[1]) from error
+    finally:
+        log.removeFilter(keep)
+        log.setLevel(level)
+
+
+_FAILURE = re.compile(r"^[\w.]*(?:Error|Exception): (.*)$", re.MULTILINE)
+"""The last line of a traceback."""
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qswitch.config import TeacherSection, TrainSection
-from qswitch.errors import ModelError
+from qswitch.errors import ModelError, is_out_of_memory
 from qswitch.models import load, messages
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import load_teacher, load_tokenizer, read_model
@@ -73,6 +73,31 @@ def test_a_teacher_is_repacked_only_for_arithmetic_in_bf16(tmp_path, monkeypatch
     model = load_teacher(TeacherSection(model=str(folder), precision="nf4"), replace(FP32, compute_dtype=dtype))
     logits(model)
     assert bool(packed) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "text"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+            RuntimeError,
+            "^CUDA out of memory",
+        ),
+        (ValueError("no kernel for this blocksize"), ModelError, "m cannot be loaded: .*no kernel for this blocksize"),
+    ],
+)
+def test_what_fails_while_weights_are_quantised_is_what_the_user_hears(tmp_path, monkeypatch, failure, kind, text):
+    """transformers keeps it for a report that nobody sees, loads the rest, and then refers to the report."""
+    import bitsandbytes as bnb
+
+    def fail(*_arguments: Any, **_options: Any) -> Any:
+        raise failure
+
+    monkeypatch.setattr(bnb.nn.Params4bit, "_quantize", fail)
+    teacher = TeacherSection(model=str(save_tiny(tmp_path / "m")), precision="nf4")
+    with pytest.raises(kind, match=text) as caught:
+        load_teacher(teacher, FP32)
+    assert is_out_of_memory(caught.value) is (kind is RuntimeError)
 
 
 def test_nf4_layers_with_few_outputs_pass_on_any_cpu(tmp_path):
