@@ -124,9 +124,8 @@ def _aside(target: Path, create: Callable[[Path], None], *, keep: bool = True) -
         while True:
             partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
             create(partial)
-            with _lock(partial, wait=True) as locked:
-                # A sweep of another process may have come between the two lines above; then there is nothing to fill.
-                if locked and not partial.exists():
+            with _lock(partial, wait=True):
+                if not partial.exists():  # a sweep of another process came between the two lines above
                     continue
                 yield from _filled(partial, target, keep=keep)
                 return
@@ -154,7 +153,11 @@ def _filled(partial: Path, target: Path, *, keep: bool) -> Iterator[Path]:
 @contextlib.contextmanager
 def _lock(path: Path, *, wait: bool) -> Iterator[bool]:
     """Whether this process holds the lock of `path` while the block runs; the lock ends with the process."""
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:  # another process was faster to remove it
+        yield False
+        return
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qswitch import aside
 from qswitch.aside import PARTIAL, file_aside, folder_aside, sweep
 
 WRITER = """
@@ -102,6 +103,25 @@ def test_two_writers_of_one_target_do_not_disturb_each_other(tmp_path):
         (partial / "a").touch()
     writer.communicate("")
     assert writer.returncode == 0 and (tmp_path / "out" / "half").read_text() == "half"
+
+
+@pytest.mark.parametrize("before", ["os.open", "fcntl.flock"])
+def test_a_sweep_before_the_lock_is_there_does_not_disturb(tmp_path, monkeypatch, before):
+    """Another process may sweep what was created and is not locked yet; the writer begins again."""
+    module, name = before.split(".")
+    real = getattr(getattr(aside, module), name)
+    swept: list[str] = []
+
+    def late(*arguments: object) -> object:
+        monkeypatch.undo()
+        swept.extend(sweep(tmp_path))
+        return real(*arguments)
+
+    monkeypatch.setattr(getattr(aside, module), name, late)
+    with folder_aside(tmp_path / "out") as partial:
+        assert len(swept) == 1 and swept[0] != partial.name and partials(tmp_path) == [partial.name]
+        (partial / "a").touch()
+    assert (tmp_path / "out" / "a").exists() and partials(tmp_path) == []
 
 
 def test_a_sweep_touches_no_strangers(tmp_path):
