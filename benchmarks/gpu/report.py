@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.provenance import provenance
 from qswitch.distill.phase_peaks import forget_peaks, process_peaks
+from qswitch.errors import is_out_of_memory
 
 GIB = 2**30
 POISONED = 76
@@ -121,7 +122,7 @@ class Report:
             torch.cuda.synchronize(self._device)
             torch.zeros(1, device=self._device).item()
         except RuntimeError as error:
-            return not isinstance(error, torch.OutOfMemoryError)
+            return not is_out_of_memory(error)
         return False
 
     def _save(self) -> None:
