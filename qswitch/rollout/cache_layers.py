@@ -23,10 +23,14 @@ from qswitch.rollout.transfer import OnEachDevice
 
 
 class SlotBuffers:
-    """Keys and values of one attention layer, [B, heads, C, width] each, allocated when the first ones come."""
+    """Keys and values of one attention layer, [B, heads, C, width] each, allocated when the first ones come.
 
-    def __init__(self, num_rows: int, num_slots: int) -> None:
-        self._num_rows, self._num_slots = num_rows, num_slots
+    They lie in the arithmetic of the passes, `dtype`, whatever they come in: where an embedding is kept in fp32, rotary
+    positions make keys of fp32, which autocast would round at every pass.
+    """
+
+    def __init__(self, num_rows: int, num_slots: int, dtype: torch.dtype) -> None:
+        self._num_rows, self._num_slots, self._dtype = num_rows, num_slots, dtype
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
@@ -45,7 +49,8 @@ class SlotBuffers:
         if self.keys is None:
             # Zeros: a stray NaN in a slot that nobody wrote would survive a weight of zero.
             self.keys, self.values = (
-                x.new_zeros((self._num_rows, x.shape[1], self._num_slots, x.shape[3])) for x in (keys, values)
+                x.new_zeros((self._num_rows, x.shape[1], self._num_slots, x.shape[3]), dtype=self._dtype)
+                for x in (keys, values)
             )
 
     def pack(self, all_rows: OnEachDevice, all_slots: OnEachDevice, width: int) -> None:
@@ -108,15 +113,16 @@ def layer_makers(model: LanguageModel, num_rows: int, num_slots: int) -> list[Ca
         ModelError: a layer remembers something that neither slots nor recurrent states can hold.
     """
     makers: list[Callable[..., CacheLayer]] = []
+    size = (num_rows, num_slots, model.compute_dtype)
     for layer in cache_layers(model.config, type(model.causal_model).__name__):
         if isinstance(layer, HYBRID_LAYERS):
-            makers.append(_hybrid(SlotBuffers(num_rows, num_slots), layer.number_of_states))
+            makers.append(_hybrid(SlotBuffers(*size), layer.number_of_states))
         elif isinstance(layer, LinearAttentionLayer):
             makers.append(_recurrent(layer.number_of_states))
         elif isinstance(layer, DummyLayer):
             makers.append(_nothing)
         else:
-            makers.append(_slots(SlotBuffers(num_rows, num_slots)))
+            makers.append(_slots(SlotBuffers(*size)))
     return makers
 
 

@@ -74,8 +74,8 @@ class FixedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write [R, heads, n, width] at the cursor, int64 [n], and return all C slots."""
-        self.keys.index_copy_(2, self._cursor, key_states)
-        self.values.index_copy_(2, self._cursor, value_states)
+        self.keys.index_copy_(2, self._cursor, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self._cursor, value_states.to(self.values.dtype))
         return self.keys, self.values
 
 

@@ -10,6 +10,7 @@ from qswitch.errors import ModelError
 from qswitch.models.architecture import layer_kinds
 from qswitch.models.language_model import LanguageModel
 from qswitch.rollout.attention_masks import MaskMaker
+from qswitch.rollout.cache_layers import SlotBuffers
 from qswitch.rollout.kv_cache import KVState, Prompts
 from qswitch.rollout.kv_probe import verify_kv
 from tests.tiny import ARCHITECTURES, tiny_model
@@ -98,6 +99,32 @@ def test_a_block_that_finds_no_room_packs_the_rows_anew():
     for row, text in enumerate(texts):
         torch.testing.assert_close(hidden[row], plain(model, [*text, 60 + row]), rtol=0, atol=1e-10)
     assert state.num_slots <= 9
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "gpt2"])
+def test_states_lie_in_the_arithmetic_of_the_passes_and_nothing_else_changes(arch, monkeypatch):
+    """An fp32 embedding under autocast makes fp32 keys of rotary positions; attention rounds them in either case."""
+    model = LanguageModel(tiny_model(arch), compute_dtype=torch.bfloat16).eval()
+
+    def states() -> tuple[list[torch.Tensor], set[torch.dtype]]:
+        state = KVState(model, 2, 40)
+        join(state, [[5, 6, 7], [None, 8, 9]])
+        found = [read(state, [[10 + i], [20 + i]]) for i in range(6)]
+        buffers = [layer.buffers for layer in state._slot_layers]
+        return found, {x.dtype for b in buffers for x in (b.keys, b.values)}
+
+    ours, dtypes = states()
+    assert dtypes == {torch.bfloat16}
+
+    def as_they_come(self: SlotBuffers, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if self.keys is None:
+            room = (self._num_rows, keys.shape[1], self._num_slots, keys.shape[3])
+            self.keys, self.values = keys.new_zeros(room), values.new_zeros(room)
+
+    monkeypatch.setattr(SlotBuffers, "allocate", as_they_come)
+    plain_ones, wider = states()
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain_ones, strict=True))
+    assert (torch.float32 in wider) == (arch != "gpt2"), "gpt2 has no rotary positions"
 
 
 class Forgetful(LanguageModel):
