@@ -207,7 +207,17 @@ def _nearest_file(path: Path, suffixes: tuple[str, ...]) -> str:
 
 
 def _rows_of_hub(reference: str, split: str, stream: bool) -> Iterator[Row]:
-    for number, fields in enumerate(_hub_dataset(reference, split, stream), 1):
+    rows = iter(_hub_dataset(reference, split, stream))
+    for number in itertools.count(1):
+        try:
+            fields = next(rows, None)
+        except Exception as error:  # a stream ends in whatever its connection, its decompressor or its parser raises
+            raise DataError(
+                f"{reference} could not be read beyond record {number - 1} of {split}: {first_line(error)}. Run it "
+                "again; where that does not help, save the records as a jsonl file and name that."
+            ) from None
+        if fields is None:
+            return
         yield Row(from_arrow(fields), f"{reference} {split} record {number}")
 
 

@@ -131,6 +131,18 @@ def test_a_hub_data_set_with_a_script_is_read_from_the_hub_s_own_conversion(monk
     assert asked == [None, "refs/convert/parquet"]
 
 
+def test_a_stream_that_breaks_off_says_where_and_what_helps(monkeypatch):
+    def stream():
+        yield {"prompt": "the first"}
+        raise ConnectionError("Connection reset by peer\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: stream())
+    rows = iter_rows("owner/name", stream_hub=True)
+    assert next(rows).fields == {"prompt": "the first"}
+    with pytest.raises(DataError, match=r"beyond record 1 of train: Connection reset by peer\. Run it again"):
+        next(rows)
+
+
 def test_splits_in_outer_folders_metadata_and_hidden_folders(tmp_path):
     for folder in ("train/en", "test/en", "train/.ipynb_checkpoints"):
         (tmp_path / folder).mkdir(parents=True)
