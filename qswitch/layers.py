@@ -98,6 +98,15 @@ def build_config(*layers: Layer, where: str | None = None) -> RunConfig:
         raise ConfigError([_explain(e) for e in error.errors()], where) from None
 
 
+def reopened(written: Layer, where: str) -> dict[str, Any]:
+    """A configuration that a command wrote into its own folder, by section, without settings that nothing reads.
+
+    Such a setting changed nothing of the run. A release that learns to refuse it must still open the run.
+    """
+    values = by_section(written, where)
+    return _without(values, set(rules.unread(_reader(values))))
+
+
 def stack(below: Layer, above: Layer) -> dict[str, Any]:
     """One layer laid over another, both by section: mappings merge key by key, and null restores the default.
 

@@ -19,7 +19,7 @@ from typing import Any
 from qswitch.aside import PARTIAL, append_text, file_aside, made_folder
 from qswitch.config import RunConfig
 from qswitch.errors import ConfigError, RunDirError
-from qswitch.layers import Layer, build_config, by_section, dump_config, flatten
+from qswitch.layers import Layer, build_config, by_section, dump_config, flatten, reopened
 from qswitch.manifest import MANIFEST, begins_as, entry_of, find_damage
 from qswitch.outside import is_kind
 from qswitch.state_files import MetricsLine, RolloutLine
@@ -110,7 +110,7 @@ class RunDir:
         if not config_path.is_file():
             reason = "holds no config.yaml, so it is no run directory" if path.is_dir() else "does not exist"
             raise RunDirError(f"{path} {reason}. Name the folder that `qswitch distill` printed.")
-        written = read_yaml(config_path)
+        written = reopened(read_yaml(config_path), str(config_path))
         config = build_config(written, where=str(config_path))
         if not changes:
             return cls(path, config, writes=writes)

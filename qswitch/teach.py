@@ -13,7 +13,7 @@ from qswitch.config import RunConfig, reader
 from qswitch.distill.processes import Processes, joined
 from qswitch.errors import ConfigError, Interrupted, RunDirError
 from qswitch.launch import launched
-from qswitch.layers import build_config
+from qswitch.layers import build_config, reopened
 from qswitch.plan.machine import Budget, describe_machine
 from qswitch.plan.teacher_alone import TeachingPlan, plan_teaching
 from qswitch.plan.vocabulary import with_tokenizer
@@ -81,7 +81,8 @@ def _own_config(path: Path) -> RunConfig:
     settings = path / "config.yaml"
     if not settings.is_file():
         raise RunDirError(f"{path} holds no config.yaml, so it is no store. Name the folder that `qswitch teach` made.")
-    return build_config(read_yaml(settings), where=str(settings))
+    where = str(settings)
+    return build_config(reopened(read_yaml(settings), where), where=where)
 
 
 def _work(

@@ -7,21 +7,42 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from qswitch import run_dir
 from qswitch.errors import ConfigError, RunDirError
 from qswitch.layers import build_config
 from qswitch.run_dir import RunDir, write_atomically
+from qswitch.teach import _own_config
+
+
+PAIR = {"teacher": {"model": "big"}, "student": {"model": "small"}, "data": {"train": "a.jsonl"}}
 
 
 @pytest.fixture
 def config():
-    return build_config({"teacher": {"model": "big"}, "student": {"model": "small"}, "data": {"train": "a.jsonl"}})
+    return build_config(PAIR)
 
 
 def test_create_writes_a_configuration_that_open_reads_back(tmp_path: Path, config):
     run = RunDir.create(tmp_path / "deep" / "run", config)
     assert RunDir.open(run.path).config == config
+
+
+def test_a_run_opens_although_a_later_release_refuses_a_setting_that_it_does_not_read(tmp_path: Path):
+    """Every token of this run has the divergence of its writer, so that loss.divergence never had a reader."""
+    own = {"method": "switch", "loss": {"divergence_teacher_tokens": "jsd"}}
+    run = RunDir.create(tmp_path / "run", build_config(PAIR, own))
+    written = yaml.safe_load(run.config_path.read_text())
+    written["loss"]["divergence"] = "jsd"
+    with pytest.raises(ConfigError, match=r"loss\.divergence has no effect"):
+        build_config(written)
+    run.config_path.write_text(yaml.safe_dump(written))
+    assert RunDir.open(run.path).config == _own_config(run.path) == run.config
+    assert RunDir.open(run.path, {"train": {"save_steps": 7}}).config.train.save_steps == 7
+    run.config_path.write_text(yaml.safe_dump(written | {"losss": 1}))
+    with pytest.raises(ConfigError, match="losss is not a setting"):
+        RunDir.open(run.path)
 
 
 def test_a_run_is_never_overwritten(tmp_path: Path, config):
