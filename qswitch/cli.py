@@ -7,7 +7,6 @@ plan does not fit; 130 interrupted, resumable. Cold: heavy imports stand inside 
 from __future__ import annotations
 
 import logging
-import os
 import select
 import sys
 from pathlib import Path
@@ -34,9 +33,9 @@ from qswitch.cli_options import (
 )
 from qswitch.cli_results import results_app
 from qswitch.cli_student import student_app
-from qswitch.errors import ConfigError, QSwitchError, is_out_of_memory, storage_problem
+from qswitch.errors import ConfigError, QSwitchError, is_out_of_memory, memory_reason, storage_problem
 from qswitch.launch import launched
-from qswitch.terminal import filter_log, printable
+from qswitch.terminal import STDERR, STDOUT, filter_log, lead_nowhere, tell
 
 
 class _Interrupted(Exception):
@@ -99,15 +98,18 @@ def run(arguments: list[str]) -> int:
             _complain(str(error))
         return error.exit_code
     except (_PipeClosed, BrokenPipeError) as error:
-        if not _reader_left():
+        if _reader_left():
+            return 0
+        if (problem := storage_problem(error)) is None:
             raise (error.__cause__ or error) from None
-        return 0
+        _complain(problem)
+        return 2
     except (_Interrupted, KeyboardInterrupt) as error:
         if launched().rank:
             return 130
         folder, command = (*error.args, "distill")[:2] if error.args else ("", "")
         hint = f" Resume with: qswitch {command} --resume {folder}" if folder else ""
-        print(printable(f"interrupted.{hint}"), file=sys.stderr)
+        tell(f"interrupted.{hint}")
         return 130
     except Exception as error:
         # typer's usage errors (unknown option, missing argument) know how to show themselves and their exit code.
@@ -128,28 +130,29 @@ def run(arguments: list[str]) -> int:
 
 
 def _reader_left() -> bool:
-    """Whether who reads our output has read enough, as `qswitch presets list | head -1` has; it then leads nowhere.
+    """Whether who reads our results has read enough, as `qswitch presets list | head -1` has; they then lead nowhere.
 
-    Otherwise the closed pipe is another, to a tracker's service for instance, and an error like any.
+    Otherwise the closed pipe is another, to a tracker's service for instance, and an error like any. That of stderr
+    is none: progress ends no work.
     """
     poll = select.poll()
-    for descriptor in (1, 2):
+    for descriptor in (STDOUT, STDERR):
         poll.register(descriptor, 0)
     left = [descriptor for descriptor, state in poll.poll(0) if state & (select.POLLERR | select.POLLHUP)]
     for descriptor in left:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-    return bool(left)
+        lead_nowhere(descriptor)
+    return STDOUT in left
 
 
 def _complain(text: str) -> None:
-    print(printable(f"error: {text}"), file=sys.stderr)
+    tell(f"error: {text}")
 
 
 def _out_of_memory(error: BaseException) -> str:
     """Training shrinks its sizes by itself; what ends here is loading, evaluating or generating."""
-    first = str(error).strip().partition("\n")[0][:200]
+    reason = memory_reason(error)
     return (
-        f"out of memory{': ' + first if first else ''}. Close what else uses the device; lower --max-new-tokens, for "
+        f"out of memory{': ' + reason if reason else ''}. Close what else uses the device; lower --max-new-tokens, for "
         "`qswitch eval` --batch-size or --max-prompt-tokens too; or take --device cpu where a command has it."
     )
 

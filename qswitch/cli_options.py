@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,7 +12,7 @@ import typer
 
 from qswitch.errors import ConfigError
 from qswitch.launch import launched
-from qswitch.terminal import printable, printable_json
+from qswitch.terminal import printable, printable_json, tell
 from qswitch.units import MAX_TOKENS
 
 if TYPE_CHECKING:
@@ -125,4 +124,4 @@ def _plain(part: Any) -> Any:
 def say(text: str) -> None:
     """A line about progress, beside the result; of several processes the first one says it."""
     if not launched().rank:
-        print(printable(text), file=sys.stderr, flush=True)
+        tell(text)

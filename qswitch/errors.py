@@ -120,12 +120,15 @@ _SIGNS_OF_FULL_MEMORY = re.compile(
     r"DefaultCPUAllocator"  # torch's, on a CPU
     r"|(CUDA|Cuda|HIP)\b.{0,40}out of memory"  # torch, the driver through it, NCCL, Triton, bitsandbytes
     r"|(CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_(\w+_)?ALLOC(ATION)?_FAILED"
-    r"|CUBLAS_STATUS_NOT_INITIALIZED.*cublasCreate"  # its first call on a card that is full
 )
+_CUBLAS_CANNOT_START = re.compile(r"CUBLAS_STATUS_NOT_INITIALIZED.*cublasCreate")
+"""Its first call on a card that is full; also with a driver that does not fit it, or while a CUDA graph is recorded."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException, *, surely: bool = False) -> bool:
     """Whether an error means that an allocation failed, on a GPU or in host memory; false for one of ours, which says.
+
+    `surely`: and can mean nothing else, as it can where cuBLAS does not start.
 
     Most libraries raise a plain RuntimeError and say so in its text alone. Asks no torch, so that a command that has
     not loaded it can ask. What the system refused for want of memory, as a file to be mapped, is a `storage_problem`.
@@ -138,7 +141,17 @@ def is_out_of_memory(error: BaseException) -> bool:
             return True
         if isinstance(one, Exception) and _SIGNS_OF_FULL_MEMORY.search(str(one)):
             return True
+        if not surely and isinstance(one, Exception) and _CUBLAS_CANNOT_START.search(str(one)):
+            return True
     return False
+
+
+def memory_reason(error: BaseException) -> str:
+    """What an error that counts as out of memory says, in one line, and what else may be behind it."""
+    reason = " ".join(str(error).split())[:200]
+    if is_out_of_memory(error, surely=True):
+        return reason
+    return f"{reason}; a driver that does not fit the libraries leads to the same error, see `qswitch doctor`"
 
 
 def storage_problem(error: BaseException) -> str | None:

@@ -1,17 +1,22 @@
 """What of a text reaches a terminal: no control character, so that data, models and file names cannot give it orders.
 
-One filter for messages, progress, warnings and results. Cold.
+One filter for messages, progress, warnings and results; and one way to write lines that nobody has to read. Cold.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
+import sys
 from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, tabs and line ends apart; what turns the direction of writing; halves of characters."""
+
+
+STDOUT, STDERR = 1, 2
 
 
 def printable(text: str) -> str:
@@ -22,6 +27,21 @@ def printable(text: str) -> str:
 def printable_json(text: str) -> str:
     """The same of a JSON text, which stays JSON: such characters stand inside of strings only."""
     return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def tell(text: str) -> None:
+    """A line on stderr; none where its reader has ended, which is no reason to stop what the line is about."""
+    try:
+        print(printable(text), file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        lead_nowhere(STDERR)
+
+
+def lead_nowhere(descriptor: int) -> None:
+    """Let what is written to a descriptor disappear, also what waits in a buffer, since its reader has ended."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def filter_log() -> None:

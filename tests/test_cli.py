@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -145,7 +146,53 @@ def test_a_reader_that_has_read_enough_is_no_error(arguments):
     assert (result.returncode, result.stderr) == (0, b"")
 
 
-def test_another_pipe_that_breaks_is_an_error(monkeypatch):
+WORK = """
+import sys
+from pathlib import Path
+from qswitch.cli import app, run
+from qswitch.cli_options import say
+from qswitch.distill.progress import Progress
+from qswitch.errors import FileError
+
+@app.command()
+def work(path: Path, fail: bool = False) -> None:
+    progress = Progress(1)
+    for text in ("half", "whole"):
+        say(text)
+        progress.say(text)
+        path.write_text(text)
+    if fail:
+        raise FileError("what is wrong")
+    print("result")
+
+sys.exit(run(["work", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("option", [None, "--fail"])
+@pytest.mark.parametrize("same", [True, False])
+def test_work_whose_progress_nobody_reads_is_done_to_its_end(tmp_path, option, same):
+    """As `qswitch merge RUN 2>&1 | head -1`, and with stderr alone in the pipe."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = [sys.executable, "-c", WORK, str(tmp_path / "done"), *([option] if option else [])]
+    try:
+        result = subprocess.run(arguments, stdout=writer if same else subprocess.PIPE, stderr=writer)
+    finally:
+        os.close(writer)
+    assert (tmp_path / "done").read_text() == "whole"
+    assert result.returncode == (2 if option else 0)
+    assert same or result.stdout == (b"" if option else b"result\n")
+
+
+def test_another_pipe_that_breaks_is_an_error(monkeypatch, capsys):
+    def lost():
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr("qswitch.preset_index.read_index", lost)
+    assert run(["presets", "list"]) == 2
+    assert "Broken pipe. What read the output has ended" in capsys.readouterr().err
+
     def broken():
         raise BrokenPipeError("a tracker's service has ended")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qswitch.cli import run
-from qswitch.distill.recovery import BatchRows, MemoryBudgetExceededError, MemoryFloorError
+from qswitch.distill.recovery import BatchRows, MemoryBudgetExceededError, MemoryFloorError, Recovery, Sizes
 from qswitch.errors import ModelError, is_out_of_memory, storage_problem
 from qswitch.models.messages import explained
 
@@ -54,7 +54,8 @@ def test_what_is_out_of_memory_is_so_everywhere(error, monkeypatch, capsys):
         fail()
     monkeypatch.setattr("qswitch.cli.app", fail)
     assert run(["merge", "run"]) == 2
-    assert capsys.readouterr().err.startswith("error: out of memory")
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory") and ("qswitch doctor" in said) is ("NOT_INITIALIZED" in said)
     if isinstance(error, RuntimeError | MemoryError):
         rows, tried = BatchRows(4), []
 
@@ -63,6 +64,20 @@ def test_what_is_out_of_memory_is_so_everywhere(error, monkeypatch, capsys):
             return fail() if batch_size > 1 else batch_size
 
         assert rows.attempt(torch.device("cpu"), write) == 1 and tried == [4, 2, 1]
+
+
+@pytest.mark.parametrize("error", OF_MEMORY, ids=lambda error: str(error)[:40])
+def test_the_one_error_with_another_cause_names_it(error):
+    """Sizes shrink in vain where a driver does not fit; the message that ends the run must not blame memory alone."""
+    recovery = Recovery(Sizes(rollout_rows=1, micro_batch=1, chunk_tokens=1, validation_rows=1), torch.device("cpu"))
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(MemoryFloorError) as caught:
+        recovery.attempt("rollout", fail)
+    assert ("qswitch doctor" in str(caught.value)) is ("NOT_INITIALIZED" in str(error))
+    assert is_out_of_memory(error, surely=True) is ("NOT_INITIALIZED" not in str(error))
 
 
 @pytest.mark.parametrize("error", NOT_OF_MEMORY, ids=lambda error: str(error)[:40])

@@ -15,7 +15,6 @@ from qswitch.layers import build_config
 from qswitch.run_dir import RunDir, write_atomically
 from qswitch.teach import _own_config
 
-
 PAIR = {"teacher": {"model": "big"}, "student": {"model": "small"}, "data": {"train": "a.jsonl"}}
 
 

@@ -14,16 +14,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 from qswitch.config import TrainSection
-from qswitch.terminal import printable
+from qswitch.terminal import STDERR, lead_nowhere, printable
 
 PLAIN_LINE_EVERY_S = 10.0
+
+
+class _Console(Console):
+    """A console on stderr; rich's own ends the process, and with it the run, when its reader has ended."""
+
+    def on_broken_pipe(self) -> None:
+        lead_nowhere(STDERR)
 
 
 class Progress:
     """Shows steps, loss, teacher share and time left on stderr."""
 
     def __init__(self, total_steps: int | None, console: Console | None = None, *, quiet: bool = False) -> None:
-        self._console = console or (Console(file=io.StringIO(), quiet=True) if quiet else Console(stderr=True))
+        self._console = console or (Console(file=io.StringIO(), quiet=True) if quiet else _Console(stderr=True))
         self._total = total_steps
         self._start_step = 0
         self._start_spent: float | None = None

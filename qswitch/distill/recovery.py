@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from qswitch.config import RunConfig
-from qswitch.errors import TrainingError, is_out_of_memory
+from qswitch.errors import TrainingError, is_out_of_memory, memory_reason
 from qswitch.models.host_memory import release_memory, resident_bytes
 from qswitch.units import GIB
 
@@ -125,7 +125,7 @@ class Recovery:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = " ".join(str(error).split())[:200]
+                reason = memory_reason(error)
             # Outside the handler the traceback is gone, and with it the tensors of the failed pass.
             if undo is not None:
                 undo()
@@ -180,7 +180,9 @@ class Recovery:
         plan = ""
         if planned is not None and self.planned_bytes is not None:
             plan = f"; planned peak {planned / GIB:.2f} -> {self.planned_bytes / GIB:.2f} GiB"
-        self._say(f"out of memory ({stage}): {listed}{plan}; the step is repeated with the same random numbers")
+        self._say(
+            f"out of memory ({stage}): {listed}{plan}; the {stage} stage is repeated with the same random numbers"
+        )
 
 
 class BatchRows:

@@ -164,7 +164,7 @@ class StepGraphs:
             try:
                 recorded = self._recorded[size] = self._recorded_pass(size, recorded, layers)
             except Exception as error:  # whatever a model does that cannot be recorded, it still runs as usual
-                if is_out_of_memory(error):
+                if is_out_of_memory(error, surely=True):  # one that may be is heard in the usual pass, if it is
                     raise
                 self.failure = first_line(error)
                 logger.warning("The %s's passes are not recorded as CUDA graphs: %s", self._role, self.failure)
