@@ -146,7 +146,7 @@ def fidelity(
         teacher = _teacher(config, runtime, pair, REFERENCE)
         student = _student(config, runtime, pair, run_dir, work_dir)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if runtime.device.type != "cuda" or not is_out_of_memory(error):
             raise
         raise ModelError(
             f"The teacher in {REFERENCE}, the yardstick, does not fit this GPU beside the student. Use --device cpu, "

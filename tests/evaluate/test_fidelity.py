@@ -161,6 +161,19 @@ def test_a_precision_that_does_not_run_is_named_and_left_out(made, monkeypatch):
     assert "int8 does not run here: no int8 here" in render(result)
 
 
+def test_host_memory_that_runs_out_is_no_gpu_that_is_full(made, monkeypatch):
+    """It would be told to use --device cpu, where it is."""
+    from qswitch.run_dir import RunDir
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(module, "_teacher", fail)
+    run_dir = RunDir.open(made)
+    with pytest.raises(MemoryError):
+        fidelity(run_dir.config, run_dir=run_dir, work_dir=made, precisions=["nf4"], num_prompts=2, device="cpu")
+
+
 def test_weights_from_a_gguf_file_are_said_to_be_dequantised(made, monkeypatch):
     from types import SimpleNamespace
 
