@@ -13,7 +13,7 @@ from typing import Any
 
 from qswitch.config import StudentSection, TeacherSection
 from qswitch.errors import ConfigError, FileError
-from qswitch.hub import HUB_ID, hub_cache, is_hub_id, package_file
+from qswitch.hub import HUB_ID, TOKEN_REMEDY, hub_cache, is_hub_id, package_file
 from qswitch.outside import read_json, read_text, user_path
 from qswitch.plan.families import shape_from_config
 from qswitch.plan.gguf_header import config_of_gguf
@@ -127,7 +127,7 @@ def _published_config(section: TeacherSection | StudentSection, role: str) -> Ma
             try:
                 return _ask_hub(reference, section.revision)
             except (OSError, ValueError) as error:  # HTTPError and URLError are OSErrors
-                reasons.append(f"{reference}: {_hub_answer(error)}")
+                reasons.append(f"{reference}: {_hub_answer(error, reference)}")
     raise ConfigError(
         f"The shape of {role}.model is not known: {'; '.join(reasons)}. Mend {role}.model, or give {role}.shape "
         "(values of config.json) to plan without it."
@@ -169,10 +169,11 @@ def _ask_hub(reference: str, revision: str | None) -> Mapping[str, Any]:
     return values
 
 
-def _hub_answer(error: Exception) -> str:
+def _hub_answer(error: Exception, reference: str) -> str:
     code = getattr(error, "code", None)
     if code in (401, 403):
-        return "the hub knows no such model, or it is gated: accept its licence there and set HF_TOKEN"
+        page = f"https://huggingface.co/{reference}"
+        return f"the hub knows no such model, or it is gated: accept its licence at {page}, then {TOKEN_REMEDY}"
     if code == 404:
         return "the hub has no config.json under this id; check its spelling and the revision"
     return f"the hub did not answer ({getattr(error, 'reason', error)}); download the model first"

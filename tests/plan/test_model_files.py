@@ -101,7 +101,7 @@ def test_the_hub_is_asked_for_a_config_that_is_not_at_hand(tmp_path, monkeypatch
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     try:
         assert shape_for(TeacherSection(model="org/open")) == shape_from_config(CONFIGS["llama"])
-        with pytest.raises(ConfigError, match="gated: accept its licence"):
+        with pytest.raises(ConfigError, match=r"licence at .*/org/gated, then .*hf auth login"):
             shape_for(TeacherSection(model="org/gated"))
         with pytest.raises(ConfigError, match="check its spelling"):
             shape_for(TeacherSection(model="org/typo"))
