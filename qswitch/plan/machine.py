@@ -276,7 +276,7 @@ def _control_group_free_bytes() -> int | None:
     """What a container may still take; None without a limit.
 
     The kernel counts the pages of files that were read as used. It drops those that nothing has touched twice before it
-    refuses memory, so they are free (Kubernetes' working set leaves out the same).
+    refuses memory, so they are free (Kubernetes' working set leaves out the same). Its figures are not of one moment.
     """
     try:
         limit, used = (int((CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
@@ -286,7 +286,7 @@ def _control_group_free_bytes() -> int | None:
         match = re.search(r"^inactive_file (\d+)$", (CONTROL_GROUP / "memory.stat").read_text(), re.MULTILINE)
     except OSError:
         match = None
-    return max(1, limit - used + (int(match[1]) if match else 0))
+    return max(1, min(limit, limit - used + (int(match[1]) if match else 0)))
 
 
 def has_native_bf16_cpu() -> bool:

@@ -319,6 +319,8 @@ def test_what_a_container_holds_of_files_it_has_read_is_free(monkeypatch, tmp_pa
     (tmp_path / "memory.stat").write_text(f"anon 17\nfile {2 * GIB}\ninactive_file {GIB}\nactive_file {GIB}\n")
     monkeypatch.setattr(machine, "_host_available_bytes", lambda: (8 * GIB, "meminfo"))
     assert detect_budget_bytes("cpu") == (2 * GIB, "free memory of the container (cgroup)")
+    (tmp_path / "memory.current").write_text(f"{GIB // 2}\n")
+    assert detect_budget_bytes("cpu")[0] == 4 * GIB, "memory.stat is of an earlier moment, and no more than the limit"
     (tmp_path / "memory.max").write_text("max\n")
     assert detect_budget_bytes("cpu") == (8 * GIB, "meminfo")
 
