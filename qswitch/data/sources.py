@@ -18,7 +18,7 @@ from typing import Any
 
 from qswitch.data.compression import data_suffix
 from qswitch.data.files import RECORD_SUFFIXES, TEXT_SUFFIXES, Row, first_line, from_arrow, rows_of_file
-from qswitch.errors import DataError
+from qswitch.errors import DataError, is_out_of_memory
 from qswitch.outside import user_path
 
 logger = logging.getLogger(__name__)
@@ -212,6 +212,8 @@ def _rows_of_hub(reference: str, split: str, stream: bool) -> Iterator[Row]:
         try:
             fields = next(rows, None)
         except Exception as error:  # a stream ends in whatever its connection, its decompressor or its parser raises
+            if is_out_of_memory(error):  # which the same reading would meet again
+                raise
             raise DataError(
                 f"{reference} could not be read beyond record {number - 1} of {split}: {first_line(error)}. Run it "
                 "again; where that does not help, save the records as a jsonl file and name that."
@@ -235,6 +237,8 @@ def _hub_dataset(reference: str, split: str, stream: bool = False) -> Any:
             # An old data set that Python code reads. The hub keeps a conversion of its own beside it.
             return datasets.load_dataset(name, configuration or None, **options, revision="refs/convert/parquet")
     except Exception as error:  # network, missing data set, split, configuration or token: many kinds, one remedy
+        if is_out_of_memory(error):
+            raise
         raise DataError(
             f"{reference} is no file here, and the hub gave no data set (split {split}): {first_line(error)}. "
             "Check the name, data.split, the network and HF_TOKEN; a configuration is written owner/name:configuration."

@@ -143,6 +143,17 @@ def test_a_stream_that_breaks_off_says_where_and_what_helps(monkeypatch):
         next(rows)
 
 
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_memory_that_runs_out_is_no_broken_connection(monkeypatch, is_stream):
+    def fail(*_arguments, **_options):
+        raise MemoryError
+
+    rows = map(fail, [0])  # a stream that fails when it is read
+    monkeypatch.setattr(datasets, "load_dataset", (lambda *_arguments, **_options: rows) if is_stream else fail)
+    with pytest.raises(MemoryError):
+        next(iter_rows("owner/name", stream_hub=is_stream))
+
+
 def test_splits_in_outer_folders_metadata_and_hidden_folders(tmp_path):
     for folder in ("train/en", "test/en", "train/.ipynb_checkpoints"):
         (tmp_path / folder).mkdir(parents=True)
