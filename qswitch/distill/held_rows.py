@@ -52,7 +52,10 @@ def make_cache(
     if processes.is_first:  # of processes that there are no longer
         stale += [folder for folder in run_dir.path.glob("cache-*") if folder not in folders]
     for folder in stale:
-        if folder.is_dir():
+        if folder.is_symlink():  # to a disk with room: the link stays, and what else lies there
+            for file in folder.glob("[0-9]*-*.bin"):
+                file.unlink()
+        elif folder.is_dir():
             shutil.rmtree(folder)
     return LogitCache(
         cache.format,

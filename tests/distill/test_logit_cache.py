@@ -215,12 +215,15 @@ def test_no_file_is_made_before_the_disk_is_needed(tmp_path: Path):
 
 
 def test_files_of_a_start_that_was_killed_are_removed_by_the_next(tmp_path: Path):
-    """Of three processes, by two: each removes its own, and the first those of the one that there is no longer."""
+    """Of four processes, by two: each removes its own, and the first those of processes that there are no longer."""
     config = build_config({"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d.jsonl"}})
     run_dir = RunDir.create(tmp_path / "run", config)
-    for name in ("cache", "cache-1", "cache-2"):
+    for name in ("cache", "cache-1", "cache-2", "cache-3"):
         (run_dir.path / name).mkdir()
         (run_dir.path / name / "7-hidden.bin").write_bytes(b"0" * 64)
+    disk = (run_dir.path / "cache-3").rename(tmp_path / "disk")
+    (disk / "mine.txt").touch()
+    (run_dir.path / "cache-3").symlink_to(disk)
     model = SimpleNamespace(device=torch.device("cpu"), compute_dtype=torch.float32, head=head)
     left = []
     for rank in (1, 0):
@@ -229,7 +232,8 @@ def test_files_of_a_start_that_was_killed_are_removed_by_the_next(tmp_path: Path
             processes=SimpleNamespace(rank=rank, count=2, is_first=rank == 0),
         )  # fmt: skip
         left.append({path.name for path in run_dir.path.glob("cache*")})
-    assert left == [{"cache", "cache-2"}, set()] and run_dir.config_path.exists()
+    assert left == [{"cache", "cache-2", "cache-3"}, {"cache-3"}] and run_dir.config_path.exists()
+    assert [file.name for file in disk.iterdir()] == ["mine.txt"], "behind a link our files go, and nothing else"
 
 
 def test_full_without_a_disk_says_the_remedy():
