@@ -28,6 +28,8 @@ class ModelHub(ThreadingHTTPServer):
         self.gated = False
         self.status: int | None = None
         """An answer to every request."""
+        self.asked: list[str] = []
+        """The path of every request."""
 
     @property
     def url(self) -> str:
@@ -45,10 +47,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         path = self.path.partition("?")[0]
+        self.server.asked.append(path)
+        tree = path.removeprefix(f"/api/models/{NAME}/tree/")
         if self.server.status is not None:
             self._send(b"{}", body, self.server.status)
-        elif path.startswith(f"/api/models/{NAME}/tree/"):  # transformers looks for a folder of chat templates
+        elif tree != path and "/" in tree:  # transformers looks for a folder of chat templates
             self._send(b"", body, 404, {"X-Error-Code": "EntryNotFound"})
+        elif tree != path:  # huggingface_hub lists a revision before it takes several files of it
+            found = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": _etag(p.read_bytes())}
+                     for p in sorted(self.server.folder.iterdir())]  # fmt: skip
+            self._send(json.dumps(found).encode(), body)
         elif path.startswith(f"/api/models/{NAME}"):
             files = [{"rfilename": p.name} for p in sorted(self.server.folder.iterdir())]
             self._send(json.dumps({"id": NAME, "sha": COMMIT, "siblings": files, "private": False}).encode(), body)
@@ -64,14 +72,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(b"", body, 404, {"X-Error-Code": "EntryNotFound"})
             return
         content = file.read_bytes()
-        etag = hashlib.sha256(content).hexdigest()
         if body and file.name == self.server.breaks:
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.close_connection = True
             return
-        self._send(content, body, headers={"ETag": f'"{etag}"'})
+        self._send(content, body, headers={"ETag": f'"{_etag(content)}"'})
 
     def _send(self, content: bytes, body: bool, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -83,6 +90,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_args: Any) -> None:
         pass
+
+
+def _etag(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 @contextlib.contextmanager

@@ -119,8 +119,13 @@ _OF_CONNECTIONS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urll
 """Packages whose errors huggingface_hub, in one version or another, lets through when a connection fails."""
 _NO_WEIGHTS = "does not appear to have a file named model.safetensors"
 """transformers' words for a repository without weights that it could read."""
-_NOT_HAD = (_NO_WEIGHTS, "couldn't find them in the cache", "can't load the model for")
-"""What it says where it was not given the weights, the first also where it could not ask what the repository has."""
+_NOT_HAD = {
+    "model": ("does not appear to have", "couldn't find them in the cache", "can't load the model for"),
+    "tokenizer": ("couldn't instantiate the backend tokenizer", "can't load tokenizer for"),
+}
+"""What it says where it was not given the files, also where it could not ask which of them the repository has."""
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+"""With one of these here, what a tokenizer lacks is a library that reads it."""
 _KEPT = "What was downloaded is kept."
 
 
@@ -145,11 +150,23 @@ def _outside_remedy(error: Exception, name: str, what: str, revision: str | None
             f"the system gave it no host memory ({first_line(error)}). Close other programs, or allow more: with "
             "`memory=` in .wslconfig under WSL, with swap, or without `ulimit -v`."
         )
-    if what == "model" and is_hub_id(name) and any(words in lower for words in _NOT_HAD):
+    if _is_not_had(lower, name, what, revision):
         problem = hub_problem(name, revision)
         if problem is not None:
-            return f"its weights are not all in the local Hugging Face cache, and {problem}. {_KEPT}"
+            lacking = "weights" if what == "model" else "files"
+            return f"its {lacking} are not all in the local Hugging Face cache, and {problem}. {_KEPT}"
     return None
+
+
+def _is_not_had(text: str, name: str, what: str, revision: str | None) -> bool:
+    """Whether an error's text, in lower case, says that files of a hub model are not here."""
+    if not is_hub_id(name) or not any(words in text for words in _NOT_HAD[what]):
+        return False
+    import huggingface_hub
+
+    files = _TOKENIZER_FILES if what == "tokenizer" else ()
+    found = [huggingface_hub.try_to_load_from_cache(name, file, revision=revision) for file in files]
+    return not any(isinstance(file, str) for file in found)
 
 
 def _model_remedy(error: Exception, what: str) -> str:

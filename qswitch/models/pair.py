@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import GenerationConfig
 
 from qswitch import rules
@@ -178,16 +178,17 @@ def _generation_config(resolved: ResolvedModel) -> Path | None:
         path = Path(resolved.path) / GENERATION_CONFIG
         return path if path.is_file() else None
     with quiet(), explained(resolved.name, "model", resolved.revision):
+        known = huggingface_hub.try_to_load_from_cache(resolved.path, GENERATION_CONFIG, revision=resolved.revision)
+        if known is not None:  # the cache has it, or has noted that this commit has none
+            return Path(known) if isinstance(known, str) else None
         try:
             return Path(huggingface_hub.hf_hub_download(resolved.path, GENERATION_CONFIG, revision=resolved.revision))
-        except LocalEntryNotFoundError:  # the hub was not asked
-            known = huggingface_hub.try_to_load_from_cache(resolved.path, GENERATION_CONFIG, revision=resolved.revision)
-            if known is None:
-                say_once(
-                    f"{resolved.name}: {GENERATION_CONFIG} is not in the local Hugging Face cache, and the hub does "
-                    "not answer. If the model has one, download it: without it the tokenizer's end-of-sequence token "
-                    "alone ends a response."
-                )
+        except (LocalEntryNotFoundError, RepositoryNotFoundError):  # not asked; gated or private, and no token now
+            say_once(
+                f"{resolved.name}: {GENERATION_CONFIG} is not in the local Hugging Face cache, and the hub does not "
+                "give it. If the model has one, download it: without it the tokenizer's end-of-sequence token alone "
+                "ends a response."
+            )
             return None
         except EntryNotFoundError:
             return None

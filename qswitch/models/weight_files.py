@@ -87,13 +87,14 @@ def download_shown(resolved: ResolvedModel) -> Iterator[None]:
         yield
         return
     missing_bytes = bytes_to_download(resolved)
-    what = f"downloading {missing_bytes / GIB:.2f} GiB of {resolved.name} into {constants.HF_HUB_CACHE}"
+    size = f"{missing_bytes / GIB:.2f} GiB of {resolved.name}"
     if missing_bytes:
-        logger.warning("%s", what)
+        logger.warning("downloading %s into %s", size, constants.HF_HUB_CACHE)
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is None and launched().rank == 0:
         enable_progress_bars()
     try:
-        # A bar is drawn on a terminal only; a log file gets a line now and then.
+        # A bar is drawn on a terminal only; a log gets a line now and then. The weights are read in this block, too.
+        what = f"downloading and loading {size}"
         with saying(what, SAY_EVERY_S) if missing_bytes and not sys.stderr.isatty() else contextlib.nullcontext():
             yield
     finally:
@@ -109,9 +110,9 @@ def bytes_to_download(resolved: ResolvedModel) -> int:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
-    def here(name: str) -> bool:
+    def here(name: str) -> str | None:
         found = huggingface_hub.try_to_load_from_cache(resolved.path, name, revision=resolved.revision)
-        return isinstance(found, str)
+        return found if isinstance(found, str) else None
 
     def size(name: str) -> int:
         url = huggingface_hub.hf_hub_url(resolved.path, name, revision=resolved.revision)
@@ -120,12 +121,12 @@ def bytes_to_download(resolved: ResolvedModel) -> int:
     if here(SINGLE):
         return 0
     try:
-        try:
-            if not here(INDEX):
+        index: Any = here(INDEX)
+        if index is None:
+            try:
                 return size(SINGLE)
-        except EntryNotFoundError:
-            pass  # in parts, then
-        index: Any = huggingface_hub.hf_hub_download(resolved.path, INDEX, revision=resolved.revision)
+            except EntryNotFoundError:  # in parts, then
+                index = huggingface_hub.hf_hub_download(resolved.path, INDEX, revision=resolved.revision)
         parts = sorted(set(read_json(Path(index), IndexFile)["weight_map"].values()))
         return sum(size(part) for part in parts if not here(part))
     except Exception:  # httpx, OSError and the hub's own; the model is read next, and what fails there is explained

@@ -70,21 +70,51 @@ def test_a_download_is_said_with_its_size_and_shown_by_the_hubs_bars(hub, caplog
     assert "downloading" not in caplog.text
 
 
-def test_of_weights_in_parts_only_those_that_are_not_here_are_counted(hub):
+def publish_in_parts(hub: ModelHub) -> list[Path]:
     load_teacher(TEACHER, FP32).hf.save_pretrained(hub.folder, max_shard_size="100KB")
     (hub.folder / "model.safetensors").unlink(missing_ok=True)
     shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
-    parts = sorted(hub.folder.glob("model-*.safetensors"))
+    return sorted(hub.folder.glob("model-*.safetensors"))
+
+
+def test_of_weights_in_parts_only_those_that_are_not_here_are_counted(hub):
+    parts = publish_in_parts(hub)
     resolved = resolve_reference(NAME)
     assert len(parts) > 2 and bytes_to_download(resolved) == sum(p.stat().st_size for p in parts)
     huggingface_hub.hf_hub_download(NAME, parts[1].name)
     assert bytes_to_download(resolved) == sum(p.stat().st_size for p in parts if p != parts[1])
+    load_teacher(TEACHER, FP32)
+    hub.asked.clear()
+    assert bytes_to_download(resolved) == 0 and hub.asked == [], "the cache says it all"
+
+
+@pytest.mark.parametrize("num_lacking", [1, 2])
+def test_parts_that_were_not_downloaded_are_no_fault_of_the_model(hub, monkeypatch, num_lacking):
+    parts = publish_in_parts(hub)
+    for name in ("config.json", weight_files.INDEX, *(part.name for part in parts[num_lacking:])):
+        huggingface_hub.hf_hub_download(NAME, name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"its weights are not all in the local .* HF_HUB_OFFLINE is set"):
+        load_teacher(TEACHER, FP32)
+
+
+def test_a_tokenizer_that_was_not_downloaded_is_not_to_be_put_beside_the_weights(hub, monkeypatch):
+    read_config(resolve_reference(NAME))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"tokenizer owner/name .* files are not all in .* HF_HUB_OFFLINE is set"):
+        load_tokenizer(TEACHER)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    load_tokenizer(TEACHER)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError) as found, explained(NAME, "tokenizer"):
+        raise ValueError("Couldn't instantiate the backend tokenizer. You need to have sentencepiece installed")
+    assert "HF_HUB_OFFLINE" not in str(found.value), "it is here, and a library is not"
 
 
 def test_a_download_without_a_terminal_says_now_and_then_that_it_goes_on(hub, caplog, monkeypatch):
     monkeypatch.setattr(weight_files, "SAY_EVERY_S", 0.001)
     load_teacher(TEACHER, FP32)
-    assert re.search(r"downloading .* GiB of owner/name into .*, 0 s", caplog.text)
+    assert re.search(r"downloading and loading .* GiB of owner/name, 0 s", caplog.text)
 
 
 def test_a_connection_that_breaks_is_no_fault_of_the_model(hub, no_waiting):
@@ -158,11 +188,17 @@ def test_end_tokens_are_lost_only_where_the_hub_says_that_there_are_none(hub, no
     shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
     read_config(resolve_reference(NAME))
     assert _generation_eos(section) == set() and not caplog.text, "most models have none"
+    hub.gated = True  # and no token any more
+    assert _generation_eos(section) == set() and not caplog.text
+    hub.gated = False
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert _generation_eos(section) == set() and not caplog.text, "the cache knows that there is none"
     shutil.rmtree(Path(huggingface_hub.constants.HF_HUB_CACHE) / "models--owner--name" / ".no_exist")
     assert _generation_eos(section) == set() and "generation_config.json is not in the local" in caplog.text
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub.gated = True
+    assert _generation_eos(section) == set(), "what else there is of it may be in the cache"
+    hub.gated = False
     published.write_text("{}")
     hub.breaks = published.name
     with pytest.raises(ModelError, match="the connection to the hub failed"):
