@@ -345,19 +345,27 @@ def _own_prompts(
 ) -> dict[int, Prompt]:
     """The records that the first model answers, in the ids of this one's tokenizer.
 
-    In the same template; a model of another family has its own chat template, where that is what is asked for.
+    In the same template, where its tokens are the same ids to both. To a model of another family, or one that has not
+    all names of the first one's special tokens, they would be letters: it has its own chat template, where that is what
+    is asked for.
     """
     first = settings.subjects[0]
     if subject is first:
         return encoded.prompts
-    tokenizer, yardstick = subject.tokenizer(template), first.tokenizer(template)
-    told = subject
-    if template in ("teacher", "student") and ids_with_other_names(tokenizer, yardstick) is not None:
-        # One family: the same text for all. Another family would read the first one's special tokens as letters.
-        tokenizer.chat_template, told = yardstick.chat_template, first
-    encoder = PromptEncoder(tokenizer, template, template_kwargs=told.template_kwargs(template))
     records = [t.record for t in test_set.records if t.record.id in encoded.prompts]
-    return {p.example_id: p for p in encoder.encode_batch(records)}
+
+    def read(tokenizer: Any, told: Subject) -> dict[int, Prompt]:
+        encoder = PromptEncoder(tokenizer, template, template_kwargs=told.template_kwargs(template))
+        return {p.example_id: p for p in encoder.encode_batch(records)}
+
+    tokenizer, yardstick = subject.tokenizer(template), first.tokenizer(template)
+    if template in ("teacher", "student") and ids_with_other_names(tokenizer, yardstick) is not None:
+        own_template, tokenizer.chat_template = tokenizer.chat_template, yardstick.chat_template
+        prompts = read(tokenizer, first)
+        if all(p.prompt_ids == encoded.prompts[i].prompt_ids for i, p in prompts.items()):
+            return prompts
+        tokenizer.chat_template = own_template
+    return read(tokenizer, subject)
 
 
 # ------------------------------------------------------------------------------------------------------------- scores

@@ -24,9 +24,9 @@ SAME_SHARE = 0.5
 """Of the rows that both have: with fewer that mean the same, two vocabularies are strangers."""
 
 
-HELD_IN_RESERVE = re.compile(r"reserved|unused|placeholder|dummy", re.IGNORECASE)
-"""In the name of a special token that a model's makers keep for later: Llama's <|reserved_special_token_0|>, Gemma's
-<unused0>, Phi's <|placeholder1|>."""
+HELD_IN_RESERVE = re.compile(r"\W*(reserved|unused|placeholder|dummy)(_special)?(_token)?_?\d+\W*", re.IGNORECASE)
+"""The whole name of a special token that a model's makers keep for later: Llama's <|reserved_special_token_0|>, Gemma's
+<unused0>, Phi's <|placeholder1|>. Those are numbered; <|image_placeholder|> is one in use."""
 
 
 def renamed_ids(teacher: Mapping[int, str], student: Mapping[int, str], special: Set[int]) -> list[int] | None:
@@ -39,7 +39,7 @@ def renamed_ids(teacher: Mapping[int, str], student: Mapping[int, str], special:
     if teacher.keys() != student.keys():
         return None
     different = sorted(i for i, token in teacher.items() if token != student[i])
-    kept = (i in special and any(map(HELD_IN_RESERVE.search, (teacher[i], student[i]))) for i in different)
+    kept = (i in special and any(map(HELD_IN_RESERVE.fullmatch, (teacher[i], student[i]))) for i in different)
     return different if all(kept) else None
 
 

@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from rouge_score import rouge_scorer
+from transformers import AddedToken
 
 import qswitch.evaluate.evaluate as evaluate_module
 import qswitch.evaluate.write as write_module
 from qswitch.cli import run
+from qswitch.data.records import Record
+from qswitch.data.template import PromptEncoder
+from qswitch.data.turns import Message
 from qswitch.evaluate.command import EvalRequest, run_eval
 from qswitch.evaluate.subjects import find_subject
 from qswitch.export.merge import merge_run
 from qswitch.models.references import ResolvedModel
 from tests.evaluate.runs import make_run, write_test_set
-from tests.tiny import save_tiny_pair
+from tests.tiny import save_tiny_pair, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -309,6 +315,35 @@ def test_models_of_one_family_answer_the_same_text_and_others_have_their_own_tem
         )  # fmt: skip
     first, same, other = asked.values()
     assert sorted(first) == sorted(same) and sorted(first) != sorted(other)
+
+
+def test_a_template_whose_tokens_have_other_names_is_not_put_on_another_model():
+    """One vocabulary by its ids: a template without those names is shared, one with them would be read as letters."""
+    named, reserved = (("<|user|>", "<|end_turn|>"), ("<unused0>", "<unused1>"))
+
+    def subject(names: tuple[str, str], template: str):
+        def tokenizer(_: str):
+            loaded = tiny_tokenizer(chat_template=template)
+            loaded.add_tokens([AddedToken(n, special=True, normalized=False) for n in names], special_tokens=True)
+            return loaded
+
+        return SimpleNamespace(tokenizer=tokenizer, template_kwargs=lambda _: {})
+
+    record = Record(0, (Message("user", "hi"),), None, "here")
+    test_set = SimpleNamespace(records=[SimpleNamespace(record=record)])
+
+    def asked(first_template: str) -> tuple[list[int], list[int], Any]:
+        first = subject(named, first_template)
+        second = subject(reserved, "<unused0>{{ messages[-1]['content'] }}<unused1>")
+        prompts = {0: PromptEncoder(first.tokenizer("student"), "student").encode(record)}
+        settings, encoded = SimpleNamespace(subjects=[first, second]), SimpleNamespace(prompts=prompts)
+        found = evaluate_module._own_prompts(settings, second, test_set, encoded, "student")  # type: ignore[arg-type]
+        return prompts[0].prompt_ids, found[0].prompt_ids, second.tokenizer("student")
+
+    first, second, _ = asked("{{ messages[-1]['content'] }}:")
+    assert first == second
+    first, second, tokenizer = asked("<|end_turn|>{{ messages[-1]['content'] }}<|user|>")
+    assert tokenizer.convert_ids_to_tokens(second) == ["<unused0>", "h", "i", "<unused1>"]
 
 
 def test_a_student_on_the_hub_has_a_mark_of_its_own(tmp_path, monkeypatch):
