@@ -147,8 +147,8 @@ def is_out_of_memory(error: BaseException, *, surely: bool = False) -> bool:
 
 
 def memory_reason(error: BaseException) -> str:
-    """What an error that counts as out of memory says, in one line, and what else may be behind it."""
-    reason = " ".join(str(error).split())[:200]
+    """The first line of what an error that counts as out of memory says, and what else may be behind it."""
+    reason = str(error).strip().partition("\n")[0][:200]
     if is_out_of_memory(error, surely=True):
         return reason
     return f"{reason}; a driver that does not fit the libraries leads to the same error, see `qswitch doctor`"
