@@ -69,13 +69,10 @@ def measure(path: str, tokenizer_folder: str, settings: dict[str, Any]) -> dict[
     import datasets  # noqa: F401  # importing it is no part of the loading
     from transformers import AutoTokenizer
 
-    try:
-        from qswitch.layers import build_config
-    except ImportError:  # a checkout of before
-        from qswitch.config import build_config  # type: ignore[no-redef,attr-defined]
     from qswitch.data.gather import gather_prompts
     from qswitch.data.loader import PromptLoader
     from qswitch.data.template import PromptEncoder
+    from qswitch.layers import build_config
 
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(tokenizer_folder), "teacher")
     data = {"train": path, "max_prompt_tokens": 512, **settings}

@@ -17,6 +17,7 @@ import random
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -109,8 +110,7 @@ def buffers(args: argparse.Namespace) -> dict[str, Any]:
         original(state, num_steps)
 
     results = []
-    kv_cache.KVState.begin_block = begin_block  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(kv_cache.KVState, "begin_block", begin_block):
         for setting in SETTINGS:
             held.clear()
             write(pair, **setting)
@@ -123,8 +123,6 @@ def buffers(args: argparse.Namespace) -> dict[str, Any]:
             ratio = sum(set(held)) / sum(planned)
             results.append({**setting, "slots": slots, "buffer_bytes": sum(set(held)), "planned_bytes": sum(planned),
                             "buffers_over_plan": round(ratio, 4)})  # fmt: skip
-    finally:
-        kv_cache.KVState.begin_block = original  # type: ignore[method-assign]
     return {"settings": results}
 
 

@@ -124,7 +124,7 @@ def _table(section: type[BaseModel], prefix: str, names: list[str]) -> str:
     rows = "| setting | default | meaning |\n|---|---|---|\n"
     for name in names:
         field = section.model_fields[name]
-        default = field.default_factory() if field.default_factory is not None else field.default  # type: ignore[call-arg]
+        default = field.get_default(call_default_factory=True, validated_data={})
         shown = "required" if default is PydanticUndefined else f"`{_written(default)}`"
         words = _words(field.annotation)
         among = f" One of {', '.join(f'`{w}`' for w in words)}." if words else ""

@@ -133,7 +133,7 @@ def is_out_of_memory(error: BaseException, *, surely: bool = False) -> bool:
     Most libraries raise a plain RuntimeError and say so in its text alone. Asks no torch, so that a command that has
     not loaded it can ask. What the system refused for want of memory, as a file to be mapped, is a `storage_problem`.
     """
-    for one in _causes(error):
+    for one in causes(error):
         if isinstance(one, QSwitchError):
             return False
         is_torchs = any(kind.__name__ == "OutOfMemoryError" for kind in type(one).__mro__)
@@ -160,7 +160,7 @@ def storage_problem(error: BaseException) -> str | None:
     Libraries that write files themselves (safetensors, pyarrow, datasets) raise their own kinds with the number in the
     text, or with the system's error as their cause.
     """
-    for one in _causes(error):
+    for one in causes(error):
         number = system_number(one)
         if number in _REMEDIES:
             names = [getattr(one, name, None) for name in ("filename", "filename2")]
@@ -179,13 +179,15 @@ def system_number(error: BaseException) -> int | None:
     return None if found is None else int(found[1] or found[2])
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def causes(error: BaseException, *, shown: bool = False) -> Iterator[BaseException]:
+    """An error and those it was raised from; `shown`: also those that Python shows above it, since libraries raise some
+    of their own without naming the cause."""
     seen: set[int] = set()
     at: BaseException | None = error
     while at is not None and id(at) not in seen:
         seen.add(id(at))
         yield at
-        at = at.__cause__
+        at = at.__cause__ or (at.__context__ if shown and not at.__suppress_context__ else None)
 
 
 def _short(name: str) -> str:

@@ -11,6 +11,7 @@ import traceback
 import warnings
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -208,9 +209,8 @@ def blocking_copies(context: Context) -> dict[str, Any]:
 
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), mock.patch.object(warnings, "showwarning", note):
             warnings.simplefilter("always")
-            warnings.showwarning = note  # type: ignore[assignment]
             _, stats = rollout(
                 requests, teacher=pair[0], student=pair[1], seed=1, temperature=1.0, eos_ids=[2], pad_id=0,
                 policy=SwitchPolicy(Threshold("exponential", 1.0, 0.3, 0.2, 24)), batch_size=4,

@@ -18,7 +18,7 @@ from benchmarks.gpu.timing import host_and_device_ms
 from qswitch.models.language_model import LanguageModel
 from qswitch.plan import cost
 from qswitch.plan.machine import describe_machine
-from qswitch.plan.memory import kv_buffer_bytes
+from qswitch.plan.memory import Precision, kv_buffer_bytes
 from qswitch.plan.scheduler import model_shapes
 from qswitch.rollout.decode import inference
 from qswitch.rollout.kv_cache import KVState, Prompts
@@ -62,14 +62,16 @@ def state_of(model: LanguageModel, rows: int, read: int, room: int, graphs: Step
     return state
 
 
-def timed(context: Context, model: LanguageModel, precision: str | None, rows: int, tokens: int) -> dict[str, Any]:
+def timed(
+    context: Context, model: LanguageModel, precision: Precision | None, rows: int, tokens: int
+) -> dict[str, Any]:
     """A pass over `tokens` tokens of `rows` rows behind a past of half a prompt and response, head included."""
     read = 16 if context.tiny else 256
     config = pair_config(context)
     shape = model_shapes(config)[0 if precision else 1]
     machine = describe_machine(config.train, context.device.type)
     kv_bytes = kv_buffer_bytes(shape, rows, read + tokens, machine.compute_bytes)
-    planned = cost.pass_seconds(shape, precision or "bf16", rows * tokens, kv_bytes, machine)  # type: ignore[arg-type]
+    planned = cost.pass_seconds(shape, precision or "bf16", rows * tokens, kv_bytes, machine)
     with inference(model):
         state = state_of(model, rows, read, tokens)
         ids = torch.ones((rows, tokens), dtype=torch.int64, device=context.device)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from qswitch.terminal import STDERR, STDOUT, lead_nowhere
+
 _HANG_UP = getattr(signal, "SIGHUP", None)
 """What the processes of a terminal get when its window or its SSH connection closes; Windows has none."""
 
@@ -52,12 +54,10 @@ def stop_on_signal(trainer: Stoppable, say: Callable[[str], None]) -> Iterator[N
 def _leave_terminal() -> None:
     """Give up stdout and stderr, unless they are files: writing to a terminal or a pipe that is gone is an error, which
     would end the run before its checkpoint."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
+    for descriptor in (STDOUT, STDERR):
         try:
             is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
         except OSError:
             continue  # closed
         if not is_file:
-            os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+            lead_nowhere(descriptor)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
-from qswitch.errors import ModelError, is_out_of_memory, storage_problem
+from qswitch.errors import ModelError, causes, is_out_of_memory, storage_problem
 from qswitch.hub import TOKEN_REMEDY, hub_problem, is_hub_id
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ _KEPT = "What was downloaded is kept."
 
 def _outside_remedy(error: Exception, name: str, what: str, revision: str | None) -> str | None:
     """The remedy where it is not the model that is at fault, but connection, hub, disk or memory; else None."""
-    chain = list(_shown_with(error))
+    chain = list(causes(error, shown=True))
     lower = str(error).lower()
     statuses = [status for one in chain if (status := _hub_status(one)) is not None]
     if any(status in (401, 403) for status in statuses) or "gated repo" in lower:
@@ -189,16 +189,6 @@ def _model_remedy(error: Exception, what: str) -> str:
             "beside its weights, or name a model that has them."
         )
     return first_line(error)
-
-
-def _shown_with(error: BaseException) -> Iterator[BaseException]:
-    """An error and what Python shows above it: transformers raises some of its own without naming the cause."""
-    seen: set[int] = set()
-    at: BaseException | None = error
-    while at is not None and id(at) not in seen:
-        seen.add(id(at))
-        yield at
-        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
 
 
 def _hub_status(error: BaseException) -> int | None:
