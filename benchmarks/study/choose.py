@@ -37,6 +37,19 @@ FACTORS = (
 """Settings that are one decision together, which divergence trains where and who writes: of each, a combination takes
 those of one cell, since those of two would make a third, which may have been searched and found worse."""
 RATES = {"3e-4": 0.0003, "1e-3": 0.001, "3e-3": 0.003}
+JSD = {"loss.divergence": "jsd", "loss.divergence_teacher_tokens": None}
+FURTHER: dict[str, dict[str, Any]] = {
+    "reuse-2": {"rollout.reuse": 2},
+    "reuse-4": {"rollout.reuse": 4},
+    "jsd-reuse-4": {"rollout.reuse": 4, **JSD},
+    "mix-reuse-4": {"rollout.reuse": 4, **JSD, "data.ground_truth_mix": 0.5},
+    "share-reuse-4": {"rollout.reuse": 4, **JSD, "rollout.teacher_share": 0.75},
+}
+"""Cells of the finals that the search did not have, beside those that the rule takes from it: what it found to move
+most, the highest rate and training again on a rollout, together. docs/study.md, "Changes", says when they were added
+and what was known then."""
+CONTROL = "gkd-reuse"
+"""GKD with the recipe's rollout.reuse, where it has one: in the table of the test and in no verdict."""
 FINAL_SEEDS = [2, 3]
 """Seeds that the search did not choose by, so that a cell which was lucky there is not chosen for its luck."""
 
@@ -119,8 +132,9 @@ def finals(search: Mapping[str, Any], results: Mapping[str, Any], declared: Mapp
         for name, settings in found.items()
         for label, rate in RATES.items()
     }
+    further = {name: {"settings": {**settings, RATE: RATES["3e-3"]}} for name, settings in FURTHER.items()}
     kept = {method: {"settings": cells[name]} for method, name in rates.items()}
-    return {**search, "cells": {**kept, **new}, "baseline": "gkd", "seeds": FINAL_SEEDS}
+    return {**search, "cells": {**kept, **new, **further}, "baseline": "gkd", "seeds": FINAL_SEEDS}
 
 
 def test(last: Mapping[str, Any], results: Mapping[str, Any], declared: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +151,11 @@ def test(last: Mapping[str, Any], results: Mapping[str, Any], declared: Mapping[
     recipe = {key: value for key, value in {**shared, **cells[best]}.items() if value is not None}
     chosen = {name: {"settings": cells[name]} for name in rivals}
     own = {BASE: {"about": f"{best} of the finals", "settings": recipe}}
-    return {**declared, "cells": {**declared["cells"], **chosen, **own}}
+    control = {}
+    if "rollout.reuse" in recipe:
+        again = {**cells["gkd"], "rollout.reuse": recipe["rollout.reuse"]}
+        control[CONTROL] = {"about": "a control, in no test", "settings": again}
+    return {**declared, "cells": {**declared["cells"], **chosen, **own, **control}}
 
 
 def target(results: Mapping[str, Any], declared: Mapping[str, Any]) -> tuple[bool, list[str]]:

@@ -170,7 +170,7 @@ def test_the_choice_follows_its_rule_and_its_files_are_comparisons(tmp_path):
     assert configs["seqkd"].train.learning_rate == 3e-3 and configs["gkd"].train.learning_rate == 1e-3
     assert configs.keys() == {
         "gkd", "kd", "seqkd", "skd", "distillm", "sft", "best-3e-4", "best-1e-3", "best-3e-3", "combined-3e-4",
-        "combined-1e-3", "combined-3e-3",
+        "combined-1e-3", "combined-3e-3", "reuse-2", "reuse-4", "jsd-reuse-4", "mix-reuse-4", "share-reuse-4",
     }  # fmt: skip
     assert configs["best-3e-4"].rollout.teacher_share == 0.25 and configs["best-3e-4"].data.ground_truth_mix == 0
     both = configs["combined-3e-3"]
@@ -185,6 +185,23 @@ def test_the_choice_follows_its_rule_and_its_files_are_comparisons(tmp_path):
     assert (recipe.rollout.teacher_share, recipe.data.ground_truth_mix, recipe.train.learning_rate) == (0.25, 0.25, 3e-3)
     assert recipe.loss.divergence_teacher_tokens == "forward_kl" and chosen["seqkd"].train.learning_rate == 3e-3
     assert chosen["distillm"].train.eval_steps == 5 and test.section.test is not None
+    assert "gkd-reuse" not in chosen, "there is nothing to control"
+
+
+def test_gkd_has_the_reuse_of_the_recipe_as_a_control(tmp_path):
+    search = yaml.safe_load((STUDY / "search.yaml").read_text())
+    figures = dict.fromkeys(search["cells"], (1.0, 11.0, 1.2)) | {"gkd-3e-4": (0.9, 11.0, 1.2)}
+    cells = [c.name for c in choose(tmp_path, "finals", search, figures).cells]
+    last = dict.fromkeys(cells, (1.0, 11.0, 1.2)) | {"share-reuse-4": (0.8, 12.0, 1.0)}
+    test = choose(tmp_path, "test", yaml.safe_load((tmp_path / "finals.yaml").read_text()), last)
+    chosen = {c.name: c.config for c in test.cells}
+    recipe, control = chosen["recipe"], chosen["gkd-reuse"]
+    assert (recipe.rollout.reuse, recipe.rollout.teacher_share, recipe.loss.divergence) == (4, 0.75, "jsd")
+    assert recipe.loss.divergence_teacher_tokens is None and recipe.train.learning_rate == 3e-3
+    assert {c.seed for c in test.cells if c.name == "gkd-reuse"} == {4, 5, 6}
+    same = chosen["gkd"].model_copy(update={"rollout": chosen["gkd"].rollout.model_copy(update={"reuse": 4})})
+    assert control == same and control.train.learning_rate == 3e-4
+    assert test.section.test is not None and "gkd-reuse" not in test.section.test.against
 
 
 def test_all_cells_of_the_test_see_the_same_data_in_the_same_order(tmp_path):
@@ -192,7 +209,7 @@ def test_all_cells_of_the_test_see_the_same_data_in_the_same_order(tmp_path):
     finals = choose(tmp_path, "finals", search, dict.fromkeys(search["cells"], (1.0, 11.0, 1.2)))
     figures = dict.fromkeys((c.name for c in finals.cells), (1.0, 11.0, 1.2))
     test = choose(tmp_path, "test", yaml.safe_load((tmp_path / "finals.yaml").read_text()), figures)
-    own = {*OWNED, "method", "train.learning_rate", "train.eval_steps", "train.eval_own_prompts"}
+    own = {*OWNED, "method", "train.learning_rate", "train.eval_steps", "train.eval_own_prompts", "rollout.reuse"}
     for comparison in (finals, test):
         shared = {
             c.name: {key: reader(c.config)(key) for key in known_keys() if key not in own}
