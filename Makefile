@@ -46,13 +46,13 @@ faults: $(STAMP)
 	$(BIN)/python -m tests.faults --output benchmarks/results/faults.json
 
 lint: $(STAMP)
-	$(BIN)/ruff check qswitch tests
-	$(BIN)/ruff format --check qswitch tests
+	$(BIN)/ruff check qswitch tests benchmarks
+	$(BIN)/ruff format --check qswitch tests benchmarks
 	$(BIN)/mypy
 
 format: $(STAMP)
-	$(BIN)/ruff check --fix qswitch tests
-	$(BIN)/ruff format qswitch tests
+	$(BIN)/ruff check --fix qswitch tests benchmarks
+	$(BIN)/ruff format qswitch tests benchmarks
 
 wheel:
 	PYTHON=$(PYTHON) .ci/wheel

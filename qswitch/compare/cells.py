@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,16 +21,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qswitch.layers import dump_config
+from qswitch.compare.results_table import comparison_results, render_comparison
+from qswitch.compare.spec import CONTROLS, SFT, Cell, Comparison, flat_settings, read_comparison
 from qswitch.data.records import record_of_row
 from qswitch.data.sources import iter_rows
 from qswitch.errors import DataError, QSwitchError, RunDirError
-from qswitch.compare.results_table import comparison_results, render_comparison
-from qswitch.compare.spec import CONTROLS, SFT, Cell, Comparison, flat_settings, read_comparison
 from qswitch.evaluate.store import EvaluationDir
+from qswitch.layers import dump_config
 from qswitch.outside import read_json, read_text
-from qswitch.state_files import CellFile, SummaryFile
 from qswitch.run_dir import RunDir, locked, make_folder, write_atomically
+from qswitch.state_files import CellFile, SummaryFile
 
 logger = logging.getLogger(__name__)
 

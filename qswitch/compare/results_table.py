@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from qswitch.compare.spec import Cell, Comparison, TestSection
+from qswitch.evaluate.figures import BETTER, COLUMNS, OWN_COLUMNS
 from qswitch.evaluate.intervals import Estimate, paired_difference, standard_deviation
+from qswitch.evaluate.score_table import estimate, markdown_table, own_difference_tables, own_tables, protocol_line
 from qswitch.evaluate.scores import SetScores, combine_scores, compare_positions, compare_scores, score_set
 from qswitch.evaluate.store import Lines
-from qswitch.evaluate.figures import BETTER, COLUMNS, OWN_COLUMNS, OWN_TEXT_COLUMNS
-from qswitch.evaluate.score_table import estimate, markdown_table, own_difference_tables, own_tables, protocol_line
 from qswitch.evaluate.versions import versions
 from qswitch.outside import read_json
 from qswitch.state_files import DistanceLine, OwnDistanceLine, ResponseLine, SetFile

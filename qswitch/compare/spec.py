@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from qswitch.outside import user_path
 from qswitch.config import DataSection, RunConfig, Section
-from qswitch.layers import build_config, by_section, flatten, stack
 from qswitch.data.sources import reference_path
 from qswitch.errors import ConfigError, DataError
 from qswitch.evaluate.figures import BETTER
 from qswitch.evaluate.protocol import PROTOCOLS, make_protocol
+from qswitch.layers import build_config, by_section, flatten, stack
+from qswitch.outside import user_path
 from qswitch.presets import load_preset
 from qswitch.units import MAX_ROWS, MAX_TOKENS
 from qswitch.yaml_file import read_yaml
@@ -250,7 +250,8 @@ def _unlike_evaluations(cells: list[Cell], section: CompareSection) -> Iterator[
         if follows_runs and ours != theirs:
             yield (
                 f"cells.{cell.name} has another data.template, data.template_kwargs or data.system_prompt than "
-                f"{first.name}, but all answer the same prompts. Name one in evaluate.template, or set it in settings: for every cell"
+                f"{first.name}, but all answer the same prompts. Name one in evaluate.template, or set it in settings: "
+                "for every cell"
             )
 
 

@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from qswitch import cli
-from qswitch.errors import ConfigError, RunDirError
 from qswitch.compare.cells import CellFailed, compare
 from qswitch.compare.results_table import declared_test
 from qswitch.compare.spec import TestSection, read_comparison
+from qswitch.errors import ConfigError, RunDirError
 from qswitch.evaluate.scores import Metric, SetScores
 from tests.evaluate.runs import WORDS, write_test_set
 from tests.tiny import save_tiny_pair
@@ -259,7 +259,10 @@ def test_the_interval_shares_the_level_among_the_rivals_and_weights_records():
     weights = {i: 1.0 + 9.0 * (i % 7 == 6) for i in range(700)}  # the records with the largest difference count tenfold
 
     def cell(values: list[float]) -> SetScores:
-        metrics = {"kl_nats": Metric(dict(enumerate(values)), weights), "rouge_l": Metric(dict(enumerate(values)), None)}
+        metrics = {
+            "kl_nats": Metric(dict(enumerate(values)), weights),
+            "rouge_l": Metric(dict(enumerate(values)), None),
+        }
         return SetScores(metrics, {}, None, 1, 1.0, 1.0, 0.0, 0.0)
 
     cells = {"switch": {1: cell([0.0] * 700)}, "gkd": {1: cell(noise)}}

@@ -125,7 +125,8 @@ def test_the_second_study_is_what_the_page_declares():
     assert test.section.budget.amount >= 48_000 and test.section.evaluate.max_new_tokens == 512
     declared = test.section.test
     assert declared is not None and set(declared.against) == {"gkd", "kd", "seqkd", "skd", "distillm", "sft"}
-    for metric, unit in (("kl_nats", "nats of KL"), ("rouge_l_teacher", "points"), ("own_reverse_kl_nats", "nats of KL")):
+    units = {"kl_nats": "nats of KL", "rouge_l_teacher": "points", "own_reverse_kl_nats": "nats of KL"}
+    for metric, unit in units.items():
         assert f"{declared.margins[metric]:g} {unit}" in page
     asked = [set(c.section.evaluate.data) for c in (search, test)]
     assert not asked[0] & asked[1], "no set of the test is looked at by the search"
@@ -142,7 +143,7 @@ def results_of(figures: dict[str, tuple[float, float, float]]) -> dict:
         cell: {"metrics": {n: {"all": {"mean": v}} for n, v in zip(names, values, strict=True)}}
         for cell, values in {**figures, "teacher": (0.0, 20.0, 0.0)}.items()
     }
-    return {"cells": dict.fromkeys(figures, {}), "sets": {"search": {"models": models}}}
+    return {"cells": {name: {} for name in figures}, "sets": {"search": {"models": models}}}
 
 
 def choose(tmp_path: Path, what: str, study: dict, figures: dict[str, tuple[float, float, float]]) -> Comparison:
@@ -159,7 +160,7 @@ def choose(tmp_path: Path, what: str, study: dict, figures: dict[str, tuple[floa
 
 def test_the_choice_follows_its_rule_and_its_files_are_comparisons(tmp_path):
     search = yaml.safe_load((STUDY / "search.yaml").read_text())
-    figures = {name: (1.0, 11.0, 1.2) for name in search["cells"]}
+    figures = dict.fromkeys(search["cells"], (1.0, 11.0, 1.2))
     figures["seqkd-3e-3"] = (0.94, 11.0, 1.2)  # three margins better than at its other rates
     figures["random"] = (0.5, 20.0, 0.5)  # a control, however good
     figures["share-0.25"] = (0.92, 12.5, 1.2)  # ahead by 1, 1.5 and 0 margins: the second best counts
@@ -177,12 +178,16 @@ def test_the_choice_follows_its_rule_and_its_files_are_comparisons(tmp_path):
     assert (both.rollout.teacher_share, both.data.ground_truth_mix, both.loss.scope) == (0.25, 0.25, "all")
     assert {c.seed for c in read_comparison(tmp_path / "finals.yaml").cells} == {2, 3}, "not the seed chosen by"
 
-    last = {name: (1.0, 11.0, 1.2) for name in configs}
+    last = dict.fromkeys(configs, (1.0, 11.0, 1.2))
     last["combined-3e-3"] = (0.9, 13.0, 1.1)
     test = choose(tmp_path, "test", yaml.safe_load((tmp_path / "finals.yaml").read_text()), last)
     chosen = {c.name: c.config for c in test.cells}
     recipe = chosen["recipe"]
-    assert (recipe.rollout.teacher_share, recipe.data.ground_truth_mix, recipe.train.learning_rate) == (0.25, 0.25, 3e-3)
+    assert (recipe.rollout.teacher_share, recipe.data.ground_truth_mix, recipe.train.learning_rate) == (
+        0.25,
+        0.25,
+        3e-3,
+    )
     assert recipe.loss.divergence_teacher_tokens == "forward_kl" and chosen["seqkd"].train.learning_rate == 3e-3
     assert chosen["distillm"].train.eval_steps == 5 and test.section.test is not None
     assert "gkd-reuse" not in chosen, "there is nothing to control"
@@ -233,7 +238,7 @@ def test_all_cells_of_the_test_see_the_same_data_in_the_same_order(tmp_path):
 def test_a_combination_mixes_no_two_cells_of_one_decision(better, expected):
     program = script("choose")
     search, declared = (yaml.safe_load((STUDY / f"{name}.yaml").read_text()) for name in ("search", "test"))
-    figures = {name: (1.0, 11.0, 1.2) for name in search["cells"]}
+    figures = dict.fromkeys(search["cells"], (1.0, 11.0, 1.2))
     figures |= {name: (1.0 - 0.02 * gain, 11.0 + gain, 1.2) for name, gain in better.items()}
     cells = program.finals(search, results_of(figures), declared)["cells"]
     best = {**search["cells"][next(iter(better))]["settings"], "train.learning_rate": 0.001}
