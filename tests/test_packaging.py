@@ -20,3 +20,10 @@ def test_the_wheel_holds_every_file_of_the_package_and_every_preset():
     here = files_under("qswitch") | {f"qswitch/{path}" for path in files_under("presets")}
     assert len(here) > 200 and sorted(here - packed) == []
     assert sorted(packed - here) == [], "and nothing else"
+
+
+def test_every_folder_of_modules_is_a_package():
+    # One without __init__.py can be imported, but no tool that walks packages finds it.
+    folders = {p.parent for p in (ROOT / "qswitch").rglob("*.py")}
+    assert len(folders) > 5
+    assert sorted(str(f.relative_to(ROOT)) for f in folders if not (f / "__init__.py").is_file()) == []
