@@ -112,23 +112,21 @@ class LoraSection(Section):
     """How adapters start; True leaves the model unchanged at step 0."""
     modules_to_save: list[str] = Field(default_factory=list)
     """Further modules trained in full and saved with the adapter, for example norms."""
-    layers_to_transform: list[int] | None = None
-    """Only adapt these layer indices."""
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    layers_to_transform: list[Annotated[int, Field(ge=0, le=10_000)]] | None = Field(default=None, min_length=1)
+    """Only adapt these layers; the first is 0."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=65_536)]] = Field(default_factory=dict)
     """Module name pattern -> rank that differs from r."""
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Module name pattern -> alpha that differs from alpha."""
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
     def _refuse_broken_patterns(cls, patterns: dict[str, Any]) -> dict[str, Any]:
-        for pattern, value in patterns.items():
+        for pattern in patterns:
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{pattern} is no regular expression ({error}); write a module's name") from None
-            if value < 1 if isinstance(value, int) else value <= 0:
-                raise ValueError(f"{pattern} has the value {value}; it must be above 0")
         return patterns
 
 

@@ -209,7 +209,7 @@ UNREAD = (
         "where no teacher is loaded",
     ),
     Unread(
-        ("rollout.temperature", "rollout.reuse", "cache"), lambda read: not _stored(read),
+        ("rollout.temperature", "rollout.reuse", "rollout.teacher_graphs", "cache"), lambda read: not _stored(read),
         "with teacher.responses={teacher.responses}, which was written earlier",
     ),
     Unread(

@@ -443,7 +443,10 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("student.lora.rank_pattern={'q_proj(': 3}",),
         ("student.lora.rank_pattern", "is no regular expression", "write a module's name"),
     ),
-    "rank of nothing": (("student.lora.rank_pattern={q_proj: 0}",), ("rank_pattern", "must be above 0")),
+    "rank of nothing": (
+        ("student.lora.rank_pattern={q_proj: 0}",),
+        ("rank_pattern.q_proj", "greater than or equal"),
+    ),
     "negative learning rate": (("learning_rate=-1",), ("train.learning_rate", "-1", "greater than 0")),
     "section as a number": (("train=3",), ("train", "3", "valid dictionary")),
     "unknown policy": (("rollout.policy=ouija",), ("rollout.policy", "'ouija'", "'switch'")),
@@ -478,6 +481,10 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "more layers than there are": (
         ("student.shrink_to_layers=9",),
         ("student.shrink_to_layers is 9", "2 layers", "Lower it"),
+    ),
+    "adapter on a layer that is not there": (
+        ("student.lora.layers_to_transform=[0, 9]",),
+        ("student.lora.layers_to_transform names layer 9", "2 layers, 0 to 1", "Remove it"),
     ),
     "adapter on modules that are not there": (
         ("student.lora.target_modules=[qkv]",),

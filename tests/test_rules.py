@@ -63,7 +63,7 @@ def another(kind: Any, value: Any) -> Any:
     if kind is int:
         return value + 1 if isinstance(value, int) else 1
     if kind is float:
-        return value * 0.5 if isinstance(value, float) and value else 0.25
+        return value * 2 if value == 1e-7 else value * 0.5 if isinstance(value, float) and value else 0.25
     if kind is str:
         return f"{value}-other"
     if origin is list:
@@ -78,6 +78,12 @@ def value_that_is_not(config: RunConfig, key: str) -> Any:
     model = section_at(section)
     assert model is not None
     return another(model.model_fields[name].annotation, reader(config)(key))
+
+
+def names(problem: str, key: str) -> bool:
+    """Whether a problem begins with a setting, with its value or not, or with a section that it is in."""
+    named = problem.split()[0].partition("=")[0]
+    return f"{key}.".startswith(f"{named}.")
 
 
 def changed(method: str, key: str) -> RunConfig | list[str]:
@@ -143,7 +149,8 @@ def test_a_changed_setting_is_read_by_the_run_or_refused(method: str, consumers:
     for key in known_keys():
         result = changed(method, key)
         if isinstance(result, list):
-            assert any(key in problem or key.rpartition(".")[0] in problem for problem in result), key
+            assert any(names(problem, key) for problem in result), (key, result)
+            assert not any("Input should" in problem for problem in result), f"{key} was given no valid value"
         elif not consumers[key]:
             assert key in CONSUMED_ELSEWHERE, f"method {method} accepts {key} and nothing in its run reads it"
 
@@ -183,7 +190,16 @@ def test_a_setting_without_effect_is_refused_in_one_message(method: str, setting
     with pytest.raises(ConfigError) as caught:
         build_config({**MINIMAL, "method": method, setting: value})
     (problem,) = caught.value.problems
-    assert f"{setting}.".startswith(f"{problem.split()[0].partition('=')[0]}.") and problem.endswith(".")
+    assert names(problem, setting) and problem.endswith(".")
+
+
+@pytest.mark.parametrize("method", ["kd", "seqkd"])
+@pytest.mark.parametrize("setting", ["rollout.teacher_graphs", "rollout.temperature", "cache.format"])
+def test_a_run_from_stored_responses_refuses_what_only_a_teacher_in_memory_reads(method: str, setting: str):
+    base = {**MINIMAL, "method": method}
+    values = {"teacher.responses": "store", setting: value_that_is_not(build_config(base), setting)}
+    with pytest.raises(ConfigError, match=rf"{setting.partition('.')[0]}[a-z_.]* has no effect"):
+        build_config(base, values)
 
 
 @pytest.mark.parametrize("key", [k for rule in UNREAD for k in rule.settings])
@@ -207,6 +223,49 @@ def test_every_rule_speaks_somewhere():
     silent = [rule.settings for rule in UNREAD if all(rule.read_when(reader(config)) for config in configs)]
     assert not silent
     assert all(not conflict.when(reader(config)) for conflict in CONFLICTS for config in configs)
+
+
+CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("teacher.responses cannot be used", {"method": "switch", "teacher.responses": "store"}),
+    ("student.tokenizer=own cannot be combined", {"method": "gkd", "student.tokenizer": "own"}),
+    ("teacher.responses holds tokens", {"method": "seqkd", "student.tokenizer": "own", "teacher.responses": "store"}),
+    ("data.ground_truth_mix=1 contradicts", {"method": "switch", "data.ground_truth_mix": 1.0}),
+    ("data.adaptive_share contradicts", {"method": "gkd", "data.adaptive_share": True}),
+    ("rollout.steps_at_once=2 cannot be combined", {"rollout.steps_at_once": 2, "rollout.reuse": 2}),
+    (
+        "loss.objective=cross_entropy with rollout.policy=student",
+        {"method": "custom", "loss.objective": "cross_entropy", "rollout.policy": "student"},
+    ),
+    (
+        "loss.scope=interventions means nothing",
+        {"method": "custom", "rollout.policy": "student", "loss.scope": "interventions"},
+    ),
+    (
+        "rollout.teacher_share adapts",
+        {"rollout.teacher_share": 0.5, "rollout.schedule": "constant", "rollout.constant_threshold": 0.0},
+    ),
+    ("cache.format=topk holds", {"cache.format": "topk", "loss.temperature": 2.0}),
+    ("data.weights has 3 entries", {"data.train": ["a", "b"], "data.weights": [1.0, 1.0, 1.0]}),
+    ("data.weights = [1.0, 0.0]: every weight", {"data.train": ["a", "b"], "data.weights": [1.0, 0.0]}),
+    ("data.weights has no effect with one entry", {"data.weights": [1.0]}),
+    ("student.precision=nf4 cannot be trained", {"student.adapter": "none", "student.precision": "nf4"}),
+    ("train.warmup_steps (7) must be below", {"train.warmup_steps": 7, "train.max_steps": 7}),
+    ("teacher.residency=swap cannot be", {"teacher.num_gpus": 2, "teacher.residency": "swap"}),
+    ("teacher.num_gpus=2 needs GPUs", {"teacher.num_gpus": 2, "train.device": "cpu"}),
+    ("train.optimizer=paged_adamw_8bit needs", {"train.optimizer": "paged_adamw_8bit", "train.device": "cpu"}),
+]
+"""Beginning of what is said -> settings that contradict each other, in the order of CONFLICTS."""
+
+
+@pytest.mark.parametrize(("says", "settings"), CONTRADICTIONS, ids=[says for says, _ in CONTRADICTIONS])
+def test_settings_that_contradict_each_other_are_refused(says: str, settings: dict[str, Any]):
+    with pytest.raises(ConfigError) as caught:
+        build_config(MINIMAL, settings)
+    assert any(problem.startswith(says) for problem in caught.value.problems), caught.value.problems
+
+
+def test_no_contradiction_is_left_out():
+    assert len(CONTRADICTIONS) == len(CONFLICTS)
 
 
 def test_a_resolved_configuration_has_no_setting_that_differs_without_effect():

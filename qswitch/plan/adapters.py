@@ -46,6 +46,7 @@ def adapter_settings(folder: Path) -> LoraSection:
         if values.get("peft_type", "LORA") != "LORA":
             raise ConfigError(f"{path} describes a {values['peft_type']} adapter; only LoRA can be used here.")
         targets = values["target_modules"]
+        layers = values.get("layers_to_transform")
         return LoraSection(
             r=values["r"],
             alpha=values["lora_alpha"],
@@ -53,7 +54,7 @@ def adapter_settings(folder: Path) -> LoraSection:
             use_dora=values.get("use_dora", False),
             use_rslora=values.get("use_rslora", False),
             modules_to_save=values.get("modules_to_save") or [],
-            layers_to_transform=values.get("layers_to_transform"),
+            layers_to_transform=[layers] if isinstance(layers, int) else layers,
             rank_pattern=values.get("rank_pattern") or {},
             alpha_pattern=values.get("alpha_pattern") or {},
         )

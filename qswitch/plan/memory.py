@@ -203,7 +203,7 @@ def _adapted_in_layers(shape: ModelShape, lora: LoraSection) -> tuple[dict[Linea
     if chosen is None:
         counts, num_layers = shape.modules_of_layers, shape.num_layers
     else:
-        layers = [shape.layers[i] for i in set(chosen) if i < shape.num_layers]
+        layers = [shape.layers[i] for i in set(chosen)]
         counts, num_layers = Counter(m for layer in layers for m in layer), len(layers)
     return {module: count for module, count in counts.items() if _is_target(module, shape, lora)}, num_layers
 

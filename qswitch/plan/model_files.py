@@ -28,21 +28,32 @@ def shape_for(section: TeacherSection | StudentSection) -> ModelShape:
     shrink_to_layers is returned after the cut.
 
     Raises:
-        ConfigError: no configuration is at hand, it describes no model that can be distilled, or shrink_to_layers does
-            not cut it.
+        ConfigError: no configuration is at hand, it describes no model that can be distilled, shrink_to_layers does
+            not cut it, or it has not the layers that lora.layers_to_transform names.
     """
     role = "student" if isinstance(section, StudentSection) else "teacher"
     try:
         shape = _shape(section, role)
     except ConfigError as error:
         raise ConfigError([_of_role(problem, role) for problem in error.problems]) from None
-    layers = section.shrink_to_layers if isinstance(section, StudentSection) else None
+    return _student_shape(section, shape) if isinstance(section, StudentSection) else shape
+
+
+def _student_shape(section: StudentSection, shape: ModelShape) -> ModelShape:
+    """The shape after the cut, whose layers those that get adapters are counted in."""
+    layers = section.shrink_to_layers
     if layers is not None:
         if layers > shape.num_layers:
             raise ConfigError(
                 f"student.shrink_to_layers is {layers}, but the model has {shape.num_layers} layers. Lower it."
             )
         shape = shape.with_layers(layers)
+    beyond = [i for i in section.lora.layers_to_transform or [] if i >= shape.num_layers]
+    if beyond:
+        raise ConfigError(
+            f"student.lora.layers_to_transform names layer {beyond[0]}, but the student has {shape.num_layers} layers, "
+            f"0 to {shape.num_layers - 1}. Remove it."
+        )
     return shape
 
 

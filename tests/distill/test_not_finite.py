@@ -132,7 +132,9 @@ def test_the_advised_command_mends_a_rate_that_was_too_high(folders, tmp_path, c
     message = re.sub(r"\s+", " ", capsys.readouterr().err)
     command = re.search(r"qswitch (distill --resume \S+ --set train.learning_rate=\S+)", message)
     assert command is not None and "student's" in message, message
-    for name in re.findall(r"(?:damaged-)?step-\d{6}", message):
+    checkpoints = re.findall(r"(?:damaged-)?step-\d{6}", message)
+    assert checkpoints, message
+    for name in checkpoints:
         assert (path / "checkpoints" / name).is_dir(), name
     # A tenth of 1e30 is no better; what is shown is that the command works.
     assert cli.run([*command.group(1).split()[:-1], "train.learning_rate=0.001"]) == 0

@@ -155,6 +155,7 @@ def test_several_processes_end_with_the_adapter_of_one(worlds, alone, count: str
     ours, theirs = (RunDir.open(path).read_metrics() for path in (folder / f"{count}-{name}", alone[name]))
     assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
         for key in mine.keys() & {"batch", "fresh", "replayed", "loss_tokens", "rollout_tokens"}:
             assert mine[key] == other[key], (mine["step"], key)
         for key in mine.keys() & {"loss", "grad_norm", "kl_nats", "response_loss_nats", "teacher_share", "jsd_bits"}:

@@ -230,7 +230,7 @@ def test_the_trial_uses_graphs_that_are_right_and_fast_and_no_others(monkeypatch
     assert not wrong.used and "differ by" in wrong.reason
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_cuda_graph_gives_the_states_of_a_usual_pass(arch):
     model = LanguageModel(tiny_model(arch, dtype=torch.float32).cuda().eval())
