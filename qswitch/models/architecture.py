@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -25,6 +24,14 @@ from transformers.cache_utils import (
 
 from qswitch.errors import ModelError
 from qswitch.models.messages import explained, quiet
+
+try:
+    from transformers.cache_utils import DummyLayer
+except ImportError:
+    # Before transformers 5.23, which keeps nothing of a layer without a past, or a state that stays empty.
+    class DummyLayer:  # type: ignore[no-redef]
+        """A layer that remembers nothing; here a name for what no cache of this transformers holds."""
+
 
 Sees = Callable[[Tensor, Tensor], Tensor]
 """(positions of the slots, positions of the queries), broadcast together -> which slots are near enough."""

@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DummyLayer, DynamicLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
-from qswitch.models.architecture import HYBRID_LAYERS, cache_layers
+from qswitch.models.architecture import HYBRID_LAYERS, DummyLayer, cache_layers
 from qswitch.models.language_model import LanguageModel
 from qswitch.rollout.transfer import OnEachDevice
 

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DummyLayer, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from qswitch.errors import is_out_of_memory
+from qswitch.models.architecture import DummyLayer
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.messages import first_line
 from qswitch.rollout.cache_layers import CacheLayer, LayerMaker, SlotBuffers, SlotLayer, layer_makers
