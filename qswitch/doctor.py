@@ -6,6 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from qswitch.errors import ConfigError
 from qswitch.hub import has_token
 from qswitch.units import GIB
 
@@ -21,7 +22,12 @@ def examine() -> dict[str, Any]:
     from qswitch.plan.machine import detect_budget_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    budget, source = detect_budget_bytes()
+    free_gib: float | None = None
+    try:
+        budget, source = detect_budget_bytes()
+        free_gib = round(budget / GIB, 1)
+    except ConfigError as error:
+        source = str(error)
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -29,7 +35,7 @@ def examine() -> dict[str, Any]:
         "gpu": unusable_gpu(),
         "device": torch.cuda.get_device_name(0) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "compute_dtype": str(native_dtype(device)).removeprefix("torch."),
-        "free_gib": round(budget / GIB, 1),
+        "free_gib": free_gib,
         "free_source": source,
         "bitsandbytes": _try_nf4(device),
         "hub": _try_hub(),
@@ -39,7 +45,7 @@ def examine() -> dict[str, Any]:
 def render(findings: dict[str, Any]) -> str:
     """Findings as aligned lines."""
     versions = ", ".join(f"{name} {number or 'missing'}" for name, number in findings["versions"].items())
-    dtype = findings["compute_dtype"]
+    dtype, free = findings["compute_dtype"], findings["free_gib"]
     bf16 = {"bfloat16": "yes", "float16": "no: models compute in fp16, with loss scaling"}.get(
         dtype, "no: models compute in fp32"
     )
@@ -48,7 +54,7 @@ def render(findings: dict[str, Any]) -> str:
         "packages": versions,
         "device": findings["device"] + (f"; {findings['gpu']}" if findings["gpu"] else ""),
         "native bf16": bf16,
-        "free memory": f"{findings['free_gib']} GiB ({findings['free_source']})",
+        "free memory": findings["free_source"] if free is None else f"{free} GiB ({findings['free_source']})",
         "4-bit (NF4)": findings["bitsandbytes"],
         "hub": findings["hub"],
     }

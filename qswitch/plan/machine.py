@@ -162,6 +162,9 @@ def detect_budget_bytes(device: Literal["auto", "cuda", "cpu"] = "auto", num_gpu
     Of the first `num_gpus` GPUs the one that has least.
 
     Of several processes on this machine each has a GPU of its own, or an equal part of the host's memory.
+
+    Raises:
+        ConfigError: nothing can be found out, there are fewer GPUs, or one is a slice, whose memory nobody tells.
     """
     if device != "cpu":
         gpus = [gpu for gpu in (_detect_gpu(), *map(_detect_gpu, range(1, num_gpus))) if gpu is not None]
@@ -170,9 +173,17 @@ def detect_budget_bytes(device: Literal["auto", "cuda", "cpu"] = "auto", num_gpu
                 f"teacher.num_gpus={num_gpus}, but nvidia-smi shows {len(gpus)} to this process. Lower it, or see "
                 "CUDA_VISIBLE_DEVICES."
             )
-        if gpus:
-            gpu = min(gpus, key=lambda gpu: gpu.free_bytes)
-            return gpu.free_bytes, f"free memory of {gpu.label} (nvidia-smi)"
+        for gpu in gpus:
+            if gpu.free_bytes is None:
+                raise ConfigError(
+                    f"{gpu.label} is cut into slices (MIG), and nvidia-smi tells the free memory of the whole card "
+                    "only, so that this slice's is not known. Give it, a little below what its name in nvidia-smi -L "
+                    "says: for MIG 1g.10gb, --vram 9GiB."
+                )
+        sizes = [(gpu.free_bytes, gpu.label) for gpu in gpus if gpu.free_bytes is not None]
+        if sizes:
+            size, label = min(sizes)
+            return size, f"free memory of {label} (nvidia-smi)"
         if device == "cuda":
             raise ConfigError(
                 "train.device=cuda, but no GPU answers to nvidia-smi. Give the budget, for example --vram 12GiB, or "
@@ -198,7 +209,8 @@ def _resident_bytes() -> int:
 
 @dataclass(frozen=True, slots=True)
 class _DetectedGpu:
-    free_bytes: int
+    free_bytes: int | None
+    """None for a slice of a card (MIG), which `nvidia-smi --query-gpu` does not know."""
     label: str
     capability: tuple[int, int] | None
     """CUDA compute capability; None where the driver is too old to say."""
@@ -216,6 +228,9 @@ def _detect_gpu(index: int | None = None, *, is_fresh: bool = True) -> _Detected
     seconds where the driver is loaded for it alone.
 
     CUDA_VISIBLE_DEVICES is read as CUDA reads it: indices or UUIDs, one for each process; empty or -1 hides all.
+    A slice (MIG) is named by a UUID of its own, or by the index of a card that is cut, whose first slice CUDA takes
+    then. nvidia-smi asks cards only: a slice's name and capability are those of the card that its UUID names, in the
+    form of drivers before 470, or else of the first card.
     CUDA orders by speed where CUDA_DEVICE_ORDER does not say PCI_BUS_ID, nvidia-smi by bus: on a machine with unlike
     cards an index may mean another one, so the name stands in the label.
     """
@@ -229,20 +244,29 @@ def _detect_gpu(index: int | None = None, *, is_fresh: bool = True) -> _Detected
         return None
     if not is_fresh and (program, first) in _seen_gpus:
         return _seen_gpus[program, first]
-    chosen = [] if first is None or first.startswith("MIG-") else [f"--id={first}"]
-    for fields in ("memory.free,name,compute_cap", "memory.free,name"):
+    card = first
+    if first is not None and first.startswith("MIG-"):
+        card = first[len("MIG-") :].partition("/")[0] if first.startswith("MIG-GPU-") else None
+    chosen = [] if card is None else [f"--id={card}"]
+    # Drivers before 510 know no compute_cap, those before 450 no MIG; one that answers nothing is no GPU.
+    for fields in ("memory.free,name,compute_cap,mig.mode.current", "memory.free,name,mig.mode.current",
+                   "memory.free,name"):  # fmt: skip
         query = [program, *chosen, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
         try:
             answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
-            free, name, *capability = (value.strip() for value in answer.splitlines()[0].split(","))
-            known = re.fullmatch(r"(\d+)\.(\d+)", capability[0]) if capability else None
+            values = (value.strip() for value in answer.splitlines()[0].split(","))
+            said = dict(zip(fields.split(","), values, strict=False))
+            known = re.fullmatch(r"(\d+)\.(\d+)", said.get("compute_cap", ""))
+            is_slice = (first or "").startswith("MIG-") or said.get("mig.mode.current") == "Enabled"
             which = "the first GPU" if first is None else f"GPU {first}"
             _seen_gpus[program, first] = _DetectedGpu(
-                int(free) * 2**20, f"{which}, {name}", (int(known[1]), int(known[2])) if known else None
+                None if is_slice else int(said["memory.free"]) * 2**20,
+                f"{which}, {said['name']}",
+                (int(known[1]), int(known[2])) if known else None,
             )
             return _seen_gpus[program, first]
-        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-            continue  # drivers before 510 know no compute_cap; one that answers nothing is a machine without a GPU
+        except (OSError, subprocess.SubprocessError, ValueError, LookupError):
+            continue
     return None
 
 

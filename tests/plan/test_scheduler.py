@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qswitch import doctor
 from qswitch.errors import ConfigError, PlanError
 from qswitch.layers import build_config
 from qswitch.plan import machine, scheduler
@@ -383,6 +384,49 @@ def test_the_gpu_that_cuda_sees_first_is_planned_for(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("OLD_DRIVER", "yes")
     assert detect_budget_bytes()[0] == 22 * GIB and describe_machine(train).compute_dtype == "fp16", "by its name"
+
+
+# As nvidia-smi answers on a machine whose first card is whole and whose second is cut (MIG): it knows no slice's UUID.
+SLICED_NVIDIA_SMI = """#!/bin/sh
+id=0; query=
+for word in "$@"; do case "$word" in --id=*) id=${word#--id=};; --query-gpu=*) query=$word;; esac; done
+case "$query" in *compute_cap*) [ -n "$OLD_DRIVER" ] && exit 2; capability=", 8.0";; esac
+case "$id" in
+  0|GPU-aaaa) echo "40000, NVIDIA A100-PCIE-40GB$capability, Disabled";;
+  1|GPU-bbbb) echo "[Insufficient Permissions], NVIDIA A100-SXM4-80GB$capability, Enabled";;
+  *) echo "No devices were found"; exit 6;;
+esac
+"""
+
+
+@pytest.mark.parametrize("old_driver", ["", "yes"])
+def test_a_slice_of_a_card_is_not_taken_for_the_whole(monkeypatch, tmp_path, old_driver):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(SLICED_NVIDIA_SMI)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("OLD_DRIVER", old_driver)
+    train = build_config({"teacher": {"model": "a"}, "student": {"model": "b"}, "data": {"train": "c.jsonl"}}).train
+    for visible, card in (
+        ("MIG-c7384736-a75d-5afc-978f-d2f1294409fd", "NVIDIA A100-PCIE-40GB"),  # of no card that it names
+        ("MIG-GPU-bbbb/1/0", "NVIDIA A100-SXM4-80GB"),
+        ("1", "NVIDIA A100-SXM4-80GB"),
+        ("GPU-bbbb", "NVIDIA A100-SXM4-80GB"),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(ConfigError, match=rf"GPU {visible}, {card} is cut into slices.*not known.*--vram 9GiB"):
+            detect_budget_bytes()
+        assert machine.find_budget(train, vram="9GiB").num_bytes == 9 * GIB
+        found = describe_machine(train)
+        assert found.device == "cuda" and found.compute_dtype == "bf16"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert detect_budget_bytes()[0] == 40000 * 2**20
+    with pytest.raises(ConfigError, match="GPU 1, NVIDIA A100-SXM4-80GB is cut"):
+        detect_budget_bytes(num_gpus=2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    for name in ("_try_nf4", "_try_hub"):
+        monkeypatch.setattr(doctor, name, lambda *_: "not tried")
+    assert "free memory  GPU 1, NVIDIA A100-SXM4-80GB is cut into slices" in doctor.render(doctor.examine())
 
 
 def test_planning_is_cold():
