@@ -131,6 +131,33 @@ def test_a_hub_data_set_with_a_script_is_read_from_the_hub_s_own_conversion(monk
     assert asked == [None, "refs/convert/parquet"]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("has_script", [False, True])
+def test_the_real_library_takes_what_a_hub_data_set_is_asked_for(tmp_path, monkeypatch, stream, has_script):
+    """On a folder laid out as on the hub, which stands in for the name alone."""
+    folder = tmp_path / "hub"
+    for configuration in ("main", "other"):
+        (folder / configuration).mkdir(parents=True)
+        for split in ("train", "test"):
+            (folder / configuration / f"{split}.jsonl").write_text(json.dumps({"prompt": configuration + split}) + "\n")
+    names = [{"config_name": name, "data_files": [{"split": split, "path": f"{name}/{split}.jsonl"}
+                                                  for split in ("train", "test")]}
+             for name in ("main", "other")]  # fmt: skip
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(names)}\n---\n")
+    real, asked = datasets.load_dataset, []
+
+    def load_dataset(name, *positional, **options):
+        asked.append(options)
+        if has_script and len(asked) == 1:
+            raise RuntimeError(f"Dataset scripts are no longer supported, but found {name}.py")
+        return real(str(folder), *positional, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    assert prompts("owner/name:other", split="test", stream_hub=stream) == ["othertest"]
+    assert len(asked) == 1 + has_script
+
+
 def test_a_stream_that_breaks_off_says_where_and_what_helps(monkeypatch):
     def stream():
         yield {"prompt": "the first"}
