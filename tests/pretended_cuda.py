@@ -64,6 +64,8 @@ class Pretended:
     """Operations that start a kernel, by name; those of a replayed capture apart."""
     replayed_launches: int = 0
     captures: int = 0
+    memory_fractions: list[float] = field(default_factory=list)
+    """What the process was told to keep within, each time."""
     capturing: bool = False
     replaying: bool = False
 
@@ -276,12 +278,14 @@ class _Moved(torch.autograd.Function):
 
 
 _to = Tensor.to
-PROPERTIES = types.SimpleNamespace(total_memory=12 * GIB, name="pretended", major=8, minor=6, multi_processor_count=28)
 
 
 @contextlib.contextmanager
-def pretended_cuda(cards: int = 1) -> Iterator[Pretended]:
-    """Within the block torch sees so many cards of 12 GiB, which are pretended; yields what happens on them."""
+def pretended_cuda(cards: int = 1, capability: tuple[int, int] = (8, 6)) -> Iterator[Pretended]:
+    """Within the block torch sees so many cards of 12 GiB, which are pretended; yields what happens on them.
+
+    The arithmetic is the CPU's whatever the compute capability: only what is chosen by it differs.
+    """
     from qswitch.plan import machine
     from qswitch.rollout import step_graph
 
@@ -291,8 +295,8 @@ def pretended_cuda(cards: int = 1) -> Iterator[Pretended]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a dispatch mode belongs to one thread
         _patch_tensors(patch, mode)
-        _patch_cuda(patch, seen, cards)
-        card = machine._DetectedGpu(11 * GIB, "pretended", (8, 6))
+        _patch_cuda(patch, seen, cards, capability)
+        card = machine._DetectedGpu(11 * GIB, "pretended", capability)
         patch.setattr(machine, "_detect_gpu", lambda index=0, **_: card if index < cards else None)
         patch.setattr(step_graph, "CudaRecorder", lambda: seen.record)
         AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the device of the process
@@ -359,26 +363,32 @@ def _made_on_either_side(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return made
 
 
-def _patch_cuda(patch: pytest.MonkeyPatch, seen: Pretended, cards: int) -> None:
+def _patch_cuda(patch: pytest.MonkeyPatch, seen: Pretended, cards: int, capability: tuple[int, int]) -> None:
     """What qswitch and its libraries ask of torch.cuda; of random states there is only the CPU's."""
 
     @contextlib.contextmanager
     def nothing(*_: Any) -> Iterator[None]:
         yield
 
+    properties = types.SimpleNamespace(
+        total_memory=12 * GIB, name="pretended", major=capability[0], minor=capability[1], multi_processor_count=28
+    )
     answers: dict[str, Any] = {
         "is_available": True, "device_count": cards, "current_device": 0, "is_initialized": True,
-        "_is_in_bad_fork": False, "set_device": None, "get_device_capability": (8, 6),
-        "get_device_properties": PROPERTIES,
+        "_is_in_bad_fork": False, "set_device": None, "get_device_capability": capability,
+        "get_device_properties": properties,
         "get_device_name": "pretended", "max_memory_allocated": 0, "memory_allocated": 0, "memory_reserved": 0,
         "max_memory_reserved": 0, "mem_get_info": (11 * GIB, 12 * GIB), "get_rng_state_all": [], "init": None,
         "set_rng_state_all": None, "set_rng_state": None, "manual_seed": None, "manual_seed_all": None,
-        "set_per_process_memory_fraction": None, "_lazy_init": None, "is_bf16_supported": True,
+        "_lazy_init": None, "is_bf16_supported": capability >= (8, 0),
         "reset_peak_memory_stats": None, "empty_cache": None, "synchronize": None, "memory_stats": {},
     }  # fmt: skip
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer, raising=False)
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: seen.capturing)
+    patch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda fraction, *_: seen.memory_fractions.append(fraction)
+    )
     patch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
     patch.setattr(torch.cuda, "device", nothing)
     fork = torch.random.fork_rng

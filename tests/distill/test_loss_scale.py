@@ -119,7 +119,7 @@ def test_what_no_scale_mends_is_an_error(folders, tmp_path):  # noqa: F811
 def test_a_run_in_fp16_resumes_with_its_scale_and_counts_no_skipped_step(folders, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(
         "qswitch.distill.learner.LossScale",
-        lambda device, dtype: _at(LossScale(device, dtype), 2.0**30),
+        lambda device, dtype: at_scale(LossScale(device, dtype), 2.0**30),
     )
     config = settings(folders, **FP16, loss__scope="all", train__max_steps=4, train__save_steps=1)
     summary = distill(config, tmp_path / "whole")
@@ -141,6 +141,6 @@ def test_a_run_in_fp16_resumes_with_its_scale_and_counts_no_skipped_step(folders
     assert weights[0] == weights[1]
 
 
-def _at(scale: LossScale, value: float) -> LossScale:
+def at_scale(scale: LossScale, value: float) -> LossScale:
     scale.load_state_dict({**scale.state_dict(), "scale": value})
     return scale

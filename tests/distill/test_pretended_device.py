@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qswitch.config import TeacherSection
 from qswitch.distill import decoding
+from qswitch.distill.loss_scale import LossScale
 from qswitch.distill.trainer import Trainer
 from qswitch.errors import Interrupted
 from qswitch.models.language_model import LanguageModel
@@ -25,6 +27,7 @@ from qswitch.rollout.engine import Engine
 from qswitch.rollout.graph_trial import GraphTrial
 from qswitch.run import distill, resume
 from qswitch.run_dir import RunDir
+from tests.distill.test_loss_scale import at_scale
 from tests.distill.test_trainer import folders, settings  # noqa: F401
 from tests.pretended_cuda import CUDA, CaptureError, MixedDevicesError, Pretended, pretended_cuda
 from tests.rollout.test_engines import POLICIES, draw_requests, make_pair, same, write
@@ -58,6 +61,8 @@ def rounds(monkeypatch) -> list[Counter[str]]:
 def run(seen: Pretended, config: Any, path: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(Engine, "pretended", seen, raising=False)
     distill(config, path)
+    # 11 of 12 GiB are free, of which the driver's context, that torch does not count, takes half a one.
+    assert seen.memory_fractions == [pytest.approx((11 - 0.5) / 12)]
 
 
 def check(rounds: list[Counter[str]]) -> None:
@@ -118,6 +123,23 @@ def test_nf4_teacher_lora_student_and_checkpointing(folders, tmp_path, rounds, m
         run(seen, settings(folders, **GPU), tmp_path / "run", monkeypatch)
         check(rounds)
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_card_without_bf16_trains_in_fp16_with_a_loss_scale(folders, tmp_path, rounds, monkeypatch):  # noqa: F811
+    """As a T4 or an RTX 2060 to 2080 does when nobody chooses the arithmetic; the first scale is too high here."""
+    monkeypatch.setattr(
+        "qswitch.distill.learner.LossScale", lambda device, dtype: at_scale(LossScale(device, dtype), 2.0**40)
+    )
+    changes = {"train__compute_dtype": "auto", "loss__scope": "all", **NO_LOOKS}
+    with pretended_cuda(capability=(7, 5)) as seen:
+        run(seen, settings(folders, **{**GPU, **changes}), tmp_path / "run", monkeypatch)
+        check(rounds)
+    steps = [m for m in RunDir.open(tmp_path / "run").read_metrics() if "loss" in m]
+    assert len(steps) == 2 and steps[0]["overflows"] > 2
+    assert steps[0]["loss_scale"] == 2.0 ** (40 - steps[0]["overflows"])
+    weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    moved = [value for name, value in weights.items() if "lora_B" in name]
+    assert moved and all(w.dtype == torch.float32 and w.isfinite().all() and w.any() for w in moved)
 
 
 def test_swap_resume_and_ground_truth(folders, tmp_path, rounds, monkeypatch):  # noqa: F811
