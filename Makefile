@@ -6,6 +6,7 @@
 #   make lint     ruff and mypy
 #   make wheel    build the package and use it in an empty environment; needs a registry, minutes
 #   make browser  the report and the documentation in a headless Chromium
+#   make extras   the tests of lm-eval and of the trackers, which are optional; needs a registry
 #   make presets  write presets/README.md and presets/index.json anew
 #   make docs     write docs/reference/ anew and build the site into site/
 #   make kills    kill processes of a run at random moments, and compare what is resumed; about ten minutes
@@ -19,7 +20,7 @@ TEST_ARGS ?=
 # One file stays in one process, so that what its tests share is made once.
 WORKERS ?= auto
 
-.PHONY: install demo test families faults kills lint format wheel browser presets docs clean
+.PHONY: install demo test families faults kills lint format wheel browser extras presets docs clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -62,6 +63,11 @@ browser: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser,docs]'
 	command -v chromium >/dev/null || $(BIN)/playwright install chromium
 	QSWITCH_BROWSER=required $(BIN)/python -m pytest $(TEST_ARGS) tests/report/test_browser.py tests/test_site.py
+
+# Here a missing package is a failure, and no skip.
+extras: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[lm-eval,tracking]'
+	QSWITCH_EXTRAS=required $(BIN)/python -m pytest $(TEST_ARGS) tests/evaluate/test_harness.py tests/distill/test_optimizer.py
 
 presets: $(STAMP)
 	$(BIN)/qswitch presets page > presets/README.md.new && mv presets/README.md.new presets/README.md

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from qswitch.cli import run
@@ -14,6 +16,7 @@ from qswitch.errors import DataError
 from qswitch.evaluate.harness import run_tasks
 from qswitch.evaluate.subjects import find_subject
 from tests.evaluate.runs import make_run, write_test_set
+from tests.extras import extra
 
 
 def test_without_the_harness_nothing_starts_and_the_remedy_is_named(tmp_path: Path, capsys, monkeypatch):
@@ -48,9 +51,31 @@ def test_finished_scores_are_not_asked_again(tmp_path: Path, monkeypatch):
     assert results["lm_eval"] == {"run": {"arc_easy": {"acc": 0.25}}, "run-base": {"arc_easy": {"acc": 0.75}}}
 
 
-def test_a_task_is_scored_on_the_trained_student(tmp_path: Path):
-    pytest.importorskip("lm_eval")
-    documents = [{"question": f"say {i}", "choices": ["a", "b"], "answer": i % 2} for i in range(4)]
+def log_likelihoods(loaded: Any, question: str, choices: list[str]) -> list[float]:
+    """Of each choice, behind a space after the question, in nats; one sequence at a time."""
+    found = []
+    for choice in choices:
+        context, whole = (loaded.tokenizer(text)["input_ids"] for text in (question, f"{question} {choice}"))
+        assert whole[: len(context)] == context
+        with torch.no_grad():
+            logits = loaded.model.hf(input_ids=torch.tensor([whole])).logits[0].double()
+        steps = range(len(context), len(whole))
+        found.append(float(sum(logits[t - 1].log_softmax(-1)[whole[t]] for t in steps)))
+    return found
+
+
+def test_a_task_is_scored_on_the_trained_student(tmp_path: Path, monkeypatch):
+    """Five of eight documents have the choice as their answer that is likeliest by the model's own passes."""
+    extra("lm_eval")
+    subject = find_subject(str(make_run(tmp_path).path))
+    documents = []
+    for i in range(8):
+        question, choices = f"say {i} and {i * i}", ["a", "bc", "d e"]
+        scores = log_likelihoods(subject.load("cpu"), question, choices)
+        assert len(set(scores)) == 3
+        likeliest = scores.index(max(scores))
+        answer = likeliest if i < 5 else (likeliest + 1) % 3
+        documents.append({"question": question, "choices": choices, "answer": answer})
     (tmp_path / "documents.json").write_text(json.dumps(documents))
     task = {
         "task": "tiny_task", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
@@ -60,8 +85,9 @@ def test_a_task_is_scored_on_the_trained_student(tmp_path: Path):
     }  # fmt: skip
     path = tmp_path / "tiny_task.yaml"
     path.write_text(yaml.safe_dump(task))
-    subject = find_subject(str(make_run(tmp_path).path))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     result = run_tasks(subject, [str(path)], limit=None, batch_size=2, device="cpu")
-    assert result["tiny_task"]["acc,none"] in (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert result["tiny_task"]["acc,none"] == 5 / 8
+    assert run_tasks(subject, [str(path)], limit=5, batch_size=2, device="cpu")["tiny_task"]["acc,none"] == 1
     with pytest.raises(DataError, match="no_such_task"):
         run_tasks(subject, ["no_such_task"], limit=None, batch_size=2, device="cpu")
