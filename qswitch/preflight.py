@@ -166,8 +166,14 @@ def _unknown_targets(student: StudentSection, shape: ModelShape) -> Iterator[str
 
 
 def _machine(config: RunConfig) -> Iterator[str]:
+    from qswitch.models.gguf_cache import why_unreadable
+    from qswitch.plan.model_files import gguf_at_hand
+
     train = config.train
     for role, section in sections_to_load(config):
+        file = gguf_at_hand(section) if isinstance(section.model, str) else None  # of a list, the next one may do
+        if file is not None and (problem := why_unreadable(file)) is not None:
+            yield f"{role}.model: {problem}."
         if section.precision in ("nf4", "int8"):
             if importlib.util.find_spec("bitsandbytes") is None:
                 yield (

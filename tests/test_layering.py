@@ -70,6 +70,7 @@ COLD = [
     "layers.py",
     "manifest.py",
     "methods.py",
+    "models/gguf_cache.py",
     "outside.py",
     "preflight.py",
     "preset_index.py",

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qswitch.aside import folder_aside
 from qswitch.errors import ModelError
 from qswitch.models.messages import first_line, quiet, saying
@@ -33,22 +31,35 @@ def cache_folder() -> Path:
     return user_path(root) if root else Path.home() / ".cache" / "qswitch"
 
 
+def converted_folder(path: Path) -> Path:
+    """Where the folder is, or will be, that a GGUF file is converted into."""
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    return cache_folder() / "models" / f"{path.stem}-{key}"
+
+
+def why_unreadable(path: Path) -> str | None:
+    """What is missing here to read a GGUF file, and the remedy; None where it can be, or was converted before."""
+    if importlib.util.find_spec("gguf") is not None or (converted_folder(path) / "config.json").is_file():
+        return None
+    return f"reading {path.name} needs the gguf package: pip install gguf sentencepiece protobuf"
+
+
 def materialise_gguf(path: Path) -> Path:
     """The GGUF file as a plain bf16 safetensors folder with tokenizer, made once and kept in the cache.
 
     Raises:
-        ModelError: the `gguf` package is missing, or transformers cannot read the file.
+        ModelError: a package is missing, or transformers cannot read the file.
     """
-    stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    folder = cache_folder() / "models" / f"{path.stem}-{key}"
+    folder = converted_folder(path)
     if (folder / "config.json").is_file():
         return folder
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"Reading {path.name} needs the gguf package: pip install gguf")
+    if (problem := why_unreadable(path)) is not None:
+        raise ModelError(problem)
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    logger.warning("converting %s (%.2f GiB), once, into %s", path.name, stat.st_size / GIB, folder)
+    logger.warning("converting %s (%.2f GiB), once, into %s", path.name, path.stat().st_size / GIB, folder)
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         with folder_aside(folder) as partial, quiet(), gguf_progress(f"converting {path.name}"):
@@ -71,6 +82,8 @@ def plain_model(loaded: Any) -> Any:
     config = type(loaded.config).from_dict(loaded.config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    import torch
+
     with torch.device("meta"):
         fresh = type(loaded)(config)
     state = dict(loaded.state_dict())

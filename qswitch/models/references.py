@@ -13,6 +13,7 @@ from pathlib import Path
 from qswitch.config import ModelReference
 from qswitch.errors import ModelError
 from qswitch.hub import HUB_ID, hub_problem, package_file
+from qswitch.models.gguf_cache import materialise_gguf, why_unreadable
 from qswitch.models.messages import say_once
 from qswitch.outside import user_path
 
@@ -81,8 +82,8 @@ def _from_file(path: Path) -> ResolvedModel:
         return ResolvedModel(str(path), None, path.name)
     if path.suffix != ".gguf":
         raise _UnavailableError("a single file must be a .gguf; otherwise give the folder that holds config.json")
-    from qswitch.models.gguf_cache import materialise_gguf  # torch
-
+    if (problem := why_unreadable(path)) is not None:
+        raise _UnavailableError(problem)
     return ResolvedModel(str(materialise_gguf(path)), None, path.stem)
 
 

@@ -4,22 +4,53 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from qswitch.errors import ModelError
+from qswitch.layers import build_config
 from qswitch.models import gguf_cache
 from qswitch.models.references import resolve_reference
+from qswitch.preflight import settings_problems
+from tests.tiny import save_tiny_pair
 
 
-def test_gguf_without_the_package_names_it(tmp_path, monkeypatch):
+@pytest.fixture
+def without_gguf(tmp_path, monkeypatch) -> Path:
+    """A file that is no more than its name, where the gguf package is not installed."""
     path = tmp_path / "m.gguf"
     path.write_bytes(b"GGUF")
     monkeypatch.setenv("QSWITCH_CACHE", str(tmp_path / "cache"))
     real = gguf_cache.importlib.util.find_spec
     monkeypatch.setattr(gguf_cache.importlib.util, "find_spec", lambda n, *a: None if n == "gguf" else real(n, *a))
-    with pytest.raises(ModelError, match=r"pip install gguf"):
-        resolve_reference(str(path))
+    return path
+
+
+def test_gguf_without_the_package_names_it(without_gguf):
+    with pytest.raises(ModelError, match=r"reading m\.gguf needs the gguf package: pip install gguf"):
+        resolve_reference(str(without_gguf))
+
+
+def test_a_file_that_cannot_be_read_here_is_passed_over_for_the_next_reference(without_gguf, tmp_path):
+    save_tiny_pair(tmp_path)
+    found = resolve_reference([str(without_gguf), str(tmp_path / "student")])
+    assert found.path == str(tmp_path / "student")
+
+
+def test_the_package_is_missed_before_anything_is_loaded(without_gguf, tmp_path):
+    save_tiny_pair(tmp_path)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    values = {"teacher": {"model": str(without_gguf), "precision": "bf16"},
+              "student": {"model": str(tmp_path / "student")}, "data": {"train": str(tmp_path / "data.jsonl")},
+              "train": {"device": "cpu"}}  # fmt: skip
+    said = "teacher.model: reading m.gguf needs the gguf package: pip install gguf sentencepiece protobuf."
+    assert said in settings_problems(build_config(values))
+    assert said not in settings_problems(build_config(values), elsewhere=True)
+    folder = gguf_cache.converted_folder(without_gguf)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert said not in settings_problems(build_config(values)), "it was converted before"
 
 
 def test_a_broken_gguf_file_is_explained_and_leaves_nothing(tmp_path, monkeypatch):
