@@ -47,13 +47,13 @@ faults: $(STAMP)
 	$(BIN)/python -m tests.faults --output benchmarks/results/faults.json
 
 lint: $(STAMP)
-	$(BIN)/ruff check qswitch tests benchmarks
-	$(BIN)/ruff format --check qswitch tests benchmarks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 format: $(STAMP)
-	$(BIN)/ruff check --fix qswitch tests benchmarks
-	$(BIN)/ruff format qswitch tests benchmarks
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 wheel:
 	PYTHON=$(PYTHON) .ci/wheel

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def overhead_s_per_layer(repeats: int) -> float:
     for layers in (4, 16):
         model = llama(64, layers)
         ids = torch.zeros((1, 1), dtype=torch.int64)
-        found[layers] = timed(lambda m=model, i=ids: m.base_model(i, use_cache=False), repeats * 4, warmup=3)
+        found[layers] = timed(partial(model.base_model, ids, use_cache=False), repeats * 4, warmup=3)
     return (found[16] - found[4]) / 12
 
 
@@ -68,7 +69,7 @@ def training(width: int, layers: int, rows: int, tokens: int, repeats: int) -> d
             hf = attach_lora(hf.requires_grad_(False), LoraSection(r=16), seed=0)
         base = hf.get_base_model() if kind == "lora" else hf
         with torch.no_grad():
-            forward_s = timed(lambda b=base: b.base_model(ids, use_cache=False), repeats)
+            forward_s = timed(partial(base.base_model, ids, use_cache=False), repeats)
 
         def both(b: Any = base) -> None:
             b.base_model(ids, use_cache=False).last_hidden_state.sum().backward()

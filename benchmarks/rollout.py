@@ -309,7 +309,7 @@ def rounding(bench: Bench) -> dict[str, Any]:
     )
     num_differing = sum(t is not None for t in differing)
 
-    def shares(written: list[Rollout], edges: list[int]) -> list[dict[str, float]]:
+    def shares(written: list[Rollout], edges: list[int]) -> list[dict[str, Any]]:
         found = []
         for low, high in itertools.pairwise(edges):
             writers = [[float(w == TEACHER) for w in r.writers[low:high]] for r in written]

@@ -36,6 +36,7 @@ from benchmarks.provenance import publish
 from benchmarks.rollout import numbers
 from qswitch.config import RunConfig
 from qswitch.data.gather import load_prompts
+from qswitch.data.loader import Mixture
 from qswitch.data.template import pad_left
 from qswitch.distill.metrics import Counters, StepReport
 from qswitch.distill.trainer import Trainer
@@ -100,10 +101,11 @@ class TrlRow:
         tokenizer = template_tokenizer(donor.pair, "teacher")
         tokenizer.pad_token_id = donor.pair.pad_id
         donor.student.causal_model.generation_config.eos_token_id = list(donor.pair.eos_ids)
-        prompts = [p.prompt_ids for p in load_prompts(donor.config, donor.pair)[1]]
+        _, prompts, _ = load_prompts(donor.config, donor.pair)
+        assert donor.teacher is not None and not isinstance(prompts, Mixture), "make_row gives GKD and one file"
         self.trainer = Ids(
             model=donor.student.hf, teacher_model=donor.teacher.hf, args=config, processing_class=tokenizer,
-            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            train_dataset=Dataset.from_dict({"prompt": [p.prompt_ids for p in prompts]}),
         )  # fmt: skip
         self.trainer.create_optimizer()
         self.trainer.current_gradient_accumulation_steps = self.accumulation  # which its own loop sets

@@ -52,6 +52,7 @@ and the message says how; 3 the plan does not fit the memory; 130 interrupted, a
 
 def _commands(group: typer.Typer, path: list[str]) -> Iterator[tuple[list[str], Any]]:
     for command in group.registered_commands:
+        assert command.callback is not None
         yield [*path, command.name or command.callback.__name__], command
     for inner in group.registered_groups:
         assert inner.typer_instance is not None

@@ -44,7 +44,7 @@ GRACE_S = 30.0
 
 def stages(text: str) -> list[int]:
     """0-2,5 -> [0, 1, 2, 5]."""
-    found = []
+    found: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         found += range(int(first), int(last or first) + 1)

@@ -123,8 +123,8 @@ def nf4_layer(context: Context, inputs: int, outputs: int) -> dict[str, Any]:
                     "error": error,
                     "error_of_unpacked": ((x @ unpacked.T).double() - exact).norm().item() / exact.norm().item(),
                     "first_row_as_alone": torch.equal(layer(x)[:1], alone),
-                    "packed": host_and_device_ms(lambda x=x: layer(x), context.device),
-                    "unpacked": host_and_device_ms(lambda x=x: x @ unpacked.T, context.device),
+                    "packed": host_and_device_ms(partial(layer, x), context.device),
+                    "unpacked": host_and_device_ms(partial(torch.matmul, x, unpacked.T), context.device),
                 }
             )
     gpu = _gpu(context)
@@ -228,7 +228,7 @@ def uploads(context: Context) -> dict[str, Any]:
     found = {}
     for kind, pinned in (("pinned", True), ("pageable", False)):
         here = torch.zeros(SLAB_BYTES, dtype=torch.uint8, pin_memory=pinned)
-        times = host_and_device_ms(lambda here=here: there.copy_(here, non_blocking=True), context.device)
+        times = host_and_device_ms(partial(there.copy_, here, non_blocking=True), context.device)
         found[f"{kind}_gb_per_s"] = round(SLAB_BYTES / times["whole_ms"] / 1e6, 2)
     return {**found, "planned_gb_per_s": cost.PCIE_BYTES_PER_S / 1e9}
 

@@ -98,9 +98,10 @@ def decode(context: Context, family: str, precision: str) -> dict[str, Any]:
     swapped = SwappedModel(teacher)
     swapped.leave()
     swapped.come_back()
-    found = {"come_back": compare(resident, write()[0]), "rounds": stats.rounds, "teacher_bytes": swapped.num_bytes}
-    if found["come_back"]["same_responses"] != len(requests):
-        raise AssertionError(f"a teacher that came back writes otherwise: {found['come_back']}")
+    come_back = compare(resident, write()[0])
+    found = {"come_back": come_back, "rounds": stats.rounds, "teacher_bytes": swapped.num_bytes}
+    if come_back["same_responses"] != len(requests):
+        raise AssertionError(f"a teacher that came back writes otherwise: {come_back}")
     if context.device.type == "cuda":
         graphs = StepGraphs(student)
         written, stats = write(graphs)

@@ -41,17 +41,15 @@ def run(context: Context, report: Report) -> None:
     report.measure("load nf4", partial(load, "nf4"))
     for r in rows:
         for n in tokens:
-            report.measure(f"teacher nf4, {r} rows, {n} tokens", lambda r=r, n=n: timed(context, pair[0], "nf4", r, n))
-        report.measure(f"student, {r} rows", lambda r=r: timed(context, pair[1], None, r, 1))
+            report.measure(f"teacher nf4, {r} rows, {n} tokens", partial(timed, context, pair, "nf4", r, n))
+        report.measure(f"student, {r} rows", partial(timed, context, pair, None, r, 1))
         for role, index in (("student", 1), ("teacher nf4", 0)):
-            report.measure(f"{role}, {r} rows, recorded", lambda r=r, i=index: recorded(context, pair[i], r))
+            report.measure(f"{role}, {r} rows, recorded", partial(recorded, context, pair, index, r))
     pair.clear()
     report.measure("load bf16", partial(load, "bf16"))
     for r in rows:
         for n in tokens[:1] + tokens[-1:]:
-            report.measure(
-                f"teacher bf16, {r} rows, {n} tokens", lambda r=r, n=n: timed(context, pair[0], "bf16", r, n)
-            )
+            report.measure(f"teacher bf16, {r} rows, {n} tokens", partial(timed, context, pair, "bf16", r, n))
 
 
 def state_of(model: LanguageModel, rows: int, read: int, room: int, graphs: StepGraphs | None = None) -> KVState:
@@ -63,12 +61,13 @@ def state_of(model: LanguageModel, rows: int, read: int, room: int, graphs: Step
 
 
 def timed(
-    context: Context, model: LanguageModel, precision: Precision | None, rows: int, tokens: int
+    context: Context, pair: list[LanguageModel], precision: Precision | None, rows: int, tokens: int
 ) -> dict[str, Any]:
-    """A pass over `tokens` tokens of `rows` rows behind a past of half a prompt and response, head included."""
+    """A pass over `tokens` tokens of `rows` rows behind a past of half a prompt and response, head included: of the
+    teacher in `precision`, or of the student where that is None."""
     read = 16 if context.tiny else 256
     config = pair_config(context)
-    shape = model_shapes(config)[0 if precision else 1]
+    model, shape = pair[0 if precision else 1], model_shapes(config)[0 if precision else 1]
     machine = describe_machine(config.train, context.device.type)
     kv_bytes = kv_buffer_bytes(shape, rows, read + tokens, machine.compute_bytes)
     planned = cost.pass_seconds(shape, precision or "bf16", rows * tokens, kv_bytes, machine)
@@ -87,10 +86,10 @@ def timed(
     return {**times, "planned_ms": round(planned * 1e3, 3)}
 
 
-def recorded(context: Context, model: LanguageModel, rows: int) -> dict[str, Any]:
+def recorded(context: Context, pair: list[LanguageModel], index: int, rows: int) -> dict[str, Any]:
     """The same pass over one token, replayed as a CUDA graph, head and mask as usual."""
     context.needs_gpu()
-    read = 256
+    model, read = pair[index], 256
     with inference(model):
         graphs = StepGraphs(model)
         state = state_of(model, rows, read, 8, graphs)

@@ -34,8 +34,8 @@ def run(context: Context, report: Report) -> None:
 
     report.measure("load", load)
     for drafts in (0, 3):
-        report.measure(f"rollouts, {drafts} drafts", lambda d=drafts: rounds(context, pair, d))
-    report.measure("learning step", lambda: learning(context, pair))
+        report.measure(f"rollouts, {drafts} drafts", partial(rounds, context, pair, drafts))
+    report.measure("learning step", partial(learning, context, pair))
 
 
 def _tables(context: Context, profiler: Any, calls: int, name: str) -> dict[str, Any]:

@@ -42,12 +42,12 @@ def run(context: Context, report: Report) -> None:
         for drafts in DRAFTS[:2] if context.tiny else DRAFTS:
             for recorded in (False, True):
                 name = f"switch, {rows} rows, {drafts} drafts{', recorded' * recorded}"
-                report.measure(name, lambda r=rows, d=drafts, g=recorded: written(context, pair, _switch(), r, d, g))
+                report.measure(name, partial(written, context, pair, _switch(), rows, drafts, recorded))
         for recorded in (False, True):
             name = f"student alone, {rows} rows{', recorded' * recorded}"
-            report.measure(name, lambda r=rows, g=recorded: written(context, pair, StudentPolicy(), r, 0, g))
+            report.measure(name, partial(written, context, pair, StudentPolicy(), rows, 0, recorded))
         for role, index in (("student", 1), ("teacher", 0)):
-            report.measure(f"generate, {role}, {rows} rows", lambda r=rows, i=index: generated(context, pair[i], r))
+            report.measure(f"generate, {role}, {rows} rows", partial(generated, context, pair, index, rows))
     pair.clear()
     report.measure("steps", partial(steps, context, report))
 
@@ -87,8 +87,9 @@ def written(
 
 
 @torch.no_grad()
-def generated(context: Context, model: LanguageModel, rows: int) -> dict[str, Any]:
-    """The same number of tokens by transformers' `generate`, sampled."""
+def generated(context: Context, pair: list[LanguageModel], index: int, rows: int) -> dict[str, Any]:
+    """The same number of tokens by transformers' `generate` of one of the pair, sampled."""
+    model = pair[index]
     new_tokens = 8 if context.tiny else 128
     ids = torch.tensor(_prompts(context, rows), device=context.device)
     with inference(model):
