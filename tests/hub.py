@@ -106,6 +106,7 @@ def serving(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants + "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants + "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(constants + "HF_HUB_CACHE", str(cache))
     try:
         yield server
