@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import io
 import json
@@ -19,6 +18,7 @@ import yaml
 
 from qswitch.cli import run
 from qswitch.presets import load_run_config
+from tests.source_strings import strings_of
 from tests.tiny import save_tiny_pair
 
 ROOT = Path(__file__).parents[1]
@@ -103,14 +103,7 @@ def test_a_term_is_explained_once():
 
 def messages() -> str:
     """All text in the package, values left out."""
-    found = []
-    for path in sorted((ROOT / "qswitch").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                found.append("".join(str(p.value) if isinstance(p, ast.Constant) else "{}" for p in node.values))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return "\n".join(found)
+    return "\n".join(text for path in sorted((ROOT / "qswitch").rglob("*.py")) for _, text in strings_of(path))
 
 
 def test_troubleshooting_quotes_messages_that_exist():

@@ -3,7 +3,6 @@ and in what the program itself says, where a remedy that is not there would be f
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typer.main import get_command
 
 from qswitch.cli import app
 from qswitch.config import RunConfig, known_keys, section_at
+from tests.source_strings import strings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("qswitch", "presets", "tests", "docs", "benchmarks", "notebooks", ".ci", ".github")
@@ -105,12 +105,8 @@ def texts() -> Iterator[tuple[str, str]]:
     for path in paths:
         where = path.relative_to(ROOT).as_posix()
         if where.startswith("qswitch/") and path.suffix == ".py":
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.JoinedStr):
-                    parts = [str(p.value) if isinstance(p, ast.Constant) else "{}" for p in node.values]
-                    yield f"{where}:{node.lineno}", "".join(parts)
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    yield f"{where}:{node.lineno}", node.value
+            for line, text in strings_of(path):
+                yield f"{where}:{line}", text
         elif path.suffix == ".ipynb":
             for i, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
                 yield f"{where}, cell {i}", "".join(cell["source"])
