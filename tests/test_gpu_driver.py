@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
+import bitsandbytes
 import pytest
 import torch
 
-from benchmarks.gpu import recipe
+from benchmarks.gpu import families, recipe
 from benchmarks.gpu.__main__ import FIRST_HOUR, STAGES, stages
 from benchmarks.gpu.report import Context, NeedsGpuError, Report, blame
+from tests.pretended_cuda import pretended_cuda
 
 
 @pytest.fixture
@@ -73,7 +77,7 @@ def test_what_time_did_not_suffice_for_is_listed(context):
 
 def test_stages_are_named_by_numbers_and_ranges():
     assert stages("0-2,5") == [0, 1, 2, 5]
-    with pytest.raises(Exception, match=f"there is no stage {len(STAGES)}"):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"there is no stage {len(STAGES)}"):
         stages(str(len(STAGES)))
 
 
@@ -93,6 +97,30 @@ def test_the_study_finds_the_data_that_was_carried_and_is_not_of_the_first_hour(
     (cells / "gkd-seed1.start.json").write_text("{}")
     assert recipe.finished(tmp_path / "out") == {"search": {"gkd-seed1": 12.5}}
     assert 7 in STAGES and FIRST_HOUR == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_the_8_bit_optimizer_is_tried_with_state_that_is_paged(context, monkeypatch):
+    """On a pretended card, where a buffer is what bitsandbytes' paged one is for torch: a tensor with two marks."""
+    with pytest.raises(NeedsGpuError):
+        families.eight_bit_optimizer(context)
+
+    def buffer(optimizer, parameter, dtype=torch.float32):
+        made = torch.zeros_like(parameter, dtype=dtype)
+        if parameter.numel() >= 1e5:
+            made.is_paged, made.page_deviceid = True, 0
+            optimizer.page_mng.paged_tensors.append(made)
+        return made
+
+    fetched = []
+    monkeypatch.setattr(bitsandbytes.optim.PagedAdamW8bit, "get_state_buffer", buffer)
+    monkeypatch.setattr(bitsandbytes.functional, "prefetch_tensor", fetched.append)
+    with pretended_cuda():
+        found = families.eight_bit_optimizer(replace(context, device=torch.device("cuda", 0)))
+    assert found["resumed"] == {"same_first_rollouts": True, "largest_adapter_difference": 0.0}
+    assert fetched and found["paged_bytes"] >= 2 * 64 * families.PAGED_RANK
+    monkeypatch.setattr(families, "distill", lambda *_: None)
+    with pretended_cuda(), pytest.raises(AssertionError, match="no state was paged"):
+        families.eight_bit_optimizer(replace(context, device=torch.device("cuda", 0)))
 
 
 def test_a_stage_of_the_study_works_for_its_time_and_says_what_is_finished(context, monkeypatch):

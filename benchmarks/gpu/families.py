@@ -2,7 +2,7 @@
 
 `decode FAMILY PRECISION` writes rollouts with the teacher resident, after it was away and came back, and with recorded
 student passes. `train FAMILY PRECISION` runs whole trainings: resident, swapped, stopped and resumed, and with a memory
-cap that the first sizes do not fit.
+cap that the first sizes do not fit. `8-bit optimizer` trains with train.optimizer=paged_adamw_8bit, and resumes.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ TABLE_FAMILIES = ("llama", "gpt2", "opt", "qwen2", "mistral", "gemma2", "qwen3",
 PRECISIONS = ("nf4", "int8", "bf16")
 TRAINED = (("llama", "nf4"), ("llama", "bf16"), ("qwen3", "nf4"), ("gemma3", "nf4"), ("qwen3_5_text", "bf16"))
 NEW_TOKENS = 12
+PAGED_RANK = 2048
+"""At the width of the tiny pairs, 64, adapters of which bitsandbytes pages the state: it does from 100,000 on."""
 
 
 def run(context: Context, report: Report) -> None:
@@ -50,6 +52,7 @@ def run(context: Context, report: Report) -> None:
         report.measure(f"decode {family} {first}", partial(decode, context, family, first))
     for family, precision in TRAINED[:1] if context.tiny else TRAINED:
         report.measure(f"train {family} {precision}", partial(train, context, family, precision))
+    report.measure("8-bit optimizer", partial(eight_bit_optimizer, context))
     for precision in others[-1:] if context.tiny else others:
         for family in families[:1] if context.tiny else families:
             report.measure(f"decode {family} {precision}", partial(decode, context, family, precision))
@@ -137,6 +140,34 @@ def train(context: Context, family: str, precision: str) -> dict[str, Any]:
         if differing:
             raise AssertionError(f"{', '.join(differing)}: other tokens in the first step ({found})")
         return found
+
+
+def eight_bit_optimizer(context: Context) -> dict[str, Any]:
+    """A run with the paged optimizer, whole, and stopped and resumed; how much of its state was paged."""
+    context.needs_gpu()
+    from bitsandbytes.functional import GlobalPageManager
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = settings(context, folder, "llama", "nf4")
+        wide = config.student.lora.model_copy(update={"r": PAGED_RANK})
+        config = config.model_copy(
+            update={
+                "student": config.student.model_copy(update={"lora": wide}),
+                "train": config.train.model_copy(update={"optimizer": "paged_adamw_8bit"}),
+            }
+        )
+        paged = GlobalPageManager.get_instance().paged_tensors
+        before = len(paged)
+        distill(config, folder / "whole")
+        paged_bytes = sum(tensor.nbytes for tensor in paged[before:])
+        if not paged_bytes:
+            raise AssertionError("no state was paged")
+        _stopped_and_resumed(config, folder / "resumed")
+        found = {"paged_bytes": paged_bytes, "resumed": _difference(folder / "whole", folder / "resumed")}
+    if not found["resumed"]["same_first_rollouts"]:
+        raise AssertionError(f"other tokens in the first step ({found})")
+    return found
 
 
 def _stopped_and_resumed(config: RunConfig, path: Path) -> None:
