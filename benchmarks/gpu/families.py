@@ -154,7 +154,7 @@ def eight_bit_optimizer(context: Context) -> dict[str, Any]:
         config = config.model_copy(
             update={
                 "student": config.student.model_copy(update={"lora": wide}),
-                "train": config.train.model_copy(update={"optimizer": "paged_adamw_8bit"}),
+                "train": config.train.model_copy(update={"optimizer": "paged_adamw_8bit", "eval_own_prompts": 0}),
             }
         )
         paged = GlobalPageManager.get_instance().paged_tensors

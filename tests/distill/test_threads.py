@@ -30,7 +30,8 @@ def main(folder: Path) -> None:
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = settings(
         (teacher, student, data), loss__scope="all", train__max_steps=2, train__per_device_train_batch_size=4,
-        train__gradient_accumulation_steps=1, train__eval_own_prompts=0,
+        train__gradient_accumulation_steps=1, train__eval_own_prompts=0, rollout__max_new_tokens=6,
+        data__num_validation=2,
     )  # fmt: skip
     distill(config, folder / "whole")
     original = Trainer.train_step
