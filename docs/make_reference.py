@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import BaseModel
@@ -61,6 +61,8 @@ def _commands(group: typer.Typer, path: list[str]) -> Iterator[tuple[list[str], 
 
 
 def _parameter_row(parameter: inspect.Parameter, hint: Any) -> str:
+    if get_origin(hint) is not Annotated:  # on Python 3.10 a default of None makes the hint an Optional of it
+        hint = get_args(hint)[0]
     kind, info = get_args(hint)[:2]
     if isinstance(info, ArgumentInfo):
         names = f"`{info.metavar or parameter.name.upper()}`"

@@ -391,6 +391,8 @@ def _patch_cuda(patch: pytest.MonkeyPatch, seen: Pretended, cards: int, capabili
     )
     patch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
     patch.setattr(torch.cuda, "device", nothing)
+    # Asks the driver for a stream, which a build of torch for CUDA does not find on a machine without a GPU.
+    patch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None, raising=False)
     fork = torch.random.fork_rng
     patch.setattr(torch.random, "fork_rng", lambda devices=(), enabled=True, **_: fork(devices=[], enabled=enabled))
     made = torch.autocast.__init__

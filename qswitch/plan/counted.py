@@ -262,7 +262,8 @@ def _shape_of(model: Any, config: Any, kept: list[tuple[int, int, int]] | None) 
         further_by_layer=tuple(further_by_layer),
         further_parameters=further_outside,
         largest_further_tensor=largest,
-        cached_widths=None if kept is None else tuple(width for width, _, _ in kept),
+        # Before transformers 5.23 the last layers have no entry where they share the keys and values of earlier ones.
+        cached_widths=None if kept is None else (*(width for width, _, _ in kept), *[0] * (num_layers - len(kept))),
         state_bytes_per_row=0 if kept is None else sum(fixed for _, fixed, _ in kept),
         state_values_per_row=0 if kept is None else sum(numbers for _, _, numbers in kept),
         taken_for_experts=names_of_experts(model, sorted(names)),

@@ -9,6 +9,8 @@ from qswitch.plan.model_files import shape_for
 
 BASE = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
+WITHOUT_GROUPS = {key: BASE[key] for key in BASE if key not in ("intermediate_size", "num_key_value_heads")}
+"""For OPT, which has neither of the two under these names; transformers before 5.23 would keep them nevertheless."""
 
 CONFIGS = {
     "llama": {"model_type": "llama", **BASE},
@@ -24,8 +26,14 @@ CONFIGS = {
     "phi": {"model_type": "phi", **BASE},
     "phi-qk": {"model_type": "phi", **BASE, "qk_layernorm": True},
     "gpt2": {"model_type": "gpt2", "vocab_size": 512, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128},
-    "opt": {"model_type": "opt", **BASE, "ffn_dim": 256, "word_embed_proj_dim": 64},
-    "opt-350m": {"model_type": "opt", **BASE, "ffn_dim": 256, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
+    "opt": {"model_type": "opt", **WITHOUT_GROUPS, "ffn_dim": 256, "word_embed_proj_dim": 64},
+    "opt-350m": {
+        "model_type": "opt",
+        **WITHOUT_GROUPS,
+        "ffn_dim": 256,
+        "word_embed_proj_dim": 32,
+        "do_layer_norm_before": False,
+    },
     "qwen3.5": {
         "model_type": "qwen3_5_text",
         **BASE,
