@@ -27,7 +27,7 @@ from qswitch.export.push import MERGED_FOLDER
 from qswitch.models.architecture import plain_experts
 from qswitch.models.host_memory import bound_kernel_cache, return_freed_memory
 from qswitch.models.language_model import LanguageModel
-from qswitch.models.load import read_model, read_tokenizer
+from qswitch.models.load import attention_kind, read_model, read_tokenizer
 from qswitch.models.messages import explained, first_line, quiet
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
@@ -271,11 +271,15 @@ def _trained(config: RunConfig, base: ResolvedModel, adapter: Path) -> LanguageM
 
 
 def _plain(folder: Path) -> Any:
-    """The saved folder as anyone would read it, in fp32."""
-    from transformers import AutoModelForCausalLM
+    """The saved folder as anyone would read it, in fp32.
+
+    With the attention that the run had: transformers before 5.23 reads Gemma 2 with one that leaves its cap out.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        attention = attention_kind(AutoConfig.from_pretrained(folder))
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
 
 
 @torch.no_grad()
