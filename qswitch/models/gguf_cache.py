@@ -79,11 +79,11 @@ def plain_model(loaded: Any) -> Any:
 
     transformers refuses to save a model that was read from GGUF; a new model holding its dequantised tensors it saves.
     """
+    import torch
+
     config = type(loaded.config).from_dict(loaded.config.to_dict())
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    import torch
-
     with torch.device("meta"):
         fresh = type(loaded)(config)
     state = dict(loaded.state_dict())
