@@ -71,6 +71,7 @@ app = typer.Typer(
     name="qswitch",
     cls=_Commands,
     help="Distil a large language model into a small one on one consumer GPU, with the SWITCH method.",
+    epilog="Documentation: https://github.com/qswitch/qswitch/blob/main/docs/index.md",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

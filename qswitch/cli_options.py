@@ -12,6 +12,7 @@ import typer
 
 from qswitch.errors import ConfigError
 from qswitch.launch import launched
+from qswitch.methods import METHODS
 from qswitch.terminal import printable, printable_json, tell
 from qswitch.units import MAX_TOKENS
 
@@ -25,7 +26,7 @@ Student = Annotated[
     str | None, typer.Option("--student", help="student.model; or `shrink`, `shrink:N`: the teacher cut to N layers.")
 ]
 Data = Annotated[list[str] | None, typer.Option("--data", help="data.train: file, folder or hub id. Repeatable.")]
-Method = Annotated[str | None, typer.Option("--method", help="switch, gkd, kd, sft, ...; see docs/methods.md.")]
+Method = Annotated[str | None, typer.Option("--method", help=f"One of {', '.join(METHODS)}.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="section.key=value, for example train.max_steps=100. Repeatable.")
 ]

@@ -42,7 +42,9 @@ def evaluate(
         ),
     ],
     data: Annotated[list[str], typer.Option("--data", help="Test set: file, folder or hub id. Repeatable.")],
-    protocol: Annotated[str, typer.Option(help="paper or greedy; see docs/evaluation.md.")] = "greedy",
+    protocol: Annotated[
+        str, typer.Option(help="greedy, or paper: five samples a prompt, in the paper's template.")
+    ] = "greedy",
     teacher: Annotated[
         str | None, typer.Option(help="Model to measure the distance from; default: the teacher of the first run.")
     ] = None,
@@ -98,7 +100,7 @@ def evaluate(
 
 @results_app.command(epilog="Example: qswitch compare study.yaml --output-dir compare/study")
 def compare(
-    path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see docs/evaluation.md.")],
+    path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file: cells, seeds, budget, test sets.")],
     output_dir: Annotated[
         Path | None, typer.Option(help="Default: compare/<name of the file>. Goes on where it was.")
     ] = None,

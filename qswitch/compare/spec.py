@@ -318,11 +318,19 @@ def flat_settings(config: RunConfig) -> dict[str, Any]:
     return flatten(config.model_dump(mode="json"))
 
 
+_SECTIONS: dict[str, type[Section]] = {
+    "budget": BudgetSection,
+    "cells": CellSection,
+    "evaluate": EvaluateSection,
+    "test": TestSection,
+}
+
+
 def _explain(error: Any) -> str:
     dotted = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = ", ".join(CompareSection.model_fields) if len(error["loc"]) == 1 else "see docs/evaluation.md"
-        return f"{dotted} is not a setting of a comparison. Known: {known}."
+        within = _SECTIONS[error["loc"][0]] if len(error["loc"]) > 1 else CompareSection
+        return f"{dotted} is not a setting of a comparison. Known: {', '.join(within.model_fields)}."
     if error["type"] == "missing":
         return f"{dotted} is missing."
     return f"{dotted}: {error['msg']}."

@@ -112,7 +112,7 @@ def plan_run(
         total = config.train.sequences_per_step
         notes.append(
             f"{processes} processes, each with {total // processes} of a step's {total} sequences: the memory is that "
-            "of each, the time that of all together, without the wait for the longest responses (docs/scale.md)."
+            "of each, the time that of all together, without the wait for the longest responses."
         )
     if keep_sizes:
         notes.append("The sizes are those of a run that has begun; none is chosen anew.")

@@ -191,6 +191,10 @@ def test_a_failing_cell_stops_with_what_to_do_and_keeps_the_others(tmp_path: Pat
     [
         ({"budget": {"unit": "hours", "amount": 2}}, "budget.unit"),
         ({"cellls": {}}, "cellls is not a setting"),
+        (
+            {"cells": {"gkd": {"seed": 7}}},
+            "cells.gkd.seed is not a setting of a comparison. Known: settings, seeds, about.",
+        ),
         ({"cells": {"a": {"settings": {"rollout.decay_rat": 1}}}}, "Did you mean rollout.decay_rate"),
         ({"cells": {"a b!": {}}}, "use letters"),
         ({"baseline": "c"}, "there is no cell c"),
