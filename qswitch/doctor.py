@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from qswitch.errors import ConfigError
-from qswitch.hub import has_token
+from qswitch.hub import forbidden_by, has_token
 from qswitch.units import GIB
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "gguf")
@@ -92,8 +92,8 @@ def _try_hub() -> str:
     import os
 
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        return "switched off by HF_HUB_OFFLINE"
+    if (variable := forbidden_by()) is not None:
+        return f"switched off by {variable}"
     import urllib.error
     import urllib.request
 

@@ -30,6 +30,12 @@ def hub_cache() -> Path:
     return Path(home).expanduser() / "hub"
 
 
+def forbidden_by() -> str | None:
+    """The environment variable, of those that huggingface_hub reads, that forbids to ask the hub; None: it may be."""
+    name = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
+    return name if os.environ.get(name, "").lower() in ("1", "true", "yes", "on") else None
+
+
 def has_token() -> bool:
     """Whether huggingface_hub finds a token: of HF_TOKEN, or of `hf auth login`."""
     from huggingface_hub import get_token

@@ -6,14 +6,13 @@ Reads config.json, or the header of a GGUF file; never weights.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qswitch.config import StudentSection, TeacherSection
 from qswitch.errors import ConfigError, FileError
-from qswitch.hub import HUB_ID, TOKEN_REMEDY, hub_cache, is_hub_id, package_file
+from qswitch.hub import HUB_ID, TOKEN_REMEDY, forbidden_by, hub_cache, is_hub_id, package_file
 from qswitch.outside import read_json, read_text, user_path
 from qswitch.plan.families import shape_from_config
 from qswitch.plan.gguf_header import config_of_gguf
@@ -132,8 +131,8 @@ def _published_config(section: TeacherSection | StudentSection, role: str) -> Ma
         if not is_hub_id(reference):
             kind = _no_package_because(reference) if reference.startswith("package:") else _no_model_because(reference)
             reasons.append(f"{reference}: {kind}")
-        elif os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-            reasons.append(f"{reference}: not in the hub cache, and HF_HUB_OFFLINE forbids to ask the hub")
+        elif (variable := forbidden_by()) is not None:
+            reasons.append(f"{reference}: not in the hub cache, and {variable} forbids to ask the hub")
         else:
             try:
                 return _ask_hub(reference, section.revision)

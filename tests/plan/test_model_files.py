@@ -73,6 +73,15 @@ def test_unknown_shape_says_why(model, reason, monkeypatch, tmp_path):
     assert "teacher.shape" in str(caught.value)
 
 
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_either_variable_that_forbids_the_hub_is_named(variable, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv(variable, "on")
+    with pytest.raises(ConfigError, match=f"no/such: not in the hub cache, and {variable} forbids to ask the hub"):
+        shape_for(TeacherSection(model="no/such"))
+
+
 class _Hub(http.server.BaseHTTPRequestHandler):
     """Serves one config.json, and asks for a token under another id."""
 
