@@ -69,6 +69,7 @@ def distill(config: RunConfig, path: Path, *, vram: str | None = None) -> Summar
         if (unequal := unequal_shares(config, processes.count)) is not None:
             problems.append(unequal)
         if not any(processes.gather(bool(problems))):
+            processes.from_first(lambda: _require_possible(config, budget, processes.count))
             config = processes.in_turn(lambda: _with_own_tokenizer(config))
         prepared = processes.in_turn(lambda: read_inputs(config, problems, processes))
         config = with_steps(config, prepared.prompts.report.training_prompts)
@@ -124,6 +125,31 @@ def free_path(path: Path) -> Path:
     """The path, where nothing of an earlier run is."""
     RunDir.refuse_existing(path)
     return path
+
+
+def _require_possible(config: RunConfig, budget: Budget, processes: int) -> None:
+    """Refuses what would fit with no prompt, however short, before anything is downloaded, converted or read for it.
+
+    Raises:
+        PlanError: with the figures of `qswitch plan`, which knows no prompts either.
+    """
+
+    def planned(longest_prompt_tokens: int | None) -> Plan:
+        return plan_run(
+            with_tokenizer(config),
+            budget_bytes=budget.num_bytes,
+            device=budget.device,
+            gpu=budget.gpu,
+            longest_prompt_tokens=longest_prompt_tokens,
+            processes=processes,
+        )
+
+    try:
+        fits = planned(1).fits
+    except ConfigError:  # a shape that is not known; the preflight says it together with all that is wrong
+        return
+    if not fits:
+        require_fit(planned(None))
 
 
 def _first_plan(config: RunConfig, prepared: Prepared, budget: Budget, vram: str | None, processes: Processes) -> Plan:

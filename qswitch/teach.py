@@ -6,6 +6,7 @@ the others, and writes its share of the parts. Cold until data and models are re
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,6 +95,8 @@ def _work(
     from qswitch.models.pair import with_own_tokenizer
 
     if not any(processes.gather(bool(problems))):
+        with suppress(ConfigError):  # a shape that is not known; the preflight says it with all else that is wrong
+            processes.from_first(lambda: _plan(config, budget, vram, None, spread))
         processes.in_turn(lambda: _require_teachable(with_own_tokenizer(config)))
     prepared = processes.in_turn(lambda: read_inputs(config, problems, processes))
     num_prompts = prepared.prompts.report.training_prompts

@@ -17,10 +17,11 @@ from qswitch.distill.recovery import Recovery, Sizes
 from qswitch.errors import ConfigError, PlanError
 from qswitch.models.pair import load_pair_tokenizer
 from qswitch.models.runtime import Runtime, make_runtime
+from qswitch.plan.advice import explain_no_fit
 from qswitch.plan.machine import Budget
 from qswitch.plan.run_plan import Plan
 from qswitch.plan.scheduler import plan_run
-from qswitch.run import distill, resume
+from qswitch.run import distill, rehearse, resume
 from qswitch.run_dir import RunDir
 from qswitch.teach import teach
 from tests.distill.test_trainer import folders, settings  # noqa: F401
@@ -33,10 +34,14 @@ def stored_plan(path: Path) -> dict[str, Any]:
     return json.loads((path / "plan.json").read_text())
 
 
+def longest_prompt(config: RunConfig) -> int:
+    _, training, held_out = load_prompts(config, load_pair_tokenizer(config))
+    return max(len(p.prompt_ids) for p in [*training, *held_out])
+
+
 def own_plan(config: RunConfig) -> Plan:
     """As the run should plan it: for the longest prompt of its data."""
-    _, training, held_out = load_prompts(config, load_pair_tokenizer(config))
-    return plan_run(config, longest_prompt_tokens=max(len(p.prompt_ids) for p in [*training, *held_out]))
+    return plan_run(config, longest_prompt_tokens=longest_prompt(config))
 
 
 def short(config: RunConfig) -> str:
@@ -133,6 +138,28 @@ def test_memory_that_is_short_while_models_load_leaves_no_folder(folders, tmp_pa
     with pytest.raises(torch.OutOfMemoryError):
         start(config, path)
     assert not path.exists()
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_read(folders, tmp_path, monkeypatch):  # noqa: F811
+    """No data are downloaded and no GGUF file is converted for it; the figures are those of `qswitch plan`."""
+    config = settings(folders)
+    shown, _ = rehearse(config, vram="0.1GiB")
+    monkeypatch.setattr("qswitch.run.read_inputs", lambda *_: pytest.fail("the data were read"))
+    monkeypatch.setattr("qswitch.models.pair.load_pair_tokenizer", lambda *_: pytest.fail("the tokenizer was read"))
+    with pytest.raises(PlanError) as refused:
+        distill(config, tmp_path / "run", vram="0.1GiB")
+    assert str(refused.value) == explain_no_fit(shown)
+    with pytest.raises(PlanError, match="The teacher alone needs"):
+        teach(settings(folders, rollout__policy="teacher", loss__divergence="forward_kl"), tmp_path / "t", vram="1MiB")
+
+
+def test_what_fits_with_short_prompts_alone_is_not_refused_before_they_are_read(folders, tmp_path):  # noqa: F811
+    config = settings(folders, data__max_prompt_tokens=500, train__max_steps=1)
+    smallest = plan_run(config, budget_bytes=1, longest_prompt_tokens=longest_prompt(config))
+    vram = f"{smallest.total_bytes // 1024 + 1}KiB"
+    assert not rehearse(config, vram=vram)[0].fits
+    distill(config, tmp_path / "run", vram=vram)
+    assert RunDir.open(tmp_path / "run").has_begun
 
 
 def test_a_gpu_that_torch_alone_sees_needs_a_named_budget(folders, tmp_path, monkeypatch):  # noqa: F811
