@@ -25,6 +25,7 @@ import torch
 import torch.utils._device
 from accelerate.state import AcceleratorState
 from torch import Tensor
+from torch.cuda._utils import _get_device_index
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -64,8 +65,8 @@ class Pretended:
     """Operations that start a kernel, by name; those of a replayed capture apart."""
     replayed_launches: int = 0
     captures: int = 0
-    memory_fractions: list[float] = field(default_factory=list)
-    """What the process was told to keep within, each time."""
+    memory_fractions: list[tuple[float, int]] = field(default_factory=list)
+    """What the process was told to keep within, and on which card, each time."""
     capturing: bool = False
     replaying: bool = False
 
@@ -363,12 +364,24 @@ def _made_on_either_side(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return made
 
 
+_OF_DEVICE = {
+    "get_device_capability", "get_device_properties", "get_device_name", "max_memory_allocated", "memory_allocated",
+    "memory_reserved", "max_memory_reserved", "mem_get_info", "reset_peak_memory_stats", "synchronize", "memory_stats",
+}  # fmt: skip
+"""What takes a device, also one without a number; torch refuses any but a CUDA device there."""
+
+
+def _answers(answer: Any, *, of_device: bool) -> Callable[..., Any]:
+    def answers(*arguments: Any, **options: Any) -> Any:
+        if of_device:
+            _get_device_index(options.get("device", arguments[0] if arguments else None), optional=True)
+        return answer
+
+    return answers
+
+
 def _patch_cuda(patch: pytest.MonkeyPatch, seen: Pretended, cards: int, capability: tuple[int, int]) -> None:
     """What qswitch and its libraries ask of torch.cuda; of random states there is only the CPU's."""
-
-    @contextlib.contextmanager
-    def nothing(*_: Any) -> Iterator[None]:
-        yield
 
     properties = types.SimpleNamespace(
         total_memory=12 * GIB, name="pretended", major=capability[0], minor=capability[1], multi_processor_count=28
@@ -384,13 +397,16 @@ def _patch_cuda(patch: pytest.MonkeyPatch, seen: Pretended, cards: int, capabili
         "reset_peak_memory_stats": None, "empty_cache": None, "synchronize": None, "memory_stats": {},
     }  # fmt: skip
     for name, answer in answers.items():
-        patch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer, raising=False)
+        patch.setattr(torch.cuda, name, _answers(answer, of_device=name in _OF_DEVICE), raising=False)
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: seen.capturing)
-    patch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda fraction, *_: seen.memory_fractions.append(fraction)
-    )
+
+    def set_per_process_memory_fraction(fraction: float, device: Any = None) -> None:
+        seen.memory_fractions.append((fraction, 0 if device is None else _get_device_index(device)))
+
+    patch.setattr(torch.cuda, "set_per_process_memory_fraction", set_per_process_memory_fraction)
     patch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
-    patch.setattr(torch.cuda, "device", nothing)
+    for name in ("_exchange_device", "_maybe_exchange_device"):  # of torch.cuda.device, which stays as it is
+        patch.setattr(torch.cuda, name, lambda _: 0)
     # Asks the driver for a stream, which a build of torch for CUDA does not find on a machine without a GPU.
     patch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None, raising=False)
     fork = torch.random.fork_rng

@@ -57,7 +57,7 @@ def stages(text: str) -> list[int]:
 def run_here(args: argparse.Namespace, stage: int) -> None:
     """One stage in this process."""
     module, question = STAGES[stage]
-    device = torch.device(args.device)
+    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device(args.device)
     context = Context(device=device, tiny=args.tiny, models=args.models, output=args.output)
     report = Report(args.output / f"stage-{stage}.json", context, stage=stage, question=question, limit_s=args.limit)
     importlib.import_module(f"benchmarks.gpu.{module}").run(context, report)

@@ -39,7 +39,10 @@ def make_runtime(train: TrainSection) -> Runtime:
                 f"train.device=cuda, but torch {torch.__version__} sees no GPU. Install a CUDA build of torch and "
                 "check nvidia-smi, or set train.device=cpu."
             )
-    device = torch.device("cuda" if available and train.device != "cpu" else "cpu")
+    if available and train.device != "cpu":  # with its number, which some functions of torch.cuda insist on
+        device = torch.device("cuda", torch.cuda.current_device())
+    else:
+        device = torch.device("cpu")
     launch = launched()
     if device.type == "cuda" and launch.count > 1:
         if launch.local_rank >= torch.cuda.device_count():
