@@ -69,6 +69,8 @@ class Pretended:
     """What the process was told to keep within, and on which card, each time."""
     capturing: bool = False
     replaying: bool = False
+    _sent: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Host memory and what it will hold; of two copies into one place the first lands last, and nobody makes two."""
 
     @property
     def num_waits(self) -> int:
@@ -84,6 +86,18 @@ class Pretended:
         if self.capturing:
             raise CaptureError(f"{what} at {place}: operation not permitted when stream is capturing")
         self.waits[f"{what} at {place}"] += 1
+        self.land()
+
+    def send(self, target: Tensor) -> None:
+        """Host memory that a copy nobody waits for was to fill: it holds anything until the device answers."""
+        self._sent.append((target, target.clone()))
+        target.fill_(float("nan") if target.is_floating_point() else target.dtype == torch.bool or 99)
+
+    def land(self) -> None:
+        """The device has answered."""
+        while self._sent:
+            target, values = self._sent.pop()
+            target.copy_(values)
 
     def copy(self, source: str, target: str, blocks: bool) -> None:
         """Count a copy between places; from or to host memory that is not pinned, CUDA may wait for the stream."""
@@ -179,8 +193,15 @@ class _Device(TorchDispatchMode):
         if pinned:
             self.pinned.add(result.untyped_storage())
         if name == "_to_copy" and wanted is not None and "meta" not in (wanted, sides[0]) and wanted != sides[0]:
-            non_blocking = kwargs.get("non_blocking") and tensors[0].untyped_storage() in self.pinned
-            self.seen.copy(_kind(sides[0]), _kind(wanted), "cpu" in (wanted, sides[0]) and not non_blocking)
+            # From a device torch makes the host memory itself, pinned, and returns before it is filled.
+            sends = bool(kwargs.get("non_blocking")) and wanted == "cpu"
+            uploads = kwargs.get("non_blocking") and tensors[0].untyped_storage() in self.pinned
+            self.seen.copy(_kind(sides[0]), _kind(wanted), "cpu" in (wanted, sides[0]) and not (sends or uploads))
+            if sends:
+                self.seen.send(result)
+        comes_down = name == "copy_" and (sides[0], _kind(sides[-1])) == ("cpu", "cuda")
+        if comes_down and _non_blocking(args, kwargs) and tensors[0].untyped_storage() in self.pinned:
+            self.seen.send(result)
         goes_to = wanted or on_device
         if not tensors and in_backward and goes_to in (None, "cpu"):
             goes_to = "cuda:0"  # autograd makes it like a tensor whose real device is the CPU
@@ -202,7 +223,7 @@ class _Device(TorchDispatchMode):
             return
         if name == "copy_":
             source, target = self.side(args[1]), self.side(args[0])
-            non_blocking = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
+            non_blocking = _non_blocking(args, kwargs)
             on_host = [tensor for tensor, side in ((args[1], source), (args[0], target)) if side == "cpu"]
             blocks = any(not (non_blocking and tensor.untyped_storage() in self.pinned) for tensor in on_host)
             self.seen.copy(_kind(source), _kind(target), blocks)
@@ -252,6 +273,10 @@ class _Device(TorchDispatchMode):
         if _side_of(device) == _side_of(here):
             return _to(tensor, dtype or tensor.dtype, copy=copy)
         return _Moved.apply(tensor, self, device, dtype or tensor.dtype, bool(non_blocking))
+
+
+def _non_blocking(args: Any, kwargs: Any) -> bool:
+    return bool(kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
 
 
 def _side_of(device: torch.device) -> str:
@@ -366,7 +391,7 @@ def _made_on_either_side(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 _OF_DEVICE = {
     "get_device_capability", "get_device_properties", "get_device_name", "max_memory_allocated", "memory_allocated",
-    "memory_reserved", "max_memory_reserved", "mem_get_info", "reset_peak_memory_stats", "synchronize", "memory_stats",
+    "memory_reserved", "max_memory_reserved", "mem_get_info", "reset_peak_memory_stats", "memory_stats",
 }  # fmt: skip
 """What takes a device, also one without a number; torch refuses any but a CUDA device there."""
 
@@ -394,7 +419,7 @@ def _patch_cuda(patch: pytest.MonkeyPatch, seen: Pretended, cards: int, capabili
         "max_memory_reserved": 0, "mem_get_info": (11 * GIB, 12 * GIB), "get_rng_state_all": [], "init": None,
         "set_rng_state_all": None, "set_rng_state": None, "manual_seed": None, "manual_seed_all": None,
         "_lazy_init": None, "is_bf16_supported": capability >= (8, 0),
-        "reset_peak_memory_stats": None, "empty_cache": None, "synchronize": None, "memory_stats": {},
+        "reset_peak_memory_stats": None, "empty_cache": None, "memory_stats": {},
     }  # fmt: skip
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, _answers(answer, of_device=name in _OF_DEVICE), raising=False)
@@ -404,6 +429,7 @@ def _patch_cuda(patch: pytest.MonkeyPatch, seen: Pretended, cards: int, capabili
         seen.memory_fractions.append((fraction, 0 if device is None else _get_device_index(device)))
 
     patch.setattr(torch.cuda, "set_per_process_memory_fraction", set_per_process_memory_fraction)
+    patch.setattr(torch.cuda, "synchronize", lambda device=None: seen.land())
     patch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
     for name in ("_exchange_device", "_maybe_exchange_device"):  # of torch.cuda.device, which stays as it is
         patch.setattr(torch.cuda, name, lambda _: 0)

@@ -369,9 +369,10 @@ def select_state(state: dict[str, Any], keys: Collection[Key]) -> dict[str, Any]
 def gather(rows: Sequence[_Rows], device: torch.device) -> dict[str, Tensor]:
     """Field by field copies of the rows, in their order, on `device`."""
     pieces: dict[str, list[Tensor]] = {}
+    goes_up = device.type == "cuda"  # down, the host would read what the device has not sent yet
     for part in rows:
         for name, tensor in part.segment.fields.items():
-            pieces.setdefault(name, []).append(tensor[part.start : part.stop].to(device, non_blocking=True))
+            pieces.setdefault(name, []).append(tensor[part.start : part.stop].to(device, non_blocking=goes_up))
     return {name: torch.cat(parts) for name, parts in pieces.items()}
 
 

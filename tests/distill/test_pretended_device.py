@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from qswitch.config import TeacherSection
 from qswitch.distill import decoding
+from qswitch.distill.logit_cache import LogitCache
 from qswitch.distill.loss_scale import LossScale
+from qswitch.distill.sequence import TrainingSequence
 from qswitch.distill.trainer import Trainer
 from qswitch.errors import Interrupted
 from qswitch.models.language_model import LanguageModel
@@ -170,6 +172,26 @@ def test_a_cache_that_moves_through_the_tiers(folders, tmp_path, rounds, monkeyp
         check(rounds)
         moves = [place for place in seen.waits if "logit_cache.py" in place]
     assert moves, "no row has left the device"
+
+
+@pytest.mark.parametrize("budget", [1 << 20, 0], ids=["device", "host"])
+def test_a_checkpoint_holds_the_rows_of_the_device_and_not_what_they_will_be(budget):
+    """Into host memory that nobody waits for, a copy has not come when it is read at once."""
+    hidden = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    sequence = TrainingSequence(0, 0, [1], [2] * 4, [0, 1, 2, 3])
+    with pretended_cuda() as seen:
+        cache = LogitCache(
+            "hidden", head=None, vocab_size=8, device=CUDA, dtype=torch.float32, device_budget_bytes=budget,
+            host_budget_bytes=1 << 20, disk_path=None,
+        )  # fmt: skip
+        cache.put([sequence], hidden.to(CUDA))
+        assert cache.stats()[f"{'device' if budget else 'host'}_bytes"] > 0
+        stored = cache.state_dict()["fields"]["hidden"]
+        assert torch.equal(stored, hidden)
+        sent = hidden.to(CUDA).to("cpu", non_blocking=True)
+        assert not sent.isfinite().any(), "else this test sees nothing"
+        seen.land()
+        assert torch.equal(sent, hidden)
 
 
 def test_passes_that_are_recorded(folders, tmp_path, rounds, monkeypatch):  # noqa: F811
