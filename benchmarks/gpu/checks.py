@@ -7,16 +7,20 @@ passes, copies that make the host wait, the memory cap.
 from __future__ import annotations
 
 import collections
+import gc
 import traceback
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.gpu.passes import state_of
 from benchmarks.gpu.report import GIB, Context, Report
 from benchmarks.gpu.timing import host_and_device_ms
 from qswitch.distill.recovery import limit_device_memory
@@ -36,6 +40,7 @@ from qswitch.rollout.decode import RolloutRequest, rollout
 from qswitch.rollout.graph_trial import try_graphs
 from qswitch.rollout.kv_probe import verify_kv
 from qswitch.rollout.policy import SwitchPolicy, Threshold
+from qswitch.rollout.step_graph import EAGER_PASSES, StepGraphs
 from tests.tiny import tiny_model
 
 LAYERS = {"7B query": (4096, 4096), "7B gate": (4096, 11008), "7B down": (11008, 4096), "1.1B key": (2048, 256)}
@@ -55,6 +60,7 @@ def run(context: Context, report: Report) -> None:
         report.measure(f"attention, {key_heads} key heads", partial(attention, context, key_heads))
     for architecture in ARCHITECTURES[:2] if context.tiny else ARCHITECTURES:
         report.measure(f"decode {architecture}", partial(decode, context, architecture))
+    report.measure("graphs that stay", partial(graphs_that_stay, context))
     report.measure("blocking copies", partial(blocking_copies, context))
     report.measure("uploads", partial(uploads, context))
     report.measure("memory cap", partial(memory_cap, context))
@@ -191,6 +197,45 @@ def decode(context: Context, architecture: str) -> dict[str, Any]:
     if context.device.type == "cuda" and trial.difference is None:
         raise AssertionError(f"passes are not recorded: {trial.reason}")
     return {"graphs": trial.to_dict()}
+
+
+@torch.no_grad()
+def graphs_that_stay(context: Context) -> dict[str, Any]:
+    """One model's graphs go, as a teacher's do after each rollout; the other's must not need anything of theirs."""
+    on_gpu, steps = context.device.type == "cuda", EAGER_PASSES + 6
+    size = {} if context.tiny else {"hidden_size": 1024, "intermediate_size": 2816}
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    models = [LanguageModel(tiny_model("llama", seed=s, dtype=dtype, **size).to(context.device).eval()) for s in (1, 2)]
+    graphs = [StepGraphs(model, None if on_gpu else _repeated_call) for model in models]
+    states = [state_of(model, 4, 8, 2 * steps, g) for model, g in zip(models, graphs, strict=True)]
+    usual = state_of(models[1], 4, 8, 2 * steps)
+    ids = torch.ones((4, 1), dtype=torch.int64, device=context.device)
+    read = (ids, torch.ones_like(ids, dtype=torch.bool), np.ones(4, dtype=np.int64))
+    for _ in range(steps):
+        for state in (*states, usual):
+            state.append(*read)
+    before = graphs[1].num_replays
+    graphs[0].forget()
+    del states[0]
+    gc.collect()
+    release_memory(context.device)
+    filled = [torch.full((2**20,), float("nan"), device=context.device) for _ in range(2 if context.tiny else 64)]
+    worst = 0.0
+    for _ in range(steps):
+        found, expected = (state.append(*read).double() for state in (states[0], usual))
+        worst = max(worst, ((found - expected).norm() / expected.norm()).item())
+    if graphs[1].failure is not None or graphs[1].num_replays < before + steps or not worst < 5e-2:
+        raise AssertionError(
+            f"{graphs[1].num_replays - before} of {steps} passes replayed, {worst:.3g} from usual ones; "
+            f"{graphs[1].failure}"
+        )
+    return {"difference": worst, "replays": graphs[1].num_replays, "filled_mib": 4 * len(filled)}
+
+
+def _repeated_call(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """What a CUDA graph does, where there is none: its answer lies in one place."""
+    place = run()
+    return lambda: place.copy_(run())
 
 
 def blocking_copies(context: Context) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from qswitch.errors import is_out_of_memory
 from qswitch.models.language_model import LanguageModel
 from qswitch.rollout.kv_cache import KVState, Prompts
-from qswitch.rollout.step_graph import EAGER_PASSES, Record, StepGraphs
+from qswitch.rollout.step_graph import EAGER_PASSES, NO_ROOM, Record, StepGraphs
 
 WORTHWHILE = 0.9
 """Share of a usual pass's time that a replayed one must stay below."""
@@ -84,7 +84,7 @@ def try_graphs(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return GraphTrial(False, "recorded passes do not fit beside the rest", num_rows)
+        return GraphTrial(False, NO_ROOM, num_rows)
     finally:
         model.train(training)
     if graphs.failure is not None:

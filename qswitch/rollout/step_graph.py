@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -35,32 +37,72 @@ SPAN_SLOTS = 128
 EAGER_PASSES = 3
 """Passes of a size that run as usual before one is recorded: recording costs about that many."""
 
+NO_ROOM = "recorded passes do not fit beside the rest"
+
 Replay = Callable[[], Tensor]
 Record = Callable[[Callable[[], Tensor]], Replay]
 """Takes a pass over fixed places and returns what repeats it; the answer lies in the same place every time."""
 
 
 class CudaRecorder:
-    """Records passes as CUDA graphs that share one memory pool: they never run at once."""
+    """Records passes of one model as CUDA graphs that share one memory pool: they never run at once.
+
+    A recorded product of cuBLAS writes into the workspace of the stream that it was recorded on, and where a graph of a
+    stream goes, torch may take that workspace away. So the graphs of a model, which go together, have a stream of their
+    own, and those that are recorded after all have gone have a pool of their own.
+    """
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+        self._pool: Any = None
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, run: Callable[[], Tensor]) -> Replay:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        """Raises RuntimeError where the host waits for the device in the pass; a capture that failed for it would leave
+        torch's allocator as if it still went on."""
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             run()  # libraries set themselves up in the first call, which must not be recorded
-        torch.cuda.current_stream().wait_stream(side)
+            with _waits_are_errors():
+                run()
+        current.wait_stream(self._stream)
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = run()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                output = run()
+        except BaseException:
+            torch.cuda.set_stream(current)  # the block leaves its own current when its end fails
+            raise
+        self._graphs.add(graph)
 
         def replay() -> Tensor:
             graph.replay()
             return output
 
         return replay
+
+
+@contextmanager
+def _waits_are_errors() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+_recorders: WeakKeyDictionary[LanguageModel, Record] = WeakKeyDictionary()
+"""What is tried, timed and then used of a model is recorded by one recorder: every stream keeps a workspace."""
+
+
+def _recorder_of(model: LanguageModel) -> Record:
+    if model not in _recorders:
+        _recorders[model] = CudaRecorder()
+    return _recorders[model]
 
 
 class FixedLayer(DynamicLayer):
@@ -165,10 +207,12 @@ class StepGraphs:
             try:
                 recorded = self._recorded[size] = self._recorded_pass(size, recorded, layers)
             except Exception as error:  # whatever a model does that cannot be recorded, it still runs as usual
-                if is_out_of_memory(error, surely=True):  # one that may be is heard in the usual pass, if it is
-                    raise
-                self.failure = first_line(error)
+                self.failure = NO_ROOM if is_out_of_memory(error, surely=True) else first_line(error)
+            if self.failure is not None:
                 logger.warning("The %s's passes are not recorded as CUDA graphs: %s", self._role, self.failure)
+                self._recorded.clear()
+                if self._model.device.type == "cuda":
+                    torch.cuda.empty_cache()
                 return None
         hidden = recorded.replay()[:num_rows].clone()
         self.num_replays += 1
@@ -201,7 +245,7 @@ class StepGraphs:
             )
 
         if self._record is None:
-            self._record = CudaRecorder()
+            self._record = _recorder_of(self._model)
         self.num_recorded += 1
         return replace(places, replay=self._record(run))
 

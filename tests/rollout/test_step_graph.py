@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import random
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from qswitch.rollout.block_length import FixedBlock
 from qswitch.rollout.decode import rollout
 from qswitch.rollout.graph_trial import try_graphs
 from qswitch.rollout.kv_cache import KVState, Prompts
-from qswitch.rollout.step_graph import EAGER_PASSES, StepGraphs
+from qswitch.rollout.step_graph import EAGER_PASSES, CudaRecorder, StepGraphs
 from tests.rollout.test_engines import ARCHITECTURES, EOS, PAD, POLICIES, draw_requests, make_pair, same, write
 from tests.tiny import save_tiny, tiny_model
 
@@ -198,15 +199,111 @@ def test_a_model_that_cannot_be_recorded_goes_on_as_usual(caplog, message):
     assert not trial.used and message in trial.reason
 
 
-def test_memory_that_runs_out_is_the_callers_business():
-    def refuse(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        raise torch.OutOfMemoryError("no room")
+def test_memory_that_runs_out_costs_the_graphs_and_no_rows(monkeypatch):
+    """A recording needs fresh memory where a usual pass does not; if that does not fit either, it says so itself."""
+    monkeypatch.setattr(step_graph, "SPAN_SLOTS", 8)
+
+    class NoRoomForTwo(Repeater):
+        def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+            if self.rows:
+                raise torch.OutOfMemoryError("no room")
+            return super().__call__(run)
 
     model = LanguageModel(tiny_model("llama", dtype=torch.float64).eval())
-    with pytest.raises(torch.OutOfMemoryError):
-        states(model, 2, StepGraphs(model, refuse), 9)
-    trial = try_graphs(model, 2, record=refuse)
-    assert not trial.used and "do not fit" in trial.reason
+    graphs = StepGraphs(model, NoRoomForTwo())
+    torch.testing.assert_close(states(model, 2, graphs, 20), states(model, 2, None, 20), rtol=1e-12, atol=1e-12)
+    assert graphs.num_replays == 8 - EAGER_PASSES and graphs.failure == step_graph.NO_ROOM
+    assert not graphs._recorded, "what was recorded gives its memory back"
+    full = NoRoomForTwo()
+    full.rows.append(0)
+    assert try_graphs(model, 2, record=full).reason == step_graph.NO_ROOM
+
+
+class Driver:
+    """What CudaRecorder asks of torch.cuda, so far as which stream is current and what is refused."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.current, self.mode, self.pools = self.Stream(), "default", 0
+        self.captures: list[tuple[Driver.Stream, int]] = []
+        self.failure: Exception | None = None
+        graph = type("CUDAGraph", (), {"replay": lambda _: None})
+        for name, value in {
+            "Stream": self.Stream, "current_stream": lambda: self.current, "set_stream": self.set_stream,
+            "stream": self.stream, "graph": self.graph, "CUDAGraph": graph, "graph_pool_handle": self.pool,
+            "get_sync_debug_mode": lambda: self.mode, "set_sync_debug_mode": self.set_mode,
+        }.items():  # fmt: skip
+            patch.setattr(torch.cuda, name, value)
+
+    class Stream:
+        def wait_stream(self, _: object) -> None: ...
+
+    def set_stream(self, stream: Stream) -> None:
+        self.current = stream
+
+    def set_mode(self, mode: str) -> None:
+        self.mode = mode
+
+    def pool(self) -> int:
+        self.pools += 1
+        return self.pools
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, _: object, *, pool: int, stream: Stream) -> Iterator[None]:
+        """As torch's: where the capture's end fails, its stream stays the current one."""
+        before, self.current = self.current, stream
+        self.captures.append((stream, pool))
+        yield
+        if self.failure is not None:
+            raise self.failure
+        self.current = before
+
+    def item(self) -> bool:
+        """Makes the host wait."""
+        if self.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return False
+
+
+def test_the_graphs_of_a_model_have_a_stream_and_those_that_go_together_a_pool(monkeypatch):
+    """cuBLAS's workspace belongs to the stream; torch may take it away with any graph that was recorded there."""
+    driver, place = Driver(monkeypatch), torch.zeros(1)
+    teacher, student = CudaRecorder(), CudaRecorder()
+    kept = [teacher(lambda: place), student(lambda: place), teacher(lambda: place)]
+    (first, a), (second, b), (again, c) = driver.captures
+    assert first is again is not second and a == c != b
+    del kept[2], kept[0]
+    gc.collect()
+    teacher(lambda: place)
+    student(lambda: place)
+    assert driver.captures[3] == (first, 3), "torch can refuse a pool whose graphs have all gone"
+    assert driver.captures[4] == (second, b) and kept
+
+
+def test_a_pass_that_waits_is_not_captured_and_a_failed_capture_leaves_the_stream_as_it_was(monkeypatch):
+    driver, place = Driver(monkeypatch), torch.zeros(1)
+    record, current = CudaRecorder(), driver.current
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        record(lambda: driver.item() or place)
+    assert (driver.captures, driver.mode, driver.current) == ([], "default", current)
+    driver.failure = RuntimeError("capture invalidated")
+    with pytest.raises(RuntimeError, match="invalidated"):
+        record(lambda: place)
+    assert len(driver.captures) == 1 and driver.current is current
+
+
+def test_one_recorder_serves_a_models_trial_timing_and_rollouts(monkeypatch):
+    Driver(monkeypatch)
+    models = make_pair("llama")
+    recorders = [step_graph._recorder_of(model) for model in (*models, *models)]
+    assert recorders[0] is recorders[2] is not recorders[1] is recorders[3]
 
 
 def test_the_trial_uses_graphs_that_are_right_and_fast_and_no_others(monkeypatch):
