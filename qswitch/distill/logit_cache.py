@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from qswitch.distill.cache_format import FORMATS, HeadFunction, LogitTargets, To
 from qswitch.distill.sequence import TrainingSequence
 from qswitch.errors import TrainingError
 from qswitch.pinned import host_buffer
+from qswitch.plan.memory import pinned_block_bytes
 from qswitch.units import GIB
 
 logger = logging.getLogger(__name__)
@@ -50,9 +51,9 @@ class _Segment:
     def num_live_rows(self) -> int:
         return sum(rows.stop - rows.start for rows in self.sequences.values())
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.fields.values())
+    def num_bytes(self, block_bytes: Callable[[int], int] = int) -> int:
+        """Of all fields, each as large as the block that holds it."""
+        return sum(block_bytes(t.numel() * t.element_size()) for t in self.fields.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +224,7 @@ class LogitCache:
         """Sequences and rows stored, and bytes by tier."""
         used = {f"{tier}_bytes": 0 for tier in TIERS}
         for segment in self._segments:
-            used[f"{segment.tier}_bytes"] += segment.num_bytes
+            used[f"{segment.tier}_bytes"] += self._num_bytes(segment, segment.tier)
         num_rows = sum(segment.num_live_rows for segment in self._segments)
         return {"sequences": len(self._index), "rows": num_rows, **used}
 
@@ -280,11 +281,11 @@ class LogitCache:
         goal = {id(segment): segment.tier for segment in segments}
         for tier, below in (("device", "host"), ("host", "disk")):
             members = [s for s in segments if goal[id(s)] == tier]
-            used = sum(s.num_bytes for s in members)
+            used = sum(self._num_bytes(s, tier) for s in members)
             for segment in members:
                 if used <= self._budgets[tier]:
                     break
-                used -= segment.num_bytes
+                used -= self._num_bytes(segment, tier)
                 goal[id(segment)] = below
         if self._disk_path is None and "disk" in goal.values():
             raise TrainingError(
@@ -298,6 +299,11 @@ class LogitCache:
                 if goal[id(segment)] == tier != segment.tier:
                     self._say_full(tier)
                     self._move(segment, tier)
+
+    def _num_bytes(self, segment: _Segment, tier: str) -> int:
+        """What a segment takes of a tier's budget; a pinned tensor takes a whole block of torch's allocator."""
+        is_pinned = tier == "host" and self._device.type == "cuda"
+        return segment.num_bytes(pinned_block_bytes) if is_pinned else segment.num_bytes()
 
     def _say_full(self, below: str) -> None:
         # A segment may skip host memory; what is full is the tier above the one it goes to.

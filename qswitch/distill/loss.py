@@ -55,8 +55,8 @@ class _ChunkedLoss(torch.autograd.Function):
             total += loss.detach()
             if hidden_grad is not None:
                 hidden_grad[start:stop] = gradients.pop(0)
-            for buffer, gradient in zip(parameter_grads, gradients, strict=True):
-                buffer += gradient
+            for buffer in parameter_grads:  # a head's gradient is large: gone before the next chunk makes another
+                buffer += gradients.pop(0)
         ctx.save_for_backward(*([hidden_grad] if hidden_grad is not None else []), *parameter_grads)
         ctx.wants_hidden = wants_hidden
         ctx.parameter_dtypes = [p.dtype for p in wanted]

@@ -104,8 +104,10 @@ def _break_down(
     caches = config.loss.objective == "divergence" and not stored
     rows_bytes = row_bytes * held * rollout.max_new_tokens if caches else 0
     on_device = min(rows_bytes, int(cache.device_budget_gib * GIB))
-    on_host = min(rows_bytes - on_device, int(cache.host_budget_gib * GIB))
-    on_disk = rows_bytes - on_device - on_host
+    # A pinned tensor takes a block of up to twice its size (memory.pinned_block_bytes).
+    rounding, host_budget = 2 if on_gpu else 1, int(cache.host_budget_gib * GIB)
+    on_host = min(rounding * (rows_bytes - on_device), host_budget)
+    on_disk = max(rows_bytes - on_device - host_budget // rounding, 0)
     held_out_bytes = config.data.num_validation * rollout.max_new_tokens * teacher.hidden_size * b if needed else 0
     host = {
         "process": memory.PROCESS_BYTES,
@@ -133,6 +135,7 @@ def _break_down(
     cast = student.num_parameters * b if full and b < acc else 0
     unpack_teacher = memory.dequantisation_bytes(teacher, config.teacher.precision, b)
     unpack_student = 0 if full else memory.dequantisation_bytes(student, precision, b)
+    unpack_student += 0 if full else memory.dora_bytes(student, section.lora, b)
     student_load = memory.load_buffer_bytes(student, "fp32" if full else precision, b)
     load = {
         "load_buffer": max(
@@ -153,15 +156,21 @@ def _break_down(
         "dequantisation": max(unpack_teacher, unpack_student),
         "autocast_copies": cast,
     }
-    # Small buffers are kept through training, with the passes that were recorded over them.
-    graphs = {
-        "teacher": rollout.teacher_graphs == "auto" and config.teacher.residency == "resident" and len(layers) == 1,
-        "student": rollout.student_graphs == "auto" and not full,
-    }
+    # Small buffers are kept through training, with the passes that were recorded over them, where weights stay.
+    graphs = {"teacher": rollout.teacher_graphs == "auto" and len(layers) == 1,
+              "student": rollout.student_graphs == "auto"}  # fmt: skip
+    in_place = {"teacher": config.teacher.residency == "resident", "student": not full}
     buffers = {"teacher": memory.kv_buffer_bytes(teacher, rows, slots, b),
                "student": memory.kv_buffer_bytes(student, rows, slots, b)}  # fmt: skip
-    kept = sum(size for name, size in buffers.items() if graphs[name] and size <= memory.KEPT_BUFFER_BYTES)
-    kept = kept if on_gpu and needed and config.writes_rollouts else 0
+    recorded = {
+        "teacher": memory.recorded_pass_bytes(teacher, rows, round_steps, b, unpack_teacher),
+        "student": memory.recorded_pass_bytes(student, rows, round_steps, b, unpack_student, not full),
+    }
+    used = [name for name in recorded if graphs[name] and on_gpu and needed and config.writes_rollouts]
+    decode["recorded_passes"] = sum(recorded[name] for name in used)
+    kept = sum(
+        buffers[name] + recorded[name] for name in used if in_place[name] and buffers[name] <= memory.KEPT_BUFFER_BYTES
+    )
     if not needed:
         load["load_buffer"] = student_load + student.cut_parameters * b
         decode = dict.fromkeys(decode, 0)
@@ -179,12 +188,12 @@ def _break_down(
         "gradients": num_trainable * acc,
         "activations": activations,
         "loss_chunk": chunk,
-        "optimizer_step": memory.optimizer_step_bytes(num_trainable, train.optimizer, acc),
+        "head_gradient": memory.head_gradient_bytes(student, section.adapter, section.lora, b, acc),
         "kept_kv_buffers": kept,
     }
     if processes > 1:
         learn["added_gradients"] = min(GRADIENT_BUCKET_BYTES, num_trainable * acc)
-    backward = activations + chunk + unpack_student + cast
+    backward = activations + chunk + learn["head_gradient"] + unpack_student + cast
     validate = (
         memory.forward_bytes(student, rows, tokens, b, not full)
         + memory.loss_chunk_bytes(rows * rollout.max_new_tokens, config.loss.chunk_tokens, vocab, acc)
@@ -199,7 +208,7 @@ def _break_down(
     moving = {
         "load": load["load_buffer"],
         "rollout": max(sum(decode.values()), score),
-        "train": learn["gradients"] + max(backward, learn["optimizer_step"], learn.get("added_gradients", 0)) + kept,
+        "train": learn["gradients"] + max(backward, learn.get("added_gradients", 0)) + kept,
         "validate": validate + kept,
     }
 

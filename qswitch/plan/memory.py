@@ -34,6 +34,9 @@ CUDA_CONTEXT_BYTES = 512 * 2**20
 """Driver context, cuBLAS handles and workspaces of one process. An allowance, not a measurement: contexts of 300 to
 500 MiB are usual, and PyTorch's CUDA notes put a cuBLAS workspace at 8 MiB (32 MiB on Hopper) per handle."""
 
+CUBLAS_WORKSPACE_BYTES = 32 * 2**20
+"""Of each further stream: the passes of a model are recorded on one of their own. Hopper's, the largest; see above."""
+
 FRAGMENTATION_SHARE = 0.05
 """Of everything that is allocated and freed within a step: the caching allocator rounds sizes up (to 512 bytes, and
 to 2 MiB in blocks above 1 MiB) and cannot always reuse a hole. An allowance, not a measurement."""
@@ -138,10 +141,15 @@ def head_bytes(shape: ModelShape, precision: Precision, compute_bytes: int) -> i
     return parameters * other_bytes_per_parameter(precision, compute_bytes)
 
 
+def pinned_block_bytes(num_bytes: int) -> int:
+    """Host memory of one pinned tensor: torch's allocator rounds up to a power of two."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
+
+
 def pinned_bytes(num_bytes: int) -> int:
-    """Host memory that a pinned copy takes: whole slabs, the last rounded up to a power of two by torch."""
+    """Host memory that a swapped teacher's pinned copy takes: whole slabs, and one block for the rest."""
     whole, rest = divmod(num_bytes, PINNED_SLAB_BYTES)
-    return whole * PINNED_SLAB_BYTES + (1 << (rest - 1).bit_length() if rest else 0)
+    return whole * PINNED_SLAB_BYTES + pinned_block_bytes(rest)
 
 
 def dequantisation_bytes(shape: ModelShape, precision: Precision, compute_bytes: int) -> int:
@@ -150,6 +158,28 @@ def dequantisation_bytes(shape: ModelShape, precision: Precision, compute_bytes:
     Passes over several tokens unpack the whole weight first; one-token passes do not, and are covered by this bound.
     """
     return shape.largest_linear_parameters * compute_bytes if precision in ("nf4", "int8", "stored") else 0
+
+
+def dora_bytes(shape: ModelShape, lora: LoraSection, compute_bytes: int) -> int:
+    """Beside a pass through the widest module with DoRA, all in fp32: the identity of its inputs, the product of both
+    adapter matrices, the same scaled, and its sum with the weight, of which a narrower one is copied as well."""
+    if not lora.use_dora:
+        return 0
+    copies = 3 if compute_bytes >= FP32_BYTES else 4
+    return FP32_BYTES * max(
+        (m.in_features**2 + copies * m.weight_parameters for m, _ in _adapted(shape, lora)), default=0
+    )
+
+
+def head_gradient_bytes(
+    shape: ModelShape, adapter: str, lora: LoraSection, compute_bytes: int, parameter_bytes: int
+) -> int:
+    """Beside the gradients, where the head itself trains: the sum over the chunks of the loss, and the gradient of one
+    chunk as it is computed and as it is added (distill/loss.py)."""
+    if adapter == "lora" and "lm_head" not in [name.rpartition(".")[2] for name in lora.modules_to_save]:
+        return 0
+    head = shape.head_parameters or shape.embedding_parameters
+    return head * (2 * parameter_bytes + (compute_bytes if compute_bytes < parameter_bytes else 0))
 
 
 def cut_bytes(shape: ModelShape) -> int:
@@ -258,11 +288,6 @@ def optimizer_bytes(num_trainable: int, optimizer: str, parameter_bytes: int = F
     return 2 * num_trainable * parameter_bytes
 
 
-def optimizer_step_bytes(num_trainable: int, optimizer: str, parameter_bytes: int = FP32_BYTES) -> int:
-    """Temporaries of one optimizer step: torch's multi-tensor AdamW holds one list the size of the parameters."""
-    return 0 if optimizer == "paged_adamw_8bit" else num_trainable * parameter_bytes
-
-
 # -------------------------------------------------------------------------------------------------------------- rollout
 
 
@@ -309,6 +334,15 @@ def forward_bytes(shape: ModelShape, rows: int, tokens: int, compute_bytes: int,
     mlp = ((3 if shape.gated_mlp else 2) + adapted) * shape.intermediate_size * compute_bytes
     attention = (3 * shape.attention_width + 4 * shape.kv_width) * compute_bytes
     return num_tokens * (stream + max(mlp, attention)) + _score_bytes(shape, rows, tokens, compute_bytes)
+
+
+def recorded_pass_bytes(
+    shape: ModelShape, rows: int, tokens: int, compute_bytes: int, unpacked_bytes: int, adapted: bool = False
+) -> int:
+    """What CUDA graphs of one model hold on the device: the workspace of their stream, and in the pool that they share
+    what a pass over R rows of L tokens takes beside the weights, a second time. What the driver keeps of each graph is
+    not known and not counted."""
+    return CUBLAS_WORKSPACE_BYTES + forward_bytes(shape, rows, tokens, compute_bytes, adapted) + unpacked_bytes
 
 
 def _score_bytes(shape: ModelShape, rows: int, tokens: int, compute_bytes: int) -> int:

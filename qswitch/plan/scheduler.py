@@ -293,8 +293,6 @@ def _notes(config: RunConfig, machine: Machine, teacher: ModelShape, student: Mo
         notes.append(
             "The cache of teacher outputs is planned as if the teacher wrote every token, the most that it can hold."
         )
-    if config.student.adapter == "lora" and config.student.lora.use_dora:
-        notes.append("DoRA's norm computation is counted in the activations only.")
     return notes
 
 

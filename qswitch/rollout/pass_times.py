@@ -15,7 +15,7 @@ import torch
 from qswitch.divergence import jsd_bits_from_log_probs
 from qswitch.models.language_model import LanguageModel
 from qswitch.rollout import noise
-from qswitch.rollout.block_length import MAX_BLOCK_TOKENS, PassTimes
+from qswitch.rollout.block_length import MAX_BLOCK_TOKENS, PassTimes, drafts_within_scratch
 from qswitch.rollout.decode import inference
 from qswitch.rollout.engine import log_probs
 from qswitch.rollout.kv_cache import KVState, Prompts
@@ -50,7 +50,9 @@ def measure_pass_times(
     measured: list[int] = []
     by_rows, student_seconds = [], []
     deadline = time.perf_counter() + limit_s
-    blocks = list(_BLOCKS)
+    # No longer than a round's scratch allows, but the two blocks that a table needs.
+    longest = max(drafts_within_scratch(batch_size, student.vocab_size), 1) + 1
+    blocks = [n for n in _BLOCKS if n <= longest]
     with inference(teacher, student):
         for num_rows in reversed(rows):
             if measured and time.perf_counter() > deadline:

@@ -194,6 +194,20 @@ def test_a_checkpoint_holds_the_rows_of_the_device_and_not_what_they_will_be(bud
         assert torch.equal(sent, hidden)
 
 
+def test_pinned_rows_count_with_the_blocks_that_hold_them(tmp_path):
+    """Two times 120 bytes are within 250; the two blocks of 128 that torch pins for them are not."""
+    with pretended_cuda():
+        cache = LogitCache(
+            "hidden", head=None, vocab_size=8, device=CUDA, dtype=torch.float32, device_budget_bytes=0,
+            host_budget_bytes=250, disk_path=tmp_path / "cache",
+        )  # fmt: skip
+        for example in range(2):
+            sequence = TrainingSequence(example, 0, [1], [2] * 5, list(range(5)))
+            cache.put([sequence], torch.ones(5, 6, device=CUDA))
+        used = cache.stats()
+    assert (used["device_bytes"], used["host_bytes"], used["disk_bytes"]) == (0, 128, 120)
+
+
 def test_passes_that_are_recorded(folders, tmp_path, rounds, monkeypatch):  # noqa: F811
     monkeypatch.setattr(decoding, "try_graphs", lambda *_, **__: GraphTrial(True, "forced", 4))
     with pretended_cuda() as seen:

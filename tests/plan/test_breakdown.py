@@ -157,6 +157,19 @@ def test_a_swapped_teacher_is_absent_while_the_student_trains():
     assert swap.host["teacher_copy"] >= freed and resident.host["teacher_copy"] == 0
 
 
+def test_recorded_passes_count_while_responses_are_written_and_as_long_as_they_are_kept():
+    graphs, usual = planned(GPU), planned(GPU, rollout={"student_graphs": "off", "teacher_graphs": "off"})
+    recorded = graphs.parts["recorded_passes"]
+    assert usual.parts["recorded_passes"] == 0 and recorded > 2 * memory.CUBLAS_WORKSPACE_BYTES
+    more = 1 + memory.FRAGMENTATION_SHARE
+    assert graphs.phases["rollout"] - usual.phases["rollout"] == pytest.approx(recorded * more, abs=2)
+    # The buffers of both models are small here.
+    kept = graphs.parts["kept_kv_buffers"] - usual.parts["kept_kv_buffers"]
+    assert kept > recorded
+    assert graphs.phases["train"] - usual.phases["train"] == pytest.approx(kept * more, abs=2)
+    assert planned(CPU).parts["recorded_passes"] == 0
+
+
 def test_rounds_and_reuse_keep_more_rows():
     one, three = planned(GPU), planned(GPU, rollout={"steps_at_once": 3})
     assert three.parts["logit_cache"] == 3 * one.parts["logit_cache"]

@@ -8,6 +8,7 @@ from qswitch.config import LoraSection
 from qswitch.plan import memory
 from qswitch.plan.families import shape_from_config
 from qswitch.units import GIB
+from tests.live import LiveBytes
 
 TINY = {"model_type": "llama", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 320,
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -142,6 +143,50 @@ def test_adapter_parameters_equal_those_of_peft(options):
         )
     expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert memory.lora_parameters(SHAPE, lora) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["q_proj", "gate_proj", "down_proj"])
+def test_dora_takes_beside_a_pass_what_tensors_of_peft_take(name, dtype):
+    import peft
+    import torch
+
+    module = next(m for m in SHAPE.layer_linears if m.name == name)
+    peaks = []
+    for use_dora in (False, True):
+        weight = torch.nn.Linear(module.in_features, module.out_features, bias=False, dtype=getattr(torch, dtype))
+        wrapped = torch.nn.ModuleDict({name: weight})
+        peft.get_peft_model(wrapped, peft.LoraConfig(r=8, target_modules=[name], use_dora=use_dora))
+        x = torch.randn(1, module.in_features, dtype=getattr(torch, dtype))
+        with LiveBytes() as live:
+            wrapped[name](x).sum().backward()
+        peaks.append(live.peak)
+    lora = LoraSection(r=8, target_modules=[name], use_dora=True)
+    planned = memory.dora_bytes(SHAPE, lora, 4 if dtype == "float32" else 2)
+    assert peaks[1] - peaks[0] == pytest.approx(planned, rel=0.05)
+    assert memory.dora_bytes(SHAPE, LoraSection(), 2) == 0
+
+
+@pytest.mark.parametrize("compute", [None, "bfloat16"])
+def test_a_head_that_trains_takes_its_gradient_chunk_by_chunk(compute):
+    """At the second of two accumulated batches, so that the gradient itself is there already."""
+    import torch
+
+    from qswitch.distill.loss import language_model_loss
+
+    peaks = {}
+    for trains in (True, False):
+        head = torch.nn.Linear(SHAPE.hidden_size, SHAPE.vocab_size, bias=False).requires_grad_(trains)
+        for _ in range(2):
+            hidden = torch.randn(8, SHAPE.hidden_size, requires_grad=True)
+            with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16, enabled=compute is not None):
+                labels = torch.zeros(8, dtype=torch.int64)
+                language_model_loss(hidden, head, labels, normalizer=8.0, chunk_tokens=4).backward()
+        peaks[trains] = live.peak
+    planned = memory.head_gradient_bytes(SHAPE, "none", LORA, 4 if compute is None else 2, 4)
+    assert peaks[True] - peaks[False] == pytest.approx(planned, rel=0.1)
+    assert memory.head_gradient_bytes(SHAPE, "lora", LORA, 2, 4) == 0
+    assert memory.head_gradient_bytes(SHAPE, "lora", LoraSection(modules_to_save=["lm_head"]), 2, 4) > 0
 
 
 def test_optimizer_state_is_that_of_adamw():

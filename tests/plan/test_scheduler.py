@@ -271,7 +271,8 @@ def test_rows_of_a_large_cache_move_down_the_tiers():
     assert plan.parts["logit_cache"] == GIB // 64
     assert plan.breakdown.host["logit_cache"] == GIB // 128
     needed = 4 * 4 * 256 * 4096 * 2
-    assert plan.breakdown.disk["logit_cache"] == needed - GIB // 64 - GIB // 128
+    # A pinned tensor may take twice its size, so that half of the host's budget is all that is sure.
+    assert plan.breakdown.disk["logit_cache"] == needed - GIB // 64 - GIB // 256
 
 
 def test_on_a_cpu_there_is_no_context_and_the_device_is_the_host(monkeypatch):
