@@ -9,7 +9,8 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -149,8 +150,27 @@ def train(
         ModelError, TrainingError: as their messages say.
         Interrupted: stopped by SIGINT, SIGTERM or SIGHUP after a checkpoint.
     """
-    config, pair, data = config or run_dir.config, prepared.pair, prepared.prompts
-    processes = processes or Processes()
+    config = config or run_dir.config
+    runtime = make_runtime(config.train)
+    with _bounded_memory(runtime, plan):
+        return _train(
+            run_dir, prepared, plan, config, runtime, processes or Processes(), resumes=resumes,
+            peaks=peaks or PhasePeaks(runtime.device, plan.breakdown.fullest_phases),
+        )  # fmt: skip
+
+
+def _train(
+    run_dir: RunDir,
+    prepared: Prepared,
+    plan: Plan,
+    config: RunConfig,
+    runtime: Runtime,
+    processes: Processes,
+    *,
+    resumes: bool,
+    peaks: PhasePeaks,
+) -> Summary:
+    pair, data = prepared.pair, prepared.prompts
     progress = Progress(total_steps(config.train), quiet=not processes.is_first)
     progress.say(f"run directory: {run_dir.path}")
     if processes.count > 1:
@@ -162,9 +182,6 @@ def train(
             f"the sizes of this run are planned to take {plan.total_gib:.2f} GiB, more than the "
             f"{(plan.budget_bytes or 0) / GIB:.2f} that are free; they are lowered if memory runs out"
         )
-    runtime = make_runtime(config.train)
-    peaks = peaks or PhasePeaks(runtime.device, plan.breakdown.fullest_phases)
-    _bound_memory(runtime, plan)
     if config.student.shrink_to_layers is not None:
         peaks.enter("cut")
         processes.from_first(lambda: _cut_student(run_dir, progress))
@@ -219,14 +236,26 @@ def train(
     return processes.from_first(lambda: _finish(run_dir, trainer, pair, prepared.encoder, plan, measured))
 
 
-def _bound_memory(runtime: Runtime, plan: Plan) -> None:
-    if runtime.device.type == "cuda" and plan.budget_bytes is not None:
-        for index in range(len(plan.breakdown.teacher_layers)):
-            device = runtime.device if index == 0 else torch.device("cuda", index)
-            limit_device_memory(device, plan.budget_bytes, CUDA_CONTEXT_BYTES)
-    elif runtime.device.type == "cpu":
+@contextmanager
+def _bounded_memory(runtime: Runtime, plan: Plan) -> Iterator[None]:
+    """The process keeps within the plan's budget; behind the block a GPU is as free as the process found it, for what
+    a notebook does next."""
+    devices = []
+    if runtime.device.type == "cpu":
         return_freed_memory()
         bound_kernel_cache()
+    elif plan.budget_bytes is not None:
+        further = range(1, len(plan.breakdown.teacher_layers))
+        devices = [runtime.device, *(torch.device("cuda", index) for index in further)]
+    for device in devices:
+        limit_device_memory(device, plan.budget_bytes or 0, CUDA_CONTEXT_BYTES)
+    try:
+        yield
+    finally:
+        for device in devices:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+        if devices:
+            release_memory(runtime.device)
 
 
 def _cut_student(run_dir: RunDir, progress: Progress) -> None:
