@@ -153,13 +153,22 @@ def test_what_cannot_fit_is_refused_before_anything_is_read(folders, tmp_path, m
         teach(settings(folders, rollout__policy="teacher", loss__divergence="forward_kl"), tmp_path / "t", vram="1MiB")
 
 
-def test_what_fits_with_short_prompts_alone_is_not_refused_before_they_are_read(folders, tmp_path):  # noqa: F811
-    config = settings(folders, data__max_prompt_tokens=500, train__max_steps=1)
+def test_what_fits_with_short_prompts_alone_is_not_refused_before_they_are_read(
+    folders,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    config = settings(folders, data__max_prompt_tokens=500)
     smallest = plan_run(config, budget_bytes=1, longest_prompt_tokens=longest_prompt(config))
     vram = f"{smallest.total_bytes // 1024 + 1}KiB"
     assert not rehearse(config, vram=vram)[0].fits
-    distill(config, tmp_path / "run", vram=vram)
-    assert RunDir.open(tmp_path / "run").has_begun
+
+    def read(*_: Any) -> Any:
+        raise InterruptedError("the data are read")
+
+    monkeypatch.setattr("qswitch.run.read_inputs", read)
+    with pytest.raises(InterruptedError, match="the data are read"):
+        distill(config, tmp_path / "run", vram=vram)
 
 
 def test_a_gpu_that_torch_alone_sees_needs_a_named_budget(folders, tmp_path, monkeypatch):  # noqa: F811
