@@ -63,6 +63,10 @@ def test_a_measurement_that_ends_its_process_is_blamed_and_not_repeated(context)
     report = make(context)  # the next process of the stage
     for name in ("fine", "fatal"):
         report.measure(name, fail)
+    loaded: list[int] = []
+    for name in ("fine", "fatal", "new"):
+        report.load(name, lambda: loaded.append(1) or {})
+    assert len(loaded) == 2, "what ended a process is not loaded again"
     report.measure("last", lambda: {"figure": 2})
     measured = recorded(context)["measured"]
     assert measured["fine"]["figure"] == 1 and measured["last"]["figure"] == 2

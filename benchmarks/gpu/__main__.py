@@ -30,7 +30,7 @@ STAGES = {
     2: ("loading", "How long do a 7B teacher and a 1.1B student load, and what do they take?"),
     3: ("passes", "How long are passes by rows and tokens, on the host and on the device?"),
     4: ("speed", "How many tokens a second, against transformers' generate and TRL's DistillationTrainer?"),
-    5: ("capped", "Do runs stay within 12, 8 and 6 GiB as planned?"),
+    5: ("capped", "Do runs stay within 12, 10 and 8 GiB as planned?"),
     6: ("profile", "Where does the time of a round and of a learning step go?"),
     7: ("recipe", "Which recipe wins on a trained pair? Hours; goes on where it was."),
 }

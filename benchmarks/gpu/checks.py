@@ -134,7 +134,7 @@ def nf4_layer(context: Context, inputs: int, outputs: int) -> dict[str, Any]:
                 }
             )
     gpu = _gpu(context)
-    fused = cost.fused_tokens(LinearShape("layer", inputs, outputs), gpu, torch.finfo(dtype).bits // 8)
+    fused = cost.fused_tokens(LinearShape("layer", inputs, outputs), gpu, "fp32" if dtype == torch.float32 else "bf16")
     return {"by_tokens": rows, "fused_tokens_of_the_plan": fused}
 
 

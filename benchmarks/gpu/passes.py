@@ -38,7 +38,7 @@ def run(context: Context, report: Report) -> None:
 
     rows = ROWS[:2] if context.tiny else ROWS
     tokens = TOKENS[:2] if context.tiny else TOKENS
-    report.measure("load nf4", partial(load, "nf4"))
+    report.load("load nf4", partial(load, "nf4"))
     for r in rows:
         for n in tokens:
             report.measure(f"teacher nf4, {r} rows, {n} tokens", partial(timed, context, pair, "nf4", r, n))
@@ -46,7 +46,7 @@ def run(context: Context, report: Report) -> None:
         for role, index in (("student", 1), ("teacher nf4", 0)):
             report.measure(f"{role}, {r} rows, recorded", partial(recorded, context, pair, index, r))
     pair.clear()
-    report.measure("load bf16", partial(load, "bf16"))
+    report.load("load bf16", partial(load, "bf16"))
     for r in rows:
         for n in tokens[:1] + tokens[-1:]:
             report.measure(f"teacher bf16, {r} rows, {n} tokens", partial(timed, context, pair, "bf16", r, n))

@@ -32,7 +32,7 @@ def run(context: Context, report: Report) -> None:
         pair[:] = load_pair(context)
         return {}
 
-    report.measure("load", load)
+    report.load("load", load)
     for drafts in (0, 3):
         report.measure(f"rollouts, {drafts} drafts", partial(rounds, context, pair, drafts))
     report.measure("learning step", partial(learning, context, pair))

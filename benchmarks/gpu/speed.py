@@ -37,7 +37,7 @@ def run(context: Context, report: Report) -> None:
         pair[:] = load_pair(context)
         return {}
 
-    report.measure("load", load)
+    report.load("load", load)
     for rows in (2,) if context.tiny else ROWS:
         for drafts in DRAFTS[:2] if context.tiny else DRAFTS:
             for recorded in (False, True):

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from qswitch import __version__
 from qswitch.config import DataSection
 from qswitch.data.records import iter_records
 from qswitch.data.sources import Notify, source_stamp
@@ -146,7 +147,7 @@ def prompt_table(
     import datasets
 
     settings = data.model_dump(include={"columns", "system_prompt"})
-    versions = [version(name) for name in ("qswitch", "transformers", "tokenizers")]
+    versions = [__version__, *(version(name) for name in ("transformers", "tokenizers"))]
     key = [_VERSION, versions, source_stamp(reference, split), settings, limit, encoder.fingerprint]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     folder = cache_folder() / "data" / digest
