@@ -192,6 +192,11 @@ def _machine(config: RunConfig) -> Iterator[str]:
             f"teacher.num_gpus={config.teacher.num_gpus} is for one process, and {launched().count} were started, with "
             "one GPU each. Start it without accelerate launch or torchrun, or leave teacher.num_gpus out."
         )
+    if train.device == "auto":
+        from qswitch.plan.machine import failed_driver
+
+        if (failure := failed_driver()) is not None:
+            yield f"{failure} To compute on the CPU instead: train.device=cpu."
     if train.optimizer == "paged_adamw_8bit" and train.device == "auto":
         from qswitch.plan.machine import describe_machine
 

@@ -157,7 +157,7 @@ def _first_plan(config: RunConfig, prepared: Prepared, budget: Budget, vram: str
     plan = plan_run(
         config,
         budget_bytes=budget.num_bytes,
-        machine=_machine(config, prepared, vram),
+        machine=machine_of(config, prepared, vram),
         longest_prompt_tokens=_longest_prompt(config, prepared),
         processes=processes.count,
     )
@@ -173,7 +173,7 @@ def _plan_as_it_is(run_dir: RunDir, prepared: Prepared, budget: Budget, vram: st
     plan = plan_run(
         run_dir.config if sizes is None else sizes.write_into(run_dir.config),
         budget_bytes=budget.num_bytes,
-        machine=_machine(run_dir.config, prepared, vram),
+        machine=machine_of(run_dir.config, prepared, vram),
         longest_prompt_tokens=_longest_prompt(run_dir.config, prepared),
         keep_sizes=True,
         processes=processes.count,
@@ -239,7 +239,7 @@ def _with_own_tokenizer(config: RunConfig) -> RunConfig:
     return with_own_tokenizer(config)
 
 
-def _machine(config: RunConfig, prepared: Prepared, vram: str | None) -> Machine:
+def machine_of(config: RunConfig, prepared: Prepared, vram: str | None) -> Machine:
     """What the run computes on, as torch says; the budget was read from the same device, or named.
 
     Raises:

@@ -15,7 +15,7 @@ from qswitch.distill.processes import Processes, joined
 from qswitch.errors import ConfigError, Interrupted, RunDirError
 from qswitch.launch import launched
 from qswitch.layers import build_config, reopened
-from qswitch.plan.machine import Budget, describe_machine
+from qswitch.plan.machine import Budget, Machine, describe_machine
 from qswitch.plan.teacher_alone import TeachingPlan, plan_teaching
 from qswitch.plan.vocabulary import with_tokenizer
 from qswitch.preflight import check_settings, settings_problems
@@ -23,6 +23,7 @@ from qswitch.rules import why_teacher_is_asked
 from qswitch.run import (
     free_path,
     locked_by_first,
+    machine_of,
     read_inputs,
     require_folder,
     require_same,
@@ -47,7 +48,8 @@ def rehearse(config: RunConfig, *, vram: str | None = None, spread: bool = False
     _require_teachable(config)
     check_settings(config, elsewhere=vram is not None)
     with joined() as processes:
-        return _plan(config, smallest_budget(config, vram, processes), vram, None, spread)
+        budget = smallest_budget(config, vram, processes)
+        return _plan(config, budget, _machine_before(config, budget, vram), None, spread)
 
 
 def teach(config: RunConfig, path: Path, *, vram: str | None = None, spread: bool = False) -> About:
@@ -96,13 +98,13 @@ def _work(
 
     if not any(processes.gather(bool(problems))):
         with suppress(ConfigError):  # a shape that is not known; the preflight says it with all else that is wrong
-            processes.from_first(lambda: _plan(config, budget, vram, None, spread))
+            processes.from_first(lambda: _plan(config, budget, _machine_before(config, budget, vram), None, spread))
         processes.in_turn(lambda: _require_teachable(with_own_tokenizer(config)))
     prepared = processes.in_turn(lambda: read_inputs(config, problems, processes))
     num_prompts = prepared.prompts.report.training_prompts
     config = with_steps(config, num_prompts)
     require_same(config, prepared, processes)
-    plan = processes.from_first(lambda: _plan(config, budget, vram, num_prompts, spread))
+    plan = processes.from_first(lambda: _plan(config, budget, machine_of(config, prepared, vram), num_prompts, spread))
 
     from qswitch.distill.teaching import write_store
 
@@ -123,8 +125,12 @@ def _work(
         raise
 
 
-def _plan(config: RunConfig, budget: Budget, vram: str | None, num_prompts: int | None, spread: bool) -> TeachingPlan:
-    machine = describe_machine(config.train, budget.device if vram is not None else None, budget.gpu)
+def _machine_before(config: RunConfig, budget: Budget, vram: str | None) -> Machine:
+    """What nvidia-smi and the budget say, before torch is asked."""
+    return describe_machine(config.train, budget.device if vram is not None else None, budget.gpu)
+
+
+def _plan(config: RunConfig, budget: Budget, machine: Machine, num_prompts: int | None, spread: bool) -> TeachingPlan:
     return plan_teaching(config, budget, machine, num_prompts=num_prompts, spread=spread, processes=launched().count)
 
 

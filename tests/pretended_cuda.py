@@ -430,6 +430,8 @@ def _patch_cuda(patch: pytest.MonkeyPatch, seen: Pretended, cards: int, capabili
 
     patch.setattr(torch.cuda, "set_per_process_memory_fraction", set_per_process_memory_fraction)
     patch.setattr(torch.cuda, "synchronize", lambda device=None: seen.land())
+    made_generator = torch.Generator
+    patch.setattr(torch, "Generator", lambda device="cpu": made_generator())
     patch.setattr(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state())
     for name in ("_exchange_device", "_maybe_exchange_device"):  # of torch.cuda.device, which stays as it is
         patch.setattr(torch.cuda, name, lambda _: 0)

@@ -180,8 +180,10 @@ def test_a_gpu_that_torch_alone_sees_needs_a_named_budget(folders, tmp_path, mon
 
     monkeypatch.setattr("qswitch.models.runtime.make_runtime", on_a_gpu)
     config = settings(folders, train__device="auto")
-    with pytest.raises(ConfigError, match=r"nvidia-smi does not answer.*--vram 12GiB"):
-        distill(config, tmp_path / "run")
+    alone = settings(folders, train__device="auto", rollout__policy="teacher", loss__divergence="forward_kl")
+    for start, asked in ((distill, config), (teach, alone)):
+        with pytest.raises(ConfigError, match=r"nvidia-smi does not answer.*--vram 12GiB"):
+            start(asked, tmp_path / "run")
     with pytest.raises(PlanError, match=r"the budget is 0\.10"):  # planned for the GPU, context and all
         distill(config, tmp_path / "run", vram="0.1GiB")
     assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ import torch
 from qswitch.config import TrainSection
 from qswitch.errors import ModelError
 from qswitch.launch import launched
-from qswitch.plan.machine import detected_gpu, gpu_dtype, has_native_bf16_cpu
+from qswitch.plan.machine import detected_gpu, failed_driver, gpu_dtype, has_native_bf16_cpu
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -58,10 +58,12 @@ def make_runtime(train: TrainSection) -> Runtime:
 
 
 def unusable_gpu() -> str | None:
-    """Why torch cannot use the GPU that nvidia-smi shows, and the remedy; None where it can, or none is shown."""
-    shown = None if torch.cuda.is_available() else detected_gpu()
-    if shown is None:
+    """Why torch cannot use the GPU that nvidia-smi shows, or would if it did not fail, and the remedy; else None."""
+    if torch.cuda.is_available():
         return None
+    shown = detected_gpu()
+    if shown is None:
+        return failed_driver()
     if torch.version.cuda is None:
         return f"nvidia-smi shows {shown}, but torch {torch.__version__} is built without CUDA. Install a CUDA build."
     try:

@@ -21,6 +21,9 @@ from qswitch.units import GIB
 
 Device = Literal["cuda", "cpu"]
 
+# nvidia-smi counts cards by their slot, CUDA the fastest first unless it is told: "GPU 0" is to be one card.
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
 DRIVER_RESERVE_BYTES = 400 * 2**20
 """Of a card's nominal memory, what no program gets: the driver's reserve (nvidia-smi -q calls it "Reserved"; 200 to 400
 MiB on 12 to 24 GiB cards) and a text console. A desktop on the same card takes up to 1 GiB more. An allowance, not
@@ -231,10 +234,9 @@ def _detect_gpu(index: int | None = None, *, is_fresh: bool = True) -> _Detected
     A slice (MIG) is named by a UUID of its own, or by the index of a card that is cut, whose first slice CUDA takes
     then. nvidia-smi asks cards only: a slice's name and capability are those of the card that its UUID names, in the
     form of drivers before 470, or else of the first card.
-    CUDA orders by speed where CUDA_DEVICE_ORDER does not say PCI_BUS_ID, nvidia-smi by bus: on a machine with unlike
-    cards an index may mean another one, so the name stands in the label.
+    Both count by the bus here, unless CUDA_DEVICE_ORDER was set otherwise; the name stands in the label.
     """
-    program = shutil.which("nvidia-smi")
+    program = _nvidia_smi()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     index = launched().local_rank if index is None else index
     first: str | None = str(index) if index else None
@@ -265,14 +267,44 @@ def _detect_gpu(index: int | None = None, *, is_fresh: bool = True) -> _Detected
                 (int(known[1]), int(known[2])) if known else None,
             )
             return _seen_gpus[program, first]
-        except (OSError, subprocess.SubprocessError, ValueError, LookupError):
-            continue
+        except subprocess.CalledProcessError as error:
+            said_last = f"{error.stdout}{error.stderr}".strip().partition("\n")[0].rstrip(". ")
+            _failed[program] = None if error.returncode == NO_DEVICES else f"exit code {error.returncode}: {said_last}"
+        except subprocess.TimeoutExpired as error:
+            _failed[program] = f"no answer in {error.timeout:.0f} s"
+        except (OSError, ValueError, LookupError):
+            _failed[program] = None
     return None
+
+
+NO_DEVICES = 6
+"""Exit code of nvidia-smi where there is no such GPU, or none."""
+_failed: dict[str, str | None] = {}
+"""How an nvidia-smi, by its path, failed when it was asked last."""
+
+
+def failed_driver() -> str | None:
+    """That nvidia-smi is there and fails, so that nobody can tell whether there is a GPU; None where it answers."""
+    program = _nvidia_smi()
+    if program is None or _detect_gpu(is_fresh=False) is not None or _failed.get(program) is None:
+        return None
+    return (
+        f"nvidia-smi fails ({_failed[program]}), so a GPU that may be here cannot be used. After an update of the "
+        "driver restart the machine."
+    )
+
+
+def _nvidia_smi() -> str | None:
+    """Its path; under WSL2 it lies where a login shell alone looks."""
+    return shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=str(WSL_PROGRAMS))
+
+
+WSL_PROGRAMS = Path("/usr/lib/wsl/lib")
 
 
 def detected_gpu() -> str | None:
     """The GPU that nvidia-smi shows and CUDA_VISIBLE_DEVICES leaves, with its driver's version; None without one."""
-    gpu, program = _detect_gpu(), shutil.which("nvidia-smi")
+    gpu, program = _detect_gpu(), _nvidia_smi()
     if gpu is None or program is None:
         return None
     query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from qswitch import doctor
 from qswitch.config import TrainSection
 from qswitch.errors import ModelError
+from qswitch.layers import build_config
 from qswitch.models.runtime import make_runtime, unusable_gpu
+from qswitch.preflight import settings_problems
 
 NVIDIA_SMI = """#!/bin/sh
 case "$*" in
@@ -63,3 +66,22 @@ def test_the_doctor_says_it(shown_gpu, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     line = next(line for line in doctor.render(doctor.examine()).splitlines() if line.startswith("device"))
     assert "cpu" in line and "nvidia-smi shows the first GPU, NVIDIA GeForce RTX 3060" in line
+
+
+def test_a_driver_that_fails_is_said_and_nothing_begins_on_the_cpu(tmp_path, monkeypatch):
+    """As after an update of the driver, until the machine is restarted."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'; exit 18\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = r"nvidia-smi fails \(exit code 18: Failed to initialize NVML: Driver/library version mismatch\).* restart"
+    with pytest.raises(ModelError, match=f"{said}.*train.device=cpu"):
+        make_runtime(TrainSection())
+    assert make_runtime(TrainSection(device="cpu")).device.type == "cpu"
+    config = build_config({"teacher": {"model": "a"}, "student": {"model": "b"}, "data": {"train": "c.jsonl"}})
+    assert any(re.search(said, problem) for problem in settings_problems(config))
+    assert not any("nvidia-smi" in problem for problem in settings_problems(config, elsewhere=True))
+    program.write_text("#!/bin/sh\necho 'No devices were found'; exit 6\n")
+    assert make_runtime(TrainSection()).device.type == "cpu", "there is a driver, and no card"

@@ -340,6 +340,12 @@ def test_the_budget_is_found_on_gpu_and_host(monkeypatch, tmp_path):
     assert "meminfo" in detect_budget_bytes("cpu")[1] or "cgroup" in detect_budget_bytes("cpu")[1]
     program.write_text("#!/bin/sh\necho 'driver failed'; exit 9\n")
     assert "nvidia-smi" not in detect_budget_bytes()[1]
+    program.unlink()
+    monkeypatch.setattr(machine, "WSL_PROGRAMS", tmp_path / "wsl")
+    (tmp_path / "wsl").mkdir()
+    (tmp_path / "wsl" / "nvidia-smi").write_text("#!/bin/sh\necho 8192, NVIDIA GeForce RTX 4060, 8.9\n")
+    (tmp_path / "wsl" / "nvidia-smi").chmod(0o755)
+    assert "RTX 4060" in detect_budget_bytes()[1], "under WSL2 without a login shell"
 
 
 FAKE_NVIDIA_SMI = """#!/bin/sh
