@@ -173,7 +173,8 @@ def _settle(partial: Path, file_mode: int) -> None:
     """Permissions as the umask gives them to any new file, and every byte on the disk."""
     for path in [*partial.rglob("*"), partial] if partial.is_dir() else [partial]:
         if path.is_file():
-            path.chmod(file_mode)
+            with contextlib.suppress(PermissionError):  # a folder of Windows under WSL2 keeps no mode
+                path.chmod(file_mode)
         _flush(path)
 
 

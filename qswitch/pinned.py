@@ -27,7 +27,7 @@ def host_buffer(shape: Sequence[int], dtype: torch.dtype, *, pinned: bool) -> to
                 _said.add(reason)
                 logger.warning(
                     "host memory cannot be pinned (%s), so copies to and from the GPU are slower: raise the limit on "
-                    "locked memory (ulimit -l), or free host memory",
+                    "locked memory (ulimit -l; under WSL2 memory= in .wslconfig), or free host memory",
                     reason,
                 )
     return torch.empty(tuple(shape), dtype=dtype)

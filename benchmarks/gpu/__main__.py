@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -74,7 +76,7 @@ def run_apart(args: argparse.Namespace, stage: int) -> dict[str, str]:
         command = [sys.executable, "-m", "benchmarks.gpu", "--here", "--stage", str(stage), "--device", args.device,
                    "--output", str(args.output), "--models", str(args.models), "--limit", str(left)]  # fmt: skip
         try:
-            code = subprocess.run(command + ["--tiny"] * args.tiny, timeout=left + GRACE_S).returncode
+            code = run_group(command + ["--tiny"] * args.tiny, left + GRACE_S)
             ended = f"exit code {code}"
         except subprocess.TimeoutExpired:
             code, ended = None, f"it ran {GRACE_S:.0f} s beyond the stage's time"
@@ -88,7 +90,23 @@ def run_apart(args: argparse.Namespace, stage: int) -> dict[str, str]:
     return {name: found["error"] for name, found in values["measured"].items() if "error" in found}
 
 
+def run_group(command: list[str], timeout_s: float) -> int:
+    """The exit code of a program; one that takes too long is ended with all that it has started.
+
+    Raises:
+        subprocess.TimeoutExpired: it was ended.
+    """
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return process.wait(timeout_s)
+    except BaseException:  # also Ctrl-C, which a group of its own does not hear
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+
+
 def main() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is asked for, and without a network the question can hang
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=stages, default=FIRST_HOUR, help="such as 0, 0-3 or 2,5; by default 0-6")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")

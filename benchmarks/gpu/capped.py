@@ -31,6 +31,8 @@ def capped(context: Context, report: Report, gib: int) -> dict[str, Any]:
         "data.num_validation=4",
         "train.max_steps=1",
         "train.warmup_steps=0",
+        "train.gradient_accumulation_steps=2",  # half of the responses, and the same peaks
+        "train.eval_own_prompts=0",
         f"train.device={context.device.type}",
     ]
     if context.tiny:

@@ -281,18 +281,18 @@ def uploads(context: Context) -> dict[str, Any]:
 def memory_cap(context: Context) -> dict[str, Any]:
     """An allocation beyond the budget fails, and one within it does not."""
     context.needs_gpu()
-    total = torch.cuda.get_device_properties(context.device).total_memory
-    budget = min(2 * GIB, total // 2)
+    room = min(2 * GIB, torch.cuda.get_device_properties(context.device).total_memory // 4)
+    budget = CUDA_CONTEXT_BYTES + torch.cuda.memory_reserved(context.device) + room
     limit_device_memory(context.device, budget, CUDA_CONTEXT_BYTES)
     try:
-        torch.empty(budget // 2, dtype=torch.uint8, device=context.device)
+        torch.empty(room // 2, dtype=torch.uint8, device=context.device)
         try:
-            torch.empty(budget, dtype=torch.uint8, device=context.device)
+            torch.empty(2 * room, dtype=torch.uint8, device=context.device)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             return {"budget_gib": budget / GIB, "beyond": str(error)[:300]}
-        raise AssertionError(f"{budget / GIB:.1f} GiB were allocated beside a context, within a budget as large")
+        raise AssertionError(f"{2 * room / GIB:.1f} GiB were allocated where {room / GIB:.1f} were left")
     finally:
         release_memory(context.device)
         torch.cuda.set_per_process_memory_fraction(1.0, context.device)

@@ -68,7 +68,7 @@ def timed(
     read = 16 if context.tiny else 256
     config = pair_config(context)
     model, shape = pair[0 if precision else 1], model_shapes(config)[0 if precision else 1]
-    machine = describe_machine(config.train, context.device.type)
+    machine = describe_machine(config.train)
     kv_bytes = kv_buffer_bytes(shape, rows, read + tokens, machine.compute_bytes)
     planned = cost.pass_seconds(shape, precision or "bf16", rows * tokens, kv_bytes, machine)
     with inference(model):

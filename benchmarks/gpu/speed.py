@@ -113,6 +113,8 @@ def steps(context: Context, report: Report) -> dict[str, Any]:
     ]  # fmt: skip
     if context.tiny:
         command += ["--sequences", "2", "--micro-batch", "2", "--batch", "2", "--new-tokens", "6", "--reuse", "1"]
+    else:
+        command += ["--reuse", "1,4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=max(report.seconds_left, 60))
     if done.returncode:
         raise RuntimeError(f"benchmarks.step ended with {done.returncode}: {done.stderr[-1500:]}")

@@ -214,7 +214,8 @@ class BatchRows:
 
 
 def limit_device_memory(device: torch.device, budget_bytes: int, context_bytes: int) -> None:
-    """Keep the process within a budget below the card's memory: beyond it, allocations fail as on a smaller card."""
+    """Keep the process within a budget, or the card: beyond it allocations fail as on a smaller card, also where the
+    driver would lend system memory instead, as under WSL2."""
     total = torch.cuda.get_device_properties(device).total_memory
-    if budget_bytes < total:
-        torch.cuda.set_per_process_memory_fraction(max(0.0, budget_bytes - context_bytes) / total, device)
+    allowed = max(0, min(budget_bytes, total) - context_bytes)
+    torch.cuda.set_per_process_memory_fraction(allowed / total, device)

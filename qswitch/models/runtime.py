@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from textwrap import shorten
 
 import torch
 
@@ -10,6 +11,9 @@ from qswitch.config import TrainSection
 from qswitch.errors import ModelError
 from qswitch.launch import launched
 from qswitch.plan.machine import detected_gpu, failed_driver, gpu_dtype, has_native_bf16_cpu
+
+DRIVERS = {"12": 525, "13": 580}
+"""Major version of CUDA -> the oldest branch of the Linux driver that runs it (NVIDIA's compatibility table)."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -70,10 +74,13 @@ def unusable_gpu() -> str | None:
         torch.cuda.init()
         reason = "it finds no device"
     except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200].rstrip(". ")
+        reason = shorten(str(error), 200, placeholder="").rstrip(". ")
+    needed = DRIVERS.get(torch.version.cuda.partition(".")[0])
+    update = f"CUDA {torch.version.cuda} needs driver {needed} or later: update it" if needed else "Update the driver"
     return (
         f"nvidia-smi shows {shown}, but torch {torch.__version__} for CUDA {torch.version.cuda} cannot use it: "
-        f"{reason}. Update the driver, or install a torch built for an older CUDA."
+        f"{reason}. {update}, or install a torch for an older CUDA: pip install --force-reinstall --index-url "
+        "https://download.pytorch.org/whl/cu126 torch"
     )
 
 

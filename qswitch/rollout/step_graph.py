@@ -13,6 +13,7 @@ Letters: `R` rows, `n` tokens of a pass, `C` slots that a recorded pass reads, `
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,7 +89,9 @@ class CudaRecorder:
 @contextmanager
 def _waits_are_errors() -> Iterator[None]:
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Ss]ynchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

@@ -43,7 +43,10 @@ def test_a_card_that_torch_cannot_use_is_refused_with_driver_and_build(shown_gpu
     assert "is built without CUDA. Install a CUDA build" in str(unusable_gpu())
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError("the driver is too old\nmore")))
-    assert "for CUDA 13.0 cannot use it: the driver is too old more. Update the driver" in str(unusable_gpu())
+    said = str(unusable_gpu())
+    assert "for CUDA 13.0 cannot use it: the driver is too old more. CUDA 13.0 needs driver 580 or later" in said
+    monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError("a word " * 100)))
+    assert re.search(r"(a word )+(a|a word)\. CUDA 13.0 needs", str(unusable_gpu())), "cut between words"
 
 
 def test_the_cpu_is_used_where_it_is_asked_for(shown_gpu, monkeypatch):
