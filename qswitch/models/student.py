@@ -122,7 +122,9 @@ def attach_lora(hf: Any, lora: LoraSection, *, seed: int, dtype: torch.dtype = t
         names = linear_suffixes(hf, excluded=set(head_names))
         options["target_modules"] = sorted(names - set(names_of_experts(hf, names)))
     kinds = _module_kinds(hf)
-    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    # A card that torch cannot use (a driver too old for it) is counted all the same, and has no random state to keep.
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [torch.device("cuda", i) for i in range(usable)]
     try:
         with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of names that transformers is about to rename

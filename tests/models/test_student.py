@@ -121,6 +121,21 @@ def test_the_seed_alone_decides_how_adapters_start(tmp_path):
     torch.set_rng_state(before)
 
 
+def test_a_card_that_torch_cannot_use_leaves_a_student_on_the_cpu_alone(tmp_path, monkeypatch):
+    """Before CUDA begins torch counts the cards that the driver shows, also where the driver is too old for it."""
+    folder = save_tiny(tmp_path / "m")
+    expected = trainable_state(load_student(config_for(folder), FP32))
+
+    def too_old(*_):
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12040).")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", too_old)
+    found = trainable_state(load_student(config_for(folder), FP32))
+    assert found and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 LORAS = [
     {},
     {"use_dora": True, "r": 4},
