@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import check_cuda_p2p_ib_support
 from transformers import get_scheduler
 
 from qswitch.config import RunConfig, TrainSection
@@ -25,6 +27,11 @@ def make_accelerator(config: RunConfig, run_dir: RunDir, student: LanguageModel)
     report_to = list(config.train.report_to)
     # accelerate holds one precision for the life of a process, but a process may do runs of several, one by one.
     AcceleratorState._reset_state()
+    if student.device.type == "cuda" and not check_cuda_p2p_ib_support():
+        # Several RTX 40 cards and an old driver: the Accelerator refuses without these, also where one process uses one
+        # card. `accelerate launch` sets the same; only NCCL reads them, which starts later.
+        for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+            os.environ.setdefault(name, "1")
     accelerator = Accelerator(
         cpu=student.device.type == "cpu",
         mixed_precision="no",  # the learner's passes choose their arithmetic themselves; on a CPU it refuses fp16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,6 +139,38 @@ def test_a_run_with_the_8_bit_optimizer_resumes_and_undoes_a_failed_attempt(fold
     events = [e for m in run_dir.read_metrics() for e in m.get("out_of_memory", [])]
     assert [event["stage"] for event in events] == ["loss"]
     assert adapter_bytes(tmp_path / "halves") == adapter_bytes(tmp_path / "whole")
+
+
+NO_P2P = ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE")
+
+
+@pytest.mark.parametrize(
+    ("cards", "driver", "given", "expected"),
+    [
+        (("RTX 4090", "RTX 4090"), "535.183.01", None, "1"),
+        (("RTX 4090", "RTX 4090"), "535.183.01", "0", "0"),
+        (("RTX 4090", "RTX 4090"), "550.90.07", None, None),
+        (("RTX 4090",), "535.183.01", None, None),
+        (("RTX 3090", "RTX 3090"), "535.183.01", None, None),
+    ],
+)
+def test_two_rtx_40_cards_with_an_old_driver_are_used(tmp_path: Path, monkeypatch, cards, driver, given, expected):
+    """accelerate asks nvidia-smi for the cards, also where this process uses one, and refuses these."""
+    script = tmp_path / "nvidia-smi"
+    names = "\n".join(f"{len(cards)}, NVIDIA GeForce {card}" for card in cards)
+    script.write_text(f"#!/bin/sh\ncase $1 in *driver*) echo {driver};; *) echo '{names}';; esac\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in NO_P2P:
+        monkeypatch.setenv(name, given or "")  # so that it is as before after the test
+        if given is None:
+            monkeypatch.delenv(name)
+    config = build_config({"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "x.jsonl"}})
+    with pretended_cuda():
+        student = SimpleNamespace(device=torch.device("cuda", 0), compute_dtype=torch.float32)
+        accelerator = make_accelerator(config, RunDir.create(tmp_path / "run", config), student)
+        assert accelerator.device.type == "cuda"
+    assert [os.environ.get(name) for name in NO_P2P] == [expected, expected]
 
 
 def test_a_tracker_gets_every_setting_by_its_dotted_name(tmp_path: Path):
