@@ -84,9 +84,7 @@ def load_teacher(
     hf = load_base(teacher, runtime, teacher.precision, spread=spread, gpus=gpus, layers=layers)
     if teacher.adapter is not None:
         folder = find_adapter(teacher.adapter, "teacher.adapter")
-        hf = with_adapter(
-            hf, folder, merge=teacher.precision not in (*QUANTISED, "stored"), dtype=runtime.compute_dtype
-        )
+        hf = with_adapter(hf, folder, merge=teacher.precision not in (*QUANTISED, "stored"), runtime=runtime)
     model = LanguageModel(hf, vocab_size=vocab_size, compute_dtype=runtime.compute_dtype)
     model.requires_grad_(False)
     model.eval()
@@ -94,8 +92,8 @@ def load_teacher(
     return model
 
 
-def with_adapter(hf: Any, folder: Path, *, merge: bool, dtype: torch.dtype) -> Any:
-    """The model with a trained PEFT adapter: merged into its weights, or attached beside them in `dtype`.
+def with_adapter(hf: Any, folder: Path, *, merge: bool, runtime: Runtime) -> Any:
+    """The model with a trained PEFT adapter: merged into its weights, or attached beside them in the compute dtype.
 
     Quantised weights keep the adapter beside them: merging would round it away (peft issues 1043, 2321).
 
@@ -108,7 +106,13 @@ def with_adapter(hf: Any, folder: Path, *, merge: bool, dtype: torch.dtype) -> A
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of names that transformers is about to rename
             warnings.filterwarnings("error", message=".*missing adapter keys")  # peft only warns of a bad fit
-            wrapped = peft.PeftModel.from_pretrained(hf, str(folder), is_trainable=False, autocast_adapter_dtype=False)
+            wrapped = peft.PeftModel.from_pretrained(
+                hf,
+                str(folder),
+                is_trainable=False,
+                autocast_adapter_dtype=False,
+                torch_device=str(runtime.device),  # peft's own guess is the first GPU, also of a run on the CPU
+            )
     except (OSError, ValueError, KeyError, RuntimeError, UserWarning) as error:
         raise ModelError(
             f"teacher.adapter={folder} does not fit {type(hf).__name__}: {first_line(error)} Use the adapter that was "
@@ -120,7 +124,7 @@ def with_adapter(hf: Any, folder: Path, *, merge: bool, dtype: torch.dtype) -> A
         return wrapped.merge_and_unload(safe_merge=True)
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name and parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(runtime.compute_dtype)
     return wrapped
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 
@@ -61,6 +62,24 @@ def test_the_teacher_with_its_adapter_is_what_plain_peft_makes_of_it(folders, tu
     plain = load_teacher(settings(folders).teacher, make_runtime(config.train))
     assert (logits(plain) - expected).abs().max() > 0.05
     assert not any(p.requires_grad for p in merged.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "nf4"])
+def test_an_adapter_is_read_to_the_device_of_the_run(folders, tuned, precision, monkeypatch):
+    """And not to a GPU that is there and not used, which peft would take by itself."""
+    config = settings(folders, teacher__precision=precision, teacher__adapter=str(tuned["teacher"]))
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: "cuda")
+    monkeypatch.setattr("peft.utils.save_and_load.infer_device", lambda: "cuda")
+    read_to = []
+    original = peft.peft_model.load_peft_weights
+
+    def noted(*args, device=None, **options):
+        read_to.append(device)
+        return original(*args, device="cpu", **options)
+
+    monkeypatch.setattr("peft.peft_model.load_peft_weights", noted)
+    load_teacher(config.teacher, make_runtime(config.train))
+    assert read_to == ["cpu"]
 
 
 def test_beside_quantised_weights_the_adapter_stays_apart_and_is_planned(folders, tuned):
