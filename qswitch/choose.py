@@ -19,11 +19,17 @@ from qswitch.config import DataSection, RunConfig, StudentSection, TeacherSectio
 from qswitch.data.sources import reference_path
 from qswitch.errors import ConfigError
 from qswitch.layers import Layer, build_config, by_section, flatten
-from qswitch.plan.machine import describe_machine, find_budget
+from qswitch.plan.machine import Machine, describe_machine, find_budget
 from qswitch.plan.model_files import shape_for
 from qswitch.plan.scheduler import plan_run, with_choices
 from qswitch.plan.shapes import ModelShape
-from qswitch.plan.stored import GPU_ONLY
+from qswitch.plan.stored import (
+    FP16_ONLY,
+    UNPACKED_BY_TRANSFORMERS,
+    StoredQuantisation,
+    missing_packages,
+    unfit_device,
+)
 from qswitch.plan.vocabulary import with_tokenizer
 from qswitch.presets import load_run_config, preset_names
 from qswitch.units import GIB
@@ -100,7 +106,7 @@ def choose(own: Layer, *, vram: str | None = None, gpu: str | None = None) -> Ch
         *_of_the_data(asked, teacher, student),
         *_of_the_student(student, asked.train),
     ]
-    found.append(_teacher_precision(build_config(shapes, _layer(found), own), vram=vram, gpu=gpu))
+    found += _teacher_precision(build_config(shapes, _layer(found), own), vram=vram, gpu=gpu)
     config = build_config(shapes, _layer(found), own)
     read = reader(config)
     choices = tuple(choice for choice in found if choice.setting not in said and read(choice.setting) == choice.value)
@@ -224,26 +230,44 @@ def _rounded(num_tokens: int) -> int:
     return max(64, min(1024, -(-num_tokens // 64) * 64))
 
 
-def _teacher_precision(config: RunConfig, *, vram: str | None, gpu: str | None) -> Choice:
-    """bf16 where it fits without giving up anything, else 4-bit, which a CPU reads in few shapes and slowly."""
+def _teacher_precision(config: RunConfig, *, vram: str | None, gpu: str | None) -> Iterator[Choice]:
+    """bf16 where it fits without giving up anything, else 4-bit, which a CPU reads in few shapes and slowly; of weights
+    that are stored quantised, theirs."""
     setting = "teacher.precision"
     if not config.learns_from_teacher:
-        return Choice(setting, "bf16", "the method loads no teacher")
+        yield Choice(setting, "bf16", "the method loads no teacher")
+        return
     stored = shape_for(config.teacher).stored
-    if stored is not None:
-        device = "cuda" if gpu or vram else describe_machine(config.train).device
-        if stored.method in GPU_ONLY and device != "cuda":
-            return Choice(setting, "bf16", f"its weights are stored in {stored.method}, which a CPU has to unpack")
-        return Choice(setting, stored.precision, f"its weights are stored quantised ({stored.method})")
     budget = find_budget(config.train, vram=vram, gpu=gpu, num_gpus=config.teacher.num_gpus)
+    if stored is not None:
+        here, there = describe_machine(config.train), describe_machine(config.train, budget.device, budget.gpu)
+        is_here = gpu is None and here.device == there.device  # --vram may leave room on the card that is here
+        yield from _as_stored(stored, here if is_here else there, is_here=is_here)
+        return
     exact = with_choices(config, {setting: "bf16"})
     plan = plan_run(exact, budget_bytes=budget.num_bytes, device=budget.device, gpu=budget.gpu)
     machine = describe_machine(config.train, budget.device, budget.gpu)
     asked = plan_run(exact, device=budget.device, gpu=budget.gpu)
     gib = f"{asked.total_gib:.1f} GiB with it in bf16, {budget.num_bytes / GIB:.1f} in the budget"
     if plan.fits and (machine.device == "cpu" or asked.total_bytes <= budget.num_bytes):
-        return Choice(setting, "bf16", f"the run takes {gib}")
-    return Choice(setting, "nf4", f"the run would take {gib}")
+        yield Choice(setting, "bf16", f"the run takes {gib}")
+    else:
+        yield Choice(setting, "nf4", f"the run would take {gib}")
+
+
+def _as_stored(stored: StoredQuantisation, machine: Machine, *, is_here: bool) -> Iterator[Choice]:
+    """As the files have them, with the arithmetic that takes; unpacked where the machine cannot compute with them.
+
+    Of a machine that is not here nobody knows the packages.
+    """
+    unfit = unfit_device(stored, machine.device, machine.capability) or (missing_packages(stored) if is_here else None)
+    if unfit is not None and stored.method in UNPACKED_BY_TRANSFORMERS:
+        yield Choice("teacher.precision", "bf16", f"it is stored in {stored.method} and unpacked: {unfit}")
+        return
+    because = f"its weights are stored quantised ({stored.method})"
+    yield Choice("teacher.precision", stored.precision, because)
+    if stored.method in FP16_ONLY and machine.device == "cuda" and machine.compute_dtype == "bf16":
+        yield Choice("train.compute_dtype", "fp16", f"on a GPU weights in {stored.method} are computed with in fp16")
 
 
 # ------------------------------------------------------------------------------------------------- what was not named

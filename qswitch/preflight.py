@@ -24,12 +24,12 @@ from qswitch.outside import user_path
 from qswitch.units import GIB
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from qswitch.data.gather import RunPrompts
     from qswitch.data.template import PromptEncoder
     from qswitch.models.pair import TokenizerPair
+    from qswitch.models.runtime import Runtime
     from qswitch.plan.shapes import ModelShape
 
 
@@ -97,7 +97,7 @@ def settings_problems(config: RunConfig, output_dir: Path | None = None, *, else
 def _shapes_and_context(config: RunConfig, elsewhere: bool) -> Iterator[str]:
     from qswitch.plan.machine import describe_machine
     from qswitch.plan.model_files import shape_for
-    from qswitch.plan.stored import problem_of
+    from qswitch.plan.stored import problem_of, unmovable
 
     tokens = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     for role, section in sections_to_load(config):
@@ -106,10 +106,21 @@ def _shapes_and_context(config: RunConfig, elsewhere: bool) -> Iterator[str]:
         except ConfigError as error:
             yield from error.problems
             continue
-        device = None if elsewhere else describe_machine(config.train).device
-        stored = problem_of(shape.stored, section.precision, device=device, trains=role == "student")
+        machine = describe_machine(config.train)
+        stored = problem_of(
+            shape.stored,
+            section.precision,
+            device=None if elsewhere else machine.device,
+            capability=machine.capability,
+            compute_dtype=machine.compute_dtype,
+            trains=role == "student",
+        )
         if stored is not None:
             yield f"{role}.model: {_name(section)}: {stored}."
+        if role == "teacher" and config.teacher.residency == "swap":
+            fixed = unmovable(shape.stored, section.precision)
+            if fixed is not None:
+                yield fixed
         if shape.max_positions and tokens > shape.max_positions:
             yield (
                 f"{role}.model {_name(section)} has a context of {shape.max_positions} tokens, but "
@@ -323,7 +334,7 @@ def prepare(
             return None
 
     runtime = attempt(make_runtime, config.train)
-    unreadable = _unreadable_models(config, known, None if runtime is None else runtime.device)
+    unreadable = _unreadable_models(config, known, runtime)
     problems += unreadable
     pair = encoder = None
     if not unreadable and not any(_names_model(p, role) for p in known for role in ("teacher", "student")):
@@ -369,7 +380,7 @@ def _corpus(config: RunConfig, pair: TokenizerPair) -> Tensor:
     return tokens
 
 
-def _unreadable_models(config: RunConfig, known: Sequence[str], device: torch.device | None) -> list[str]:
+def _unreadable_models(config: RunConfig, known: Sequence[str], runtime: Runtime | None) -> list[str]:
     """Models that are not there, gated, or of no use, by role; reads config.json and the weight files' headers.
 
     Those of which a `known` problem says so already are passed over.
@@ -396,8 +407,8 @@ def _unreadable_models(config: RunConfig, known: Sequence[str], device: torch.de
             if reason is not None:
                 raise ModelError(f"{resolved.name} ({found.model_type}) cannot be distilled here: {reason}")
             if role in loaded:
-                if device is not None:
-                    check_stored(found, resolved.name, section.precision, device)
+                if runtime is not None:
+                    check_stored(found, resolved.name, section.precision, runtime)
                 check_weight_files(resolved)
             _refuse_another_shape(section.shape, found, resolved.name)
         except ModelError as error:

@@ -239,7 +239,7 @@ def read_model(
         options["device_map"] = device_map(meta, gpus, layers)
     narrow = torch.float16 if runtime.compute_dtype == torch.float16 else torch.bfloat16
     load_dtype = {"bf16": narrow, "fp32": torch.float32}.get(precision, runtime.compute_dtype)
-    stored = check_stored(config, resolved.name, precision, runtime.device)
+    stored = check_stored(config, resolved.name, precision, runtime)
     if stored is not None and precision == "bf16":
         config.quantization_config = {**_as_mapping(config.quantization_config), "dequantize": True}
         options["config"] = config

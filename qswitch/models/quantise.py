@@ -11,8 +11,8 @@ from torch import nn
 from qswitch.errors import ModelError
 from qswitch.models.messages import first_line, quiet, say_once
 from qswitch.models.references import ResolvedModel
-from qswitch.models.runtime import Runtime
-from qswitch.plan.stored import GPU_ONLY, StoredQuantisation, problem_of, stored_quantisation
+from qswitch.models.runtime import DTYPES, Runtime
+from qswitch.plan.stored import PACKAGES, StoredQuantisation, problem_of, stored_quantisation
 
 QUANTISED = ("nf4", "fp4", "int8")
 """Precisions that bitsandbytes makes; fp4 is for comparing with nf4 (`qswitch fidelity`), no setting offers it."""
@@ -38,32 +38,36 @@ def keep_from_repacking(model: nn.Module, *, trains: bool, compute_dtype: torch.
             module.support_avx512bf16_for_cpu = False
 
 
-def check_stored(config: Any, name: str, precision: str, device: torch.device) -> StoredQuantisation | None:
+def check_stored(config: Any, name: str, precision: str, runtime: Runtime) -> StoredQuantisation | None:
     """How the files themselves are quantised, seen to be readable in `precision`; None where they are not.
 
     Decided by the configuration: by our own table, then by what transformers says of this machine.
 
     Raises:
-        ModelError: this precision is another one, a package is missing, or the device cannot compute with it.
+        ModelError: this precision is another one, a package is missing, or the device cannot compute with it, or not in
+            the run's arithmetic.
     """
     from transformers.quantizers import AutoHfQuantizer
+    from transformers.utils import is_kernels_available
 
+    device = runtime.device
     stored = stored_quantisation(config.to_dict())
-    problem = problem_of(stored, precision, device=device.type)
+    problem = problem_of(
+        stored,
+        precision,
+        device=device.type,
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        compute_dtype=next((name for name, dtype in DTYPES.items() if dtype == runtime.compute_dtype), None),
+    )
     if problem is None and stored is not None and precision == "stored":
-        needed = GPU_ONLY.get(stored.method)
-        if needed is not None and torch.cuda.get_device_capability(device) < needed:
-            problem = (
-                f"this GPU cannot compute with weights in {stored.method} (compute capability {needed[0]}.{needed[1]} "
-                "is needed). Set the precision to bf16, which unpacks them"
-            )
-        else:
-            try:
-                with quiet():
-                    quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
-                    quantizer.validate_environment(device_map={"": device})
-            except (ImportError, RuntimeError, ValueError) as error:
-                problem = f"transformers cannot read its weights ({stored.method}): {first_line(error).rstrip('.')}"
+        try:
+            if "kernels" in PACKAGES.get(stored.method, ()) and not is_kernels_available():
+                raise ImportError("the installed kernels is of another version: pip install 'transformers[kernels]'")
+            with quiet():
+                quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+                quantizer.validate_environment(device_map={"": device})
+        except (ImportError, RuntimeError, ValueError) as error:
+            problem = f"transformers cannot read its weights ({stored.method}): {first_line(error).rstrip('.')}"
     if problem is not None:
         raise ModelError(f"{name}: {problem}.")
     return stored

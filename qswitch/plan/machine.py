@@ -87,6 +87,8 @@ class Machine:
     """The arithmetic of both models."""
     gpu: Gpu = REFERENCE_GPU
     """Whose times are used, also for a CPU: only the order of candidates depends on it."""
+    capability: tuple[int, int] | None = None
+    """The card's CUDA compute capability, where the driver or the card's name says it."""
 
     @property
     def compute_bytes(self) -> int:
@@ -364,12 +366,13 @@ def describe_machine(
         wanted = "cuda" if here is not None else "cpu"
     card = gpu or (None if here is None else _card_called(here.label))
     dtype = train.compute_dtype
+    capability = (here and here.capability) or (card and card.capability) if wanted == "cuda" else None
     if dtype == "auto" and wanted == "cuda":
         # What neither the driver nor the card's name says is taken for the reference card's.
-        dtype = gpu_dtype((here and here.capability) or (card or REFERENCE_GPU).capability)
+        dtype = gpu_dtype(capability or REFERENCE_GPU.capability)
     elif dtype == "auto":
         dtype = "bf16" if has_native_bf16_cpu() else "fp32"
-    return Machine(wanted, dtype, card or REFERENCE_GPU)
+    return Machine(wanted, dtype, card or REFERENCE_GPU, capability)
 
 
 def _card_called(label: str) -> Gpu | None:

@@ -24,6 +24,7 @@ from qswitch.plan.machine import Gpu, Machine, describe_machine, find_budget
 from qswitch.plan.model_files import shape_for
 from qswitch.plan.run_plan import Plan, in_gib
 from qswitch.plan.shapes import ModelShape
+from qswitch.plan.stored import unmovable
 from qswitch.plan.vocabulary import with_tokenizer
 from qswitch.units import GIB
 
@@ -94,12 +95,15 @@ def plan_run(
         processes: share the sequences of a step; the budget is that of each.
 
     Raises:
-        ConfigError: the shape of a model is not known.
+        ConfigError: the shape of a model is not known, or the teacher cannot leave the device as it is asked to.
     """
     allowed = config.data
     if longest_prompt_tokens is not None and longest_prompt_tokens < allowed.max_prompt_tokens:
         config = with_choices(config, {"data.max_prompt_tokens": longest_prompt_tokens})
     teacher, student = model_shapes(config)
+    fixed = unmovable(teacher.stored, config.teacher.precision)
+    if fixed is not None and config.teacher.residency == "swap":
+        raise ConfigError(fixed)
     machine = machine or describe_machine(config.train, device, gpu)
     asked = measure(config, teacher, student, machine, processes)
     best, better, notes = asked, None, _notes(config, machine, teacher, student)
@@ -201,7 +205,7 @@ def _fastest_within(
         for config in configs:
             yield step_seconds(share_of(config, processes), teacher, student, machine), config
 
-    groups = [iter([asked.config]), *_candidates(asked.config, processes)]
+    groups = [iter([asked.config]), *_candidates(asked.config, teacher, processes)]
     best, best_seconds = None, 0.0
     larger: list[tuple[float, Plan]] = []
     for seconds, config in merge(*map(timed, groups), key=itemgetter(0)):
@@ -217,7 +221,7 @@ def _fastest_within(
     return best, _next_better(larger, best_seconds)
 
 
-def _candidates(config: RunConfig, processes: int = 1) -> Iterator[Iterator[RunConfig]]:
+def _candidates(config: RunConfig, teacher: ModelShape, processes: int = 1) -> Iterator[Iterator[RunConfig]]:
     """Every combination of sizes with the same effective batch: any number of rows, the rest at most as configured.
 
     Those of one group differ in what costs little time, and take longer from one to the next.
@@ -234,7 +238,8 @@ def _candidates(config: RunConfig, processes: int = 1) -> Iterator[Iterator[RunC
         for device_budget in sorted({config.cache.device_budget_gib, 0.0}, reverse=True)
     ]
     residencies = ["swap"] if config.teacher.residency == "swap" else ["resident", "swap"]
-    if config.passes_text or config.teacher.num_gpus > 1:  # it has left before the student comes, or lies elsewhere
+    # It has left before the student comes, lies elsewhere, or cannot leave.
+    if config.passes_text or config.teacher.num_gpus > 1 or unmovable(teacher.stored, config.teacher.precision):
         residencies = ["resident"]
     rows = _row_counts(share * config.rollout.steps_at_once)
     sizes = [n for n in range(1, micro + 1) if share % n == 0]

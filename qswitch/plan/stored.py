@@ -15,14 +15,24 @@ PACKAGES = {
     "compressed-tensors": ("compressed_tensors",),
     "torchao": ("torchao",),
     "bitsandbytes": ("bitsandbytes",),
+    "fp8": ("triton", "kernels"),
     "mxfp4": ("triton", "kernels"),
 }
-"""Method -> the modules with which transformers 5.23 reads its weights as they are; others are its own to judge."""
+"""Method -> the modules with which transformers 5.23 reads its weights as they are, or computes with them; others are
+its own to judge."""
+PIP_NAMES = {"compressed_tensors": "compressed-tensors", "kernels": "'transformers[kernels]'"}
+"""Module -> what pip is to install, where that is not its name; of kernels transformers takes some versions only."""
 UNPACKED_BY_TRANSFORMERS = ("fp8", "mxfp4")
 """Methods that `precision: bf16` turns into bf16 while the weights are read, on any device and without a package."""
 GPU_ONLY = {"fp8": (8, 9), "mxfp4": (7, 5)}
 """Method -> the CUDA compute capability from which its weights are computed with as they are; FP8's is an RTX 4060's
 or an H100's. Elsewhere transformers would unpack them in silence, into twice or four times the memory."""
+FP16_ONLY = ("awq",)
+"""Methods whose bf16 transformers turns into fp16 on a GPU, for its kernels have no bf16."""
+MOVABLE = ("bitsandbytes", "fp8")
+"""Methods all of whose weights models/residency.py finds: in parameters, buffers and bitsandbytes' own objects. MXFP4's
+experts lie in objects of triton_kernels; the kernels of GPTQ and AWQ may keep the address of a weight, and torchao's
+tensors hold others."""
 SCALE_BITS = 16
 WHOLE_BITS = 16
 
@@ -58,12 +68,18 @@ def stored_quantisation(values: Mapping[str, Any]) -> StoredQuantisation | None:
 
 
 def problem_of(
-    stored: StoredQuantisation | None, precision: str, *, device: str | None, trains: bool = False
+    stored: StoredQuantisation | None,
+    precision: str,
+    *,
+    device: str | None,
+    capability: tuple[int, int] | None = None,
+    compute_dtype: str | None = None,
+    trains: bool = False,
 ) -> str | None:
     """Why weights stored so cannot be read in `precision` on this machine, and what to do; None where they can.
 
-    `device` is cuda or cpu, None for a machine that is not this one. Which card it is, is not looked at here. A model
-    that `trains` has no setting to stay as it is stored.
+    `device` is cuda or cpu, None for a machine that is not this one. `capability` is the card's, and `compute_dtype`
+    the arithmetic of the run; None: not known. A model that `trains` has no setting to stay as it is stored.
     """
     if stored is None:
         return "its weights are not quantised. Set precision nf4 or bf16" if precision == "stored" else None
@@ -80,17 +96,57 @@ def problem_of(
         )
     if device is None:
         return None
-    if stored.method in GPU_ONLY and device != "cuda":
-        return f"only a GPU computes with weights in {stored.method}. Set the precision to bf16, which unpacks them"
-    missing = [name for name in PACKAGES.get(stored.method, ()) if importlib.util.find_spec(name) is None]
-    if missing:
-        names = " ".join(name.replace("_", "-") for name in missing)
+    unfit = unfit_device(stored, device, capability)
+    if unfit is not None:
+        return f"{unfit}. Set the precision to bf16, which unpacks them"
+    missing = missing_packages(stored)
+    if missing is not None:
         also = " Or set the precision to bf16, which unpacks them without it." if unpacks else ""
+        return f"{missing}. Or use the unquantised model, which qswitch quantises while reading.{also}".rstrip(".")
+    if stored.method in FP16_ONLY and device == "cuda" and compute_dtype == "bf16":
         return (
-            f"reading its weights ({stored.method}) needs {' and '.join(names.split())}, not installed here: "
-            f"pip install {names}. Or use the unquantised model, which qswitch quantises while reading.{also}"
-        ).rstrip(".")
+            f"on a GPU its weights ({stored.method}) are computed with in fp16, and this run computes in bf16. Set "
+            "train.compute_dtype=fp16"
+        )
     return None
+
+
+def unfit_device(stored: StoredQuantisation, device: str, capability: tuple[int, int] | None) -> str | None:
+    """Why a device cannot compute with weights as they are stored; None where it can, or its card is not known."""
+    needed = GPU_ONLY.get(stored.method)
+    if needed is None:
+        return None
+    if device != "cuda":
+        return f"only a GPU computes with weights in {stored.method}"
+    if capability is not None and capability < needed:
+        has, takes = (".".join(map(str, version)) for version in (capability, needed))
+        return (
+            f"computing with weights in {stored.method} takes a GPU of compute capability {takes}, and this has {has}"
+        )
+    return None
+
+
+def missing_packages(stored: StoredQuantisation) -> str | None:
+    """Which packages weights need as they are stored and this machine does not have, with the command; None: none."""
+    missing = [name for name in PACKAGES.get(stored.method, ()) if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    names = " and ".join(name.replace("_", "-") for name in missing)
+    return (
+        f"reading its weights ({stored.method}) needs {names}, not installed here: pip install "
+        f"{' '.join(PIP_NAMES.get(name, name) for name in missing)}"
+    )
+
+
+def unmovable(stored: StoredQuantisation | None, precision: str) -> str | None:
+    """Why a teacher cannot leave the device while the student trains, and what to do; None where it can."""
+    if stored is None or precision != "stored" or stored.method in MOVABLE:
+        return None
+    unpacked = ", or teacher.precision=bf16, which unpacks them" if stored.method in UNPACKED_BY_TRANSFORMERS else ""
+    return (
+        f"teacher.residency=swap cannot take weights in {stored.method} from the GPU and bring them back whole. Set "
+        f"teacher.residency=resident{unpacked}. The unquantised model can be swapped, also with teacher.precision=nf4."
+    )
 
 
 def _of_bitsandbytes(found: Mapping[str, Any]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,14 +16,16 @@ from qswitch.config import TeacherSection, TrainSection
 from qswitch.errors import ModelError, is_out_of_memory
 from qswitch.models import load, messages
 from qswitch.models.language_model import LanguageModel
-from qswitch.models.load import load_teacher, load_tokenizer, read_model
+from qswitch.models.load import load_teacher, load_tokenizer, read_config, read_model
 from qswitch.models.pair import _num_rows
+from qswitch.models.quantise import check_stored
 from qswitch.models.references import resolve_reference
 from qswitch.models.runtime import Runtime, make_runtime
 from qswitch.models.shrink import source_dtype
 from qswitch.plan.families import shape_from_config
 from qswitch.plan.machine import has_native_bf16_cpu
 from qswitch.rollout.kv_probe import verify_kv
+from tests.pretended_cuda import pretended_cuda
 from tests.tiny import ARCHITECTURES, VOCAB_SIZE, save_tiny, tiny_model, tiny_tokenizer
 
 FP32 = Runtime(device=torch.device("cpu"), compute_dtype=torch.float32)
@@ -177,6 +180,48 @@ def test_a_checkpoint_in_fp8_is_refused_where_it_cannot_be_read(tmp_path, precis
     fp8_folder(tmp_path)
     with pytest.raises(ModelError, match="bf16, which unpacks"):
         load_teacher(TeacherSection(model=str(tmp_path), precision=precision), FP32)
+
+
+@pytest.mark.parametrize(
+    ("quantised", "compute_dtype", "capability", "kernels", "said"),
+    [
+        (
+            {"quant_method": "awq", "bits": 4, "group_size": 128},
+            torch.bfloat16,
+            (8, 6),
+            True,
+            r"train\.compute_dtype=fp16",
+        ),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            torch.bfloat16,
+            (8, 6),
+            True,
+            "8.9, and this has 8.6",
+        ),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, torch.bfloat16, (8, 9), False, "of another version"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, torch.bfloat16, (8, 9), True, None),
+        ({"quant_method": "mxfp4"}, torch.bfloat16, (8, 6), False, "of another version"),
+    ],
+)
+def test_what_a_gpu_cannot_compute_with_as_it_is_stored_is_refused_before_it_is_read(
+    tmp_path, monkeypatch, quantised, compute_dtype, capability, kernels, said
+):
+    folder = save_tiny(tmp_path / "m")
+    edited = {**json.loads((folder / "config.json").read_text()), "quantization_config": quantised}
+    (folder / "config.json").write_text(json.dumps(edited))
+    real = importlib.util.find_spec
+    installed = ("kernels", "triton", "gptqmodel")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in installed else real(name))
+    monkeypatch.setattr("transformers.utils.is_kernels_available", lambda: kernels)
+    config = read_config(resolve_reference(str(folder)))
+    with pretended_cuda(capability=capability):
+        runtime = Runtime(device=torch.device("cuda", 0), compute_dtype=compute_dtype)
+        if said is None:
+            assert check_stored(config, "m", "stored", runtime) is not None
+            return
+        with pytest.raises(ModelError, match=said):
+            check_stored(config, "m", "stored", runtime)
 
 
 def test_bf16_rounds_weights_but_computes_in_the_compute_dtype(tmp_path, caplog):
