@@ -23,7 +23,8 @@ FILES = re.compile(r"\.(csv|gz|json|jsonl|md|py|txt|yaml)$")
 REMOVED = {"data.streaming", "rollout.round_steps", "loss.lm_block_tokens"}
 """Settings that CHANGELOG.md names because they are no more."""
 OF_OTHER_PROGRAMS = {
-    "pip": "--index-url --no-deps --no-index --only-binary --platform --python-version --quiet --target",
+    "pip": "--index-url --no-deps --no-index --only-binary --platform --python-version --quiet --target "
+    "--force-reinstall",
     "docker, buildah": "--build-arg --gpus --rm --user",
     "accelerate, torchrun": "--config_file --main_process_port --master-port --multi_gpu --nproc-per-node "
     "--num_processes",
