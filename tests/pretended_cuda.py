@@ -420,6 +420,7 @@ def _patch_cuda(patch: pytest.MonkeyPatch, seen: Pretended, cards: int, capabili
         "set_rng_state_all": None, "set_rng_state": None, "manual_seed": None, "manual_seed_all": None,
         "_lazy_init": None, "is_bf16_supported": capability >= (8, 0),
         "reset_peak_memory_stats": None, "empty_cache": None, "memory_stats": {},
+        "get_sync_debug_mode": 0, "set_sync_debug_mode": None,
     }  # fmt: skip
     for name, answer in answers.items():
         patch.setattr(torch.cuda, name, _answers(answer, of_device=name in _OF_DEVICE), raising=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 from dataclasses import replace
@@ -101,6 +102,18 @@ def test_the_study_finds_the_data_that_was_carried_and_is_not_of_the_first_hour(
     (cells / "gkd-seed1.start.json").write_text("{}")
     assert recipe.finished(tmp_path / "out") == {"search": {"gkd-seed1": 12.5}}
     assert 7 in STAGES and FIRST_HOUR == [0, 1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_stage_mixes_no_devices(context, stage):
+    """On a pretended card, on which alone some measurements do anything; its memory is no card's."""
+    with pretended_cuda():
+        on_card = replace(context, device=torch.device("cuda", 0))
+        report = Report(context.output / "stage-0.json", on_card, stage=stage, question="?", limit_s=600.0)
+        importlib.import_module(f"benchmarks.gpu.{STAGES[stage][0]}").run(on_card, report)
+    measured = recorded(context)["measured"]
+    assert {name for name, found in measured.items() if "error" in found} <= {"memory cap"}
+    assert len(measured) > 6 and not any("not_measured" in found for found in measured.values())
 
 
 def test_the_8_bit_optimizer_is_tried_with_state_that_is_paged(context, monkeypatch):
