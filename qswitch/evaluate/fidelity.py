@@ -231,8 +231,6 @@ def origin_note(config: RunConfig) -> str | None:
 
 
 def _teacher(config: RunConfig, runtime: Runtime, pair: TokenizerPair, precision: str) -> LanguageModel:
-    # Says at every layer of every pass that int8 multiplies in fp16; docs/evaluation.md says it once.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     section = config.teacher.model_copy(update={"precision": precision})
     return load_teacher(section, runtime, vocab_size=pair.vocab_size)
 

@@ -22,7 +22,7 @@ from qswitch.models.gguf_cache import cache_folder
 from qswitch.models.gpus import begin_on, device_map, gpus_of_teacher
 from qswitch.models.language_model import LanguageModel, verify_head
 from qswitch.models.messages import explained, first_line, quiet, reported, say_once
-from qswitch.models.quantise import QUANTISED, check_stored, keep_from_repacking, quantization_config
+from qswitch.models.quantise import QUANTISED, check_stored, keep_from_repacking, quantization_config, silence_int8
 from qswitch.models.references import ResolvedModel, resolve_reference
 from qswitch.models.runtime import Runtime
 from qswitch.models.weight_files import check_weight_files, download_shown
@@ -240,6 +240,8 @@ def read_model(
     narrow = torch.float16 if runtime.compute_dtype == torch.float16 else torch.bfloat16
     load_dtype = {"bf16": narrow, "fp32": torch.float32}.get(precision, runtime.compute_dtype)
     stored = check_stored(config, resolved.name, precision, runtime)
+    if precision == "int8" or (stored is not None and stored.method == "bitsandbytes"):
+        silence_int8()
     if stored is not None and precision == "bf16":
         config.quantization_config = {**_as_mapping(config.quantization_config), "dequantize": True}
         options["config"] = config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,11 @@ def keep_from_repacking(model: nn.Module, *, trains: bool, compute_dtype: torch.
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu") and (wrong or module.out_features % CPU_ROWS):
             module.support_avx512bf16_for_cpu = False
+
+
+def silence_int8() -> None:
+    """bitsandbytes says in every layer of every pass that int8 multiplies in fp16; docs/evaluation.md says it once."""
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def check_stored(config: Any, name: str, precision: str, runtime: Runtime) -> StoredQuantisation | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -382,3 +383,29 @@ def test_what_a_spread_teacher_writes_lies_in_the_cache_and_goes_with_it(tmp_pat
     gc.collect()
     assert list((tmp_path / "cache").iterdir()) == []
     torch.testing.assert_close(spread, read_model(resolved, FP32, "fp32")(input_ids=IDS).logits, atol=1e-5, rtol=0)
+
+
+def test_int8_does_not_warn_in_every_layer_of_every_pass(tmp_path, caplog):
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    level = logger.level
+    logger.setLevel(logging.NOTSET)
+    folder = tmp_path / "m"
+    resolved = resolve_reference(str(save_tiny(folder, "llama")))
+    try:
+        model = read_model(resolved, FP32, "int8")
+        assert not _casts_said(model, caplog)
+        model.save_pretrained(tmp_path / "packed")  # whose files are int8 themselves
+        logger.setLevel(logging.NOTSET)
+        assert _casts_said(model, caplog), "else nothing is silenced"
+        model = read_model(resolve_reference(str(tmp_path / "packed")), FP32, "stored")
+        assert not _casts_said(model, caplog)
+    finally:
+        logger.setLevel(level)
+
+
+@torch.no_grad()
+def _casts_said(model: Any, caplog: Any) -> int:
+    """How often a pass warns of the casts of int8."""
+    caplog.clear()
+    model(input_ids=IDS)
+    return sum("cast from" in record.message for record in caplog.records)
