@@ -106,7 +106,9 @@ def _work(
     require_same(config, prepared, processes)
     plan = processes.from_first(lambda: _plan(config, budget, machine_of(config, prepared, vram), num_prompts, spread))
 
+    from qswitch.distill.recovery import device_memory_bounded
     from qswitch.distill.teaching import write_store
+    from qswitch.models.runtime import make_runtime
 
     began = processes.from_first(lambda: not (path / "config.yaml").exists())
     try:
@@ -114,9 +116,12 @@ def _work(
             if began:
                 processes.from_first(lambda: str(RunDir.create(path, config).path))
             processes.everyone(lambda: require_folder(path, processes))
-            return write_store(
-                path, config, prepared, rows=plan.rows, spread=spread, layers=plan.teacher_layers, processes=processes
-            )
+            device = processes.each(lambda: make_runtime(config.train)).device
+            with device_memory_bounded(device, len(plan.teacher_layers), plan.budget.num_bytes):
+                return write_store(
+                    path, config, prepared, rows=plan.rows, spread=plan.weights_room_bytes if spread else 0,
+                    layers=plan.teacher_layers, processes=processes,
+                )  # fmt: skip
     except KeyboardInterrupt:
         raise Interrupted(str(path), "teach") from None
     except Exception:

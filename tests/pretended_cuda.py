@@ -69,8 +69,15 @@ class Pretended:
     """What the process was told to keep within, and on which card, each time."""
     capturing: bool = False
     replaying: bool = False
+    marked: weakref.WeakKeyDictionary[Any, int] = field(default_factory=weakref.WeakKeyDictionary)
+    """Storages that claim to lie on a card, and on which."""
     _sent: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Host memory and what it will hold; of two copies into one place the first lands last, and nobody makes two."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Of tensors that lie on the cards now."""
+        return sum(storage.nbytes() for storage in self.marked)
 
     @property
     def num_waits(self) -> int:
@@ -148,8 +155,7 @@ class _Device(TorchDispatchMode):
     def __init__(self, seen: Pretended) -> None:
         super().__init__()
         self.seen = seen
-        self.marked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-        """Storages that claim to lie on a card, and on which."""
+        self.marked = seen.marked
         self.pinned: weakref.WeakSet[Any] = weakref.WeakSet()
         self.inside = 0
         self.moving = False

@@ -8,7 +8,8 @@ rollout are a function of its key, and the loss is the token mean over the whole
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ import torch
 from qswitch.config import RunConfig
 from qswitch.errors import TrainingError, is_out_of_memory, memory_reason
 from qswitch.models.host_memory import release_memory, resident_bytes
+from qswitch.plan.memory import CUDA_CONTEXT_BYTES
 from qswitch.units import GIB
 
 logger = logging.getLogger(__name__)
@@ -213,9 +215,42 @@ class BatchRows:
             self.rows //= 2
 
 
+@contextmanager
+def device_memory_bounded(device: torch.device, num_gpus: int, budget_bytes: int | None) -> Iterator[None]:
+    """Keep the process within a budget on its GPU, and on each further one of a teacher on several; nothing on a CPU.
+
+    Behind the block a GPU is as free as the process found it, for what a notebook does next.
+    """
+    devices = []
+    if device.type == "cuda" and budget_bytes is not None:
+        devices = [device, *(torch.device("cuda", index) for index in range(1, num_gpus))]
+    for each in devices:
+        limit_device_memory(each, budget_bytes or 0, CUDA_CONTEXT_BYTES)
+    try:
+        yield
+    finally:
+        for each in devices:
+            torch.cuda.set_per_process_memory_fraction(1.0, each)
+        if devices:
+            release_memory(device)
+
+
 def limit_device_memory(device: torch.device, budget_bytes: int, context_bytes: int) -> None:
     """Keep the process within a budget, or the card: beyond it allocations fail as on a smaller card, also where the
     driver would lend system memory instead, as under WSL2."""
     total = torch.cuda.get_device_properties(device).total_memory
     allowed = max(0, min(budget_bytes, total) - context_bytes)
     torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+
+
+def keep_to_free_memory(device: torch.device) -> None:
+    """Keep a process without a plan within what it has of a GPU and what is free there now; nothing on a CPU.
+
+    A driver that puts the rest into the host's memory (Windows, WSL2) would make a pass slow that should fail and be
+    repeated with fewer rows. CUDA itself says what is free, so it is that of this card, or of this slice of one. The
+    limit stands until the next call, or the next run's.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        own = torch.cuda.memory_reserved(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (free + own) / total), device)

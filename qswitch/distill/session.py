@@ -9,14 +9,12 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from transformers import GenerationConfig
 
 from qswitch.aside import folder_aside
@@ -28,7 +26,7 @@ from qswitch.distill.checkpoint import newest_whole, saved_part
 from qswitch.distill.phase_peaks import PhasePeaks, highest_of, in_gib_beside
 from qswitch.distill.processes import Processes
 from qswitch.distill.progress import Progress, total_steps
-from qswitch.distill.recovery import Recovery, Sizes, limit_device_memory
+from qswitch.distill.recovery import Recovery, Sizes, device_memory_bounded
 from qswitch.distill.sequence import TrainingSequence
 from qswitch.distill.stopping import stop_on_signal
 from qswitch.distill.stored_teacher import StoredTeacher
@@ -44,7 +42,6 @@ from qswitch.models.runtime import Runtime, make_runtime
 from qswitch.models.shrink import shrink_to_folder
 from qswitch.models.student import load_adapter, load_student, save_adapter
 from qswitch.plan.adapters import find_adapter
-from qswitch.plan.memory import CUDA_CONTEXT_BYTES
 from qswitch.plan.run_plan import Plan
 from qswitch.plan.scheduler import plan_run
 from qswitch.preflight import Prepared
@@ -152,7 +149,10 @@ def train(
     """
     config = config or run_dir.config
     runtime = make_runtime(config.train)
-    with _bounded_memory(runtime, plan):
+    if runtime.device.type == "cpu":
+        return_freed_memory()
+        bound_kernel_cache()
+    with device_memory_bounded(runtime.device, len(plan.breakdown.teacher_layers), plan.budget_bytes):
         return _train(
             run_dir, prepared, plan, config, runtime, processes or Processes(), resumes=resumes,
             peaks=peaks or PhasePeaks(runtime.device, plan.breakdown.fullest_phases),
@@ -234,28 +234,6 @@ def _train(
         in_gib_beside(highest_of(found for found, _ in last), peaks.planned),
     )
     return processes.from_first(lambda: _finish(run_dir, trainer, pair, prepared.encoder, plan, measured))
-
-
-@contextmanager
-def _bounded_memory(runtime: Runtime, plan: Plan) -> Iterator[None]:
-    """The process keeps within the plan's budget; behind the block a GPU is as free as the process found it, for what
-    a notebook does next."""
-    devices = []
-    if runtime.device.type == "cpu":
-        return_freed_memory()
-        bound_kernel_cache()
-    elif plan.budget_bytes is not None:
-        further = range(1, len(plan.breakdown.teacher_layers))
-        devices = [runtime.device, *(torch.device("cuda", index) for index in further)]
-    for device in devices:
-        limit_device_memory(device, plan.budget_bytes or 0, CUDA_CONTEXT_BYTES)
-    try:
-        yield
-    finally:
-        for device in devices:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
-        if devices:
-            release_memory(runtime.device)
 
 
 def _cut_student(run_dir: RunDir, progress: Progress) -> None:

@@ -129,15 +129,15 @@ def write_store(
     prepared: Prepared,
     *,
     rows: int,
-    spread: bool = False,
+    spread: int = 0,
     layers: Sequence[int] | None = None,
     processes: Processes | None = None,
 ) -> About:
     """Write what is missing of a store, `rows` sequences at a time, and return what it says of itself.
 
-    With `spread` the teacher may be larger than the device, and `layers` lie on each of several GPUs (`load_teacher`).
-    Several processes take the missing parts in turn. What a part holds does not depend on who writes it; the first
-    process writes what is not in a part.
+    Of a teacher that is larger than the device `spread` bytes lie on it, and of one on several GPUs `layers` on each
+    (`load_teacher`). Several processes take the missing parts in turn. What a part holds does not depend on who writes
+    it; the first process writes what is not in a part.
 
     Raises:
         RunDirError: the folder is a store for another run.
@@ -233,14 +233,22 @@ class _Writer:
         self._rows = BatchRows(rows, say=progress.say)
 
     def write(self, kind: Kind, items: Sequence[Item]) -> tuple[list[TrainingSequence], dict[str, Tensor] | None]:
-        """The sequences, and the rows of their loss steps; None where nothing reads them."""
+        """The sequences, and the rows of their loss steps; None where nothing reads them.
+
+        Hidden states leave the device as they come: there, the plan counts those of the rows that are decoded.
+        """
         found = {"given": self._given, "written": self._written, "held_out": self._held_out}[kind](items)
         if kind != "held_out" and not self._imitates:
             return [sequence for sequence, _ in found], None
         hidden = [states for _, states in found if states is not None]
         cache = self._config.cache
+        device = self.teacher.device
         fields = encode_rows(
-            cache.format, torch.cat(hidden), self.teacher.head, dtype=self.teacher.compute_dtype, topk=cache.topk
+            cache.format,
+            torch.cat(hidden),
+            lambda rows: self.teacher.head(rows.to(device)),
+            dtype=self.teacher.compute_dtype,
+            topk=cache.topk,
         )
         return [sequence for sequence, _ in found], fields
 
@@ -266,6 +274,7 @@ class _Writer:
                 self.teacher,
                 [(s.prompt_ids, s.response_ids) for s in sequences],
                 pad_id=self._pair.pad_id,
+                keep_on_host=True,
             ),
         )
         return [(s, h[s.loss_steps]) for s, h in zip(sequences, hidden, strict=True)]
@@ -289,6 +298,7 @@ class _Writer:
                 eos_ids=self._pair.eos_ids,
                 pad_id=self._pair.pad_id,
                 keep="all" if self._imitates else "nothing",
+                keep_on_host=True,
             ),
         )
         return [

@@ -146,7 +146,7 @@ def written_by_teacher(
         written = recovery.attempt("rollout", lambda: answers(asked, batch_size=recovery.sizes.rollout_rows))
         for i, (sequence, states) in zip(own, written, strict=True):
             found[i] = replace(sequence, owner=processes.rank)
-            hidden[sequence.key] = states.cpu()
+            hidden[sequence.key] = states
         return found
 
     sequences = {i: sequence for share in processes.everyone(write_own) for i, sequence in share.items()}
@@ -167,7 +167,8 @@ def teacher_answers(
     pad_id: int,
     batch_size: int,
 ) -> list[tuple[TrainingSequence, Tensor]]:
-    """The teacher's response to every held-out prompt, and its final hidden states [T, D] before each token of it."""
+    """The teacher's response to every held-out prompt, and, in host memory, its final hidden states [T, D] before each
+    token of it."""
     rollouts, _ = rollout(
         [RolloutRequest(p.example_id, 0, p.prompt_ids, max_new_tokens) for p in prompts],
         teacher=teacher,
@@ -179,6 +180,7 @@ def teacher_answers(
         pad_id=pad_id,
         batch_size=batch_size,
         keep="all",
+        keep_on_host=True,
     )
     answers = []
     for r in rollouts:

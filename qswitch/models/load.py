@@ -62,13 +62,13 @@ def load_teacher(
     runtime: Runtime,
     *,
     vocab_size: int | None = None,
-    spread: bool = False,
+    spread: int = 0,
     layers: Sequence[int] | None = None,
 ) -> LanguageModel:
     """The teacher, frozen and in eval mode, in `teacher.precision`, with its fine-tuned adapter if it has one.
 
-    With `spread` layers that do not fit the device wait in host memory, and on disk, for their turn on it. With
-    `teacher.num_gpus` above 1, `layers` says how many lie on each GPU; None: as many as on the others.
+    Layers beyond `spread` bytes, where that is not 0, wait in host memory, and on disk, for their turn on the device.
+    With `teacher.num_gpus` above 1, `layers` says how many lie on each GPU; None: as many as on the others.
 
     Raises:
         ModelError: it cannot be found, read, quantised, or is no decoder-only model; there are too few GPUs.
@@ -163,7 +163,7 @@ def load_base(
     precision: str | None = None,
     *,
     base_path: Path | None = None,
-    spread: bool = False,
+    spread: int = 0,
     gpus: Sequence[int] = (),
     layers: Sequence[int] | None = None,
 ) -> Any:
@@ -203,13 +203,13 @@ def read_model(
     precision: str,
     trust_remote_code: bool = False,
     *,
-    spread: bool = False,
+    spread: int = 0,
     gpus: Sequence[int] = (),
     layers: Sequence[int] | None = None,
 ) -> Any:
     """Read a resolved model in a precision, checked to be a complete decoder-only model.
 
-    With `spread` layers that do not fit wait elsewhere; over several `gpus` lie so many `layers` on each.
+    Layers beyond `spread` bytes, where that is not 0, wait elsewhere; over several `gpus` lie so many `layers` on each.
 
     Weights asked for in bf16 where the run computes wider are rounded to bf16 and then kept in the compute dtype (said
     once): a CPU without bf16 units is 25 times slower in it. Where the run computes in fp16 they are read as fp16.
@@ -254,8 +254,8 @@ def read_model(
             options["quantization_config"] = quantization_config(meta, resolved, precision, runtime)
     with contextlib.ExitStack() as offloaded:
         if spread:
-            folder = offloaded.enter_context(scratch(cache_folder()))  # the system's own may lie in memory
-            options |= {"device_map": "auto", "max_memory": spread_limits(runtime), "offload_folder": str(folder)}
+            folder = str(offloaded.enter_context(scratch(cache_folder())))  # the system's own may lie in memory
+            options |= {"device_map": "auto", "max_memory": spread_limits(runtime, spread), "offload_folder": folder}
             load_dtype = runtime.compute_dtype
         with quiet(), explained(resolved.name, "model", resolved.revision), download_shown(resolved), reported():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -295,15 +295,13 @@ def _as_mapping(values: Any) -> dict[str, Any]:
     return dict(values if isinstance(values, dict) else values.to_dict())
 
 
-def spread_limits(runtime: Runtime) -> dict[int | str, int]:
-    """Bytes of layers that each place may hold: of the device most, since passes need room there too."""
+def spread_limits(runtime: Runtime, num_bytes: int) -> dict[int | str, int]:
+    """Bytes of layers that each place may hold: the device so many, a layer that passes by among them."""
     from accelerate.utils import get_max_memory
 
-    free = get_max_memory()
-    limits: dict[int | str, int] = {"cpu": int(free["cpu"])}
+    limits: dict[int | str, int] = {"cpu": int(get_max_memory()["cpu"])}
     if runtime.device.type == "cuda":  # one GPU: key-value caches stay with the layers that computed them
-        index = runtime.device.index or 0
-        limits[index] = int(free[index] * 0.7)
+        limits[runtime.device.index or 0] = num_bytes
     return limits
 
 

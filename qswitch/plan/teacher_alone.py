@@ -52,6 +52,11 @@ class TeachingPlan:
         """Of the fullest device."""
         return max(sum(self.parts.values()), *(card.total_bytes for card in self.further), 0)
 
+    @property
+    def weights_room_bytes(self) -> int:
+        """What the rest of the plan leaves of the device to weights, a layer that passes by among them."""
+        return self.budget.num_bytes - sum(size for name, size in self.parts.items() if name != "teacher_weights")
+
     def to_dict(self) -> dict[str, Any]:
         """For `qswitch teach --dry-run --json`: sizes in GiB."""
         return {
@@ -172,7 +177,8 @@ def _measured(
     host = 0
     if on_gpu and spread:
         room = budget.num_bytes - sum(fixed.values()) - sum(working.values())
-        largest = weights // max(1, teacher.num_layers)  # a layer that passes by needs room too
+        # A layer that passes by needs room too, and the head does.
+        largest = max(weights // max(1, teacher.num_layers), memory.head_bytes(teacher, precision, b))
         host = max(0, weights - max(0, room - largest))
         weights = min(weights, weights - host + largest)
     parts = {**fixed, "teacher_weights": weights, **working}

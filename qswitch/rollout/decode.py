@@ -1,7 +1,8 @@
 """Responses written by two models, and responses read by one: what the rest of qswitch calls.
 
 Knows no cache of teacher outputs and no loss: it hands back the teacher's hidden states of the steps it was asked to
-keep. How rows are written is in `engine.py`.
+keep, on the device or, where many sequences wait for their turn, in host memory. How rows are written is in
+`engine.py`.
 
 Letters: `R` rows, `T` response steps, `L` padded length, `D` teacher width.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -59,6 +61,7 @@ def rollout(
     blocks: BlockLength | None = None,
     no_repeat_ngram_size: int = 0,
     keep_student: bool = False,
+    keep_on_host: bool = False,
     student_graphs: StepGraphs | None = None,
     teacher_graphs: StepGraphs | None = None,
 ) -> tuple[list[Rollout], RolloutStats]:
@@ -66,9 +69,10 @@ def rollout(
 
     The tokens depend on (seed, example id, visit, prompt) and the weights alone: batch_size, order and the block length
     (`blocks`; None: no drafts, the sequential engine) change speed. A student given to a policy that needs none drafts
-    for the teacher. `keep_student` hands back the student's hidden states too. `student_graphs` and `teacher_graphs`
-    replay the passes of the two. With `no_repeat_ngram_size` n above 0 no n-gram of prompt and response is written
-    twice (evaluation only, so for a single writer).
+    for the teacher. `keep_student` hands back the student's hidden states too; with `keep_on_host` kept states leave
+    the device as their row ends. `student_graphs` and `teacher_graphs` replay the passes of the two. With
+    `no_repeat_ngram_size` n above 0 no n-gram of prompt and response is written twice (evaluation only, so for a single
+    writer).
 
     Raises:
         ValueError: the policy asks a model that is not given, teacher outputs are to be kept without a teacher, or
@@ -105,7 +109,7 @@ def rollout(
             copies = contextlib.nullcontext() if student is None else weights_cast_once(student)
             with inference(teacher, student), copies:
                 for i, result in engine.run():
-                    results[i] = result
+                    results[i] = _on_host(result) if keep_on_host else result
         finally:
             for name, g in graphs.items():
                 if g is not None:
@@ -116,17 +120,28 @@ def rollout(
     return [r for r in results if r is not None], stats
 
 
+def _on_host(written: Rollout) -> Rollout:
+    hidden, student_hidden = written.teacher_hidden, written.student_hidden
+    return replace(
+        written,
+        teacher_hidden=None if hidden is None else hidden.cpu(),
+        student_hidden=None if student_hidden is None else student_hidden.cpu(),
+    )
+
+
 def score_responses(
     teacher: LanguageModel,
     sequences: Sequence[tuple[list[int], list[int]]],
     *,
     pad_id: int,
     batch_size: int,
+    keep_on_host: bool = False,
 ) -> list[Tensor]:
     """The teacher's final hidden state before each response token, by parallel passes over whole sequences.
 
     `sequences` are (prompt ids, response ids); the answer holds one [T, D] per sequence, row t predicting response
-    token t. Used for responses that the teacher did not see being written: ground truth, and `policy: student`.
+    token t; with `keep_on_host` it leaves the device after its pass. Used for responses that the teacher did not see
+    being written: ground truth, and `policy: student`.
     """
     results: list[Tensor | None] = [None] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]) + len(sequences[i][1]))
@@ -138,5 +153,6 @@ def score_responses(
             positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
             hidden = teacher.hidden(ids, attention_mask=mask, position_ids=positions)  # (R, L, D)
             for row, i in enumerate(members):
-                results[i] = hidden[row, -len(sequences[i][1]) :].clone()
+                own = hidden[row, -len(sequences[i][1]) :]
+                results[i] = own.to("cpu" if keep_on_host else own.device, copy=True)
     return [r for r in results if r is not None]

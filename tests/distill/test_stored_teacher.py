@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -11,14 +12,16 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qswitch import run, teach
-from qswitch.distill import session
+from qswitch.distill import session, teaching
 from qswitch.distill.teaching import PART_SEQUENCES, items_of_a_run
 from qswitch.errors import ConfigError, RunDirError
 from qswitch.layers import build_config
 from qswitch.models import load
 from qswitch.run_dir import RunDir
+from qswitch.units import GIB
 from tests.distill.test_trainer import folders
 from tests.distill.test_training_by_method import with_method
+from tests.pretended_cuda import pretended_cuda
 
 __all__ = ["folders"]
 
@@ -201,11 +204,44 @@ def test_a_teacher_that_passes_by_layer_for_layer_says_the_same(folders, tmp_pat
 
     monkeypatch.setattr(load, "read_model", seen)
     teach.teach(custom, tmp_path / "whole")
-    monkeypatch.setattr(load, "spread_limits", lambda _runtime: {"cpu": 250_000})
-    teach.teach(custom, tmp_path / "spread", spread=True)
+    limits: list[int] = []
+    monkeypatch.setattr(load, "spread_limits", lambda _, num_bytes: limits.append(num_bytes) or {"cpu": 250_000})
+    teach.teach(custom, tmp_path / "spread", vram="3GiB", spread=True)
+    parts = teach.rehearse(custom, vram="3GiB").parts
+    assert limits == [3 * GIB - sum(parts.values()) + parts["teacher_weights"]], "what the plan leaves to weights"
     assert "disk" in places[-1].values() and "disk" not in places[0].values()
     parts = sorted(path.name for path in (tmp_path / "whole").glob("part-*"))
     assert len(parts) == 2
     for name in [*(f"{part}/rows.safetensors" for part in parts), "head.safetensors"]:
         ours, theirs = (load_file(tmp_path / store / name) for store in ("whole", "spread"))
         assert all((ours[key] - theirs[key]).abs().max() <= 1e-5 for key in theirs)
+
+
+@pytest.mark.parametrize("cache", ["hidden", "topk"])
+def test_what_a_part_waits_with_lies_in_host_memory(folders, tmp_path, monkeypatch, cache):
+    """As a part is encoded a GPU holds the model and no states; the store is that of the CPU, bit for bit."""
+    config = with_method(folders, "kd", **{**STEPS, "train__compute_dtype": "fp32"}, cache__format=cache)
+    both = build_config({**config.model_dump(mode="json", exclude_unset=True), "method": "custom",
+                         "rollout": {"max_new_tokens": 8, "policy": "teacher"},
+                         "loss": {"objective": "divergence"}, "data": {**config.data.model_dump(exclude_unset=True),
+                                                                       "ground_truth_mix": 0.5}})  # fmt: skip
+    teach.teach(both, tmp_path / "cpu")
+    held: list[int] = []
+    encode = teaching.encode_rows
+    on_gpu = both.model_copy(update={"train": both.train.model_copy(update={"device": "cuda"})})
+    with pretended_cuda() as seen:
+
+        def encodes(form: str, hidden: Any, *rest: Any, **options: Any) -> Any:
+            assert hidden.device.type == "cpu"
+            gc.collect()
+            held.append(seen.held_bytes)
+            return encode(form, hidden, *rest, **options)
+
+        monkeypatch.setattr(teaching, "encode_rows", encodes)
+        teach.teach(on_gpu, tmp_path / "gpu")
+    assert len(held) == 3 and len(set(held)) == 1 and held[0] > 0, "held out, given and written; the model alone"
+    assert seen.memory_fractions == [(pytest.approx((11 - 0.5) / 12), 0), (1.0, 0)]
+    files = sorted(path.relative_to(tmp_path / "cpu") for path in (tmp_path / "cpu").rglob("*.safetensors"))
+    assert len(files) == (4 if cache == "hidden" else 3)
+    for file in files:
+        assert (tmp_path / "gpu" / file).read_bytes() == (tmp_path / "cpu" / file).read_bytes(), file

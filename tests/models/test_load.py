@@ -373,9 +373,9 @@ def test_of_a_model_with_a_vision_tower_the_text_part_is_read(tmp_path, kind, la
 
 def test_what_a_spread_teacher_writes_lies_in_the_cache_and_goes_with_it(tmp_path, monkeypatch):
     monkeypatch.setenv("QSWITCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(load, "spread_limits", lambda _runtime: {"cpu": 100_000})
+    monkeypatch.setattr(load, "spread_limits", lambda *_: {"cpu": 100_000})
     resolved = resolve_reference(str(save_tiny(tmp_path / "m", "qwen3_moe")))  # its experts are stored otherwise
-    model = read_model(resolved, FP32, "fp32", spread=True)
+    model = read_model(resolved, FP32, "fp32", spread=100_000)
     assert list((tmp_path / "cache").glob(".scratch.*.partial/*experts*.safetensors"))
     with torch.no_grad():
         spread = model(input_ids=IDS).logits
@@ -383,6 +383,13 @@ def test_what_a_spread_teacher_writes_lies_in_the_cache_and_goes_with_it(tmp_pat
     gc.collect()
     assert list((tmp_path / "cache").iterdir()) == []
     torch.testing.assert_close(spread, read_model(resolved, FP32, "fp32")(input_ids=IDS).logits, atol=1e-5, rtol=0)
+
+
+def test_a_spread_teacher_gets_of_its_gpu_what_the_plan_leaves_it():
+    with pretended_cuda(2):
+        runtime = make_runtime(TrainSection(device="cuda"))
+        limits = load.spread_limits(runtime, 12_345)
+    assert limits.pop("cpu") > 2**28 and limits == {0: 12_345}
 
 
 def test_int8_does_not_warn_in_every_layer_of_every_pass(tmp_path, caplog):

@@ -84,3 +84,14 @@ def test_a_teacher_alone_is_planned_over_its_gpus():
     assert "It lies on 3 GPUs" in plan.render()
     two = plan_teaching(config, budget, MACHINE, processes=2)
     assert two.seconds == pytest.approx(plan.seconds / 2) and "in each of 2 processes" in two.render()
+
+
+def test_a_teacher_that_passes_by_has_the_room_that_its_plan_leaves():
+    budget = Budget(4 * GIB, "named", "cuda")
+    plan = plan_teaching(with_gpus(1, precision="bf16"), budget, MACHINE, spread=True)
+    assert plan.host_bytes > 8 * GIB
+    beside = sum(plan.parts[name] for name in ("cuda_context", "kept_hidden", "kv_cache", "logits", "forward"))
+    assert plan.weights_room_bytes == budget.num_bytes - beside
+    assert plan.parts["teacher_weights"] == plan.weights_room_bytes, "all that is left is used"
+    # The head, 32000 x 4096 weights of 2 bytes, passes by as a layer does.
+    assert plan.parts["teacher_weights"] - (13.48e9 - plan.host_bytes) > 32000 * 4096 * 2 - 0.1e9
