@@ -5,8 +5,9 @@ On the model's responses: KL(model || teacher), Jensen-Shannon divergence and th
 model's text less the model's own, by position. This is what a model meets when it is used: one that has strayed from
 what the teacher would write shows it there, more and more along the response.
 
-One model reads the responses first and its final hidden states are kept in host memory, so that it need not stay loaded
-while the other is measured. Knows nothing of files or references.
+One model reads the responses first. Its final hidden states and its head wait in host memory, so that it need not stay
+loaded while the other is measured; the head is brought to the device for as long as the other reads. Knows nothing of
+files or references.
 
 Letters: `T` response tokens, `D` hidden width, `N` positions, `V` shared vocabulary.
 """
@@ -39,6 +40,7 @@ class ModelView:
     hidden: list[Tensor]
     """[T, D] per sequence, host memory."""
     head: Head
+    """Anywhere; it is read with on the other model's device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +55,15 @@ class Distance:
 
 
 def view_of(
-    model: LanguageModel, sequences: Sequence[tuple[list[int], list[int]]], *, pad_id: int, batch_size: int
+    model: LanguageModel, head: Head, sequences: Sequence[tuple[list[int], list[int]]], *, pad_id: int, batch_size: int
 ) -> ModelView:
-    """Score responses with a model and keep what is needed to compare another with it, off the device at once."""
+    """Score responses with a model and keep what is needed to compare another with it, off the device at once.
+
+    `head` is the model's `detached_head`, one for all that it reads.
+    """
     sequences = list(sequences)
-    hidden: dict[int, Tensor] = {}
-    for members in _by_length(sequences, batch_size):
-        scored = score_responses(model, [sequences[i] for i in members], pad_id=pad_id, batch_size=batch_size)
-        hidden |= {i: h.cpu() for i, h in zip(members, scored, strict=True)}
-    return ModelView(sequences, [hidden[i] for i in range(len(sequences))], detached_head(model.head))
+    hidden = score_responses(model, sequences, pad_id=pad_id, batch_size=batch_size, keep_on_host=True)
+    return ModelView(sequences, hidden, head)
 
 
 def _by_length(sequences: Sequence[tuple[list[int], list[int]]], batch_size: int) -> Iterator[list[int]]:
@@ -72,9 +74,18 @@ def _by_length(sequences: Sequence[tuple[list[int], list[int]]], batch_size: int
 
 
 def detached_head(head: Head) -> Head:
-    """A head of its own, so that the rest of its model can be freed."""
+    """A copy in host memory, where it takes nothing from the models that are read with it later."""
+    return _copied(head, torch.device("cpu"))
+
+
+def head_on(head: Head, device: torch.device) -> Head:
+    """The head on a device: itself where it lies there, else a copy, to be dropped when it has been read with."""
+    return head if next(head.linear.parameters()).device == device else _copied(head, device)
+
+
+def _copied(head: Head, device: torch.device) -> Head:
     return Head(
-        copy.deepcopy(head.linear),
+        copy.deepcopy(head.linear).to(device),
         vocab_size=head.vocab_size,
         logit_scale=head.logit_scale,
         softcap=head.softcap,
@@ -132,16 +143,19 @@ def _both(
 ) -> Iterator[tuple[int, Iterator[tuple[Tensor, Tensor]]]]:
     """Of every sequence: its index, and the logits [N, V] of the viewed and the given model, chunk by chunk."""
     vocab_size = min(view.head.vocab_size, model.vocab_size)
+    viewed = head_on(view.head, model.device)
     for members in _by_length(view.sequences, batch_size):
         scored = score_responses(
             model, [view.sequences[i] for i in members], pad_id=pad_id, batch_size=batch_size
         )  # in the order of members
         for i, hidden in zip(members, scored, strict=True):
-            yield i, _logits(view, i, hidden, model.head, vocab_size)
+            yield i, _logits(viewed, view.hidden[i], model.head, hidden, vocab_size)
 
 
-def _logits(view: ModelView, i: int, hidden: Tensor, head: Head, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _logits(
+    viewed: Head, viewed_hidden: Tensor, head: Head, hidden: Tensor, vocab_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(hidden), CHUNK_TOKENS):
         chunk = slice(start, start + CHUNK_TOKENS)
-        viewed = view.head(view.hidden[i][chunk].to(hidden.device))[..., :vocab_size]
-        yield viewed, head(hidden[chunk])[..., :vocab_size]
+        logits = viewed(viewed_hidden[chunk].to(hidden.device))[..., :vocab_size]
+        yield logits, head(hidden[chunk])[..., :vocab_size]

@@ -18,9 +18,9 @@ from qswitch.config import DataSection
 from qswitch.data.overlap import seen_in_training
 from qswitch.data.template import Prompt, PromptEncoder, template_source
 from qswitch.distill.recovery import BatchRows
-from qswitch.distill.teacher_distance import ModelView, distances, view_of
+from qswitch.distill.teacher_distance import ModelView, detached_head, distances, view_of
 from qswitch.errors import ConfigError, DataError
-from qswitch.evaluate.own import OwnView, read_by_teacher
+from qswitch.evaluate.own import OwnView, held_bytes, read_by_teacher
 from qswitch.evaluate.protocol import Protocol
 from qswitch.evaluate.score_table import render
 from qswitch.evaluate.scores import SetScores, compare_positions, compare_scores, score_set
@@ -30,7 +30,7 @@ from qswitch.evaluate.testset import TestSet, clash_of_names, encode_test_set, l
 from qswitch.evaluate.versions import versions
 from qswitch.evaluate.write import YARDSTICK_SEED, write_responses
 from qswitch.models.host_memory import release_memory
-from qswitch.models.language_model import output_rows
+from qswitch.models.language_model import Head, output_rows
 from qswitch.models.vocab import check_tokenizers, ids_with_other_names
 from qswitch.run_dir import locked
 from qswitch.units import GIB
@@ -38,7 +38,8 @@ from qswitch.units import GIB
 logger = logging.getLogger(__name__)
 
 VIEWS_HELD_BYTES = 2 * GIB
-"""Hidden states of models' own responses that wait in host memory before the teacher is loaded to read them."""
+"""Hidden states of models' own responses, and heads, that wait in host memory before the teacher is loaded to read
+them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +117,7 @@ def _evaluate(
     waiting: list[OwnView] = []
     for subject in settings.subjects:
         waiting += _answer(settings, folder, subject, sets, prompts, views, template, rows, say)
-        if sum(one.num_bytes for one in waiting) > VIEWS_HELD_BYTES:
+        if held_bytes(waiting) > VIEWS_HELD_BYTES:
             read_by_teacher(settings.teacher, settings.device, waiting, rows, say)
             waiting.clear()
     read_by_teacher(settings.teacher, settings.device, waiting, rows, say)
@@ -247,6 +248,7 @@ def _teacher_views(
     for subject in settings.subjects:
         _check_vocabulary(loaded, subject)
     views = {}
+    head = detached_head(loaded.model.head)
     for test_set in sets:
         store, prompts = stores[test_set.name], encoded[test_set.name].prompts
         missing = [(p, YARDSTICK_SEED) for i, p in prompts.items() if (i,) not in store]
@@ -255,7 +257,7 @@ def _teacher_views(
         )
         sequences = [(prompts[i].prompt_ids, store.rows[(i,)]["response_ids"]) for i in prompts]
         views[test_set.name] = rows.attempt(
-            loaded.model.device, partial(view_of, loaded.model, sequences, pad_id=loaded.pad_id)
+            loaded.model.device, partial(view_of, loaded.model, head, sequences, pad_id=loaded.pad_id)
         )
     place = loaded.model.device
     del loaded
@@ -299,6 +301,7 @@ def _answer(
         return []
     say(f"loading {subject.name}")
     loaded = subject.load(settings.device)
+    head: Head | None = None
     waiting = []
     for test_set, responses, measured, own_measured, unwritten, unmeasured, unread in jobs:
         what = f"{test_set.name}: {subject.name}"
@@ -321,7 +324,8 @@ def _answer(
             )
             unread_ids = [i for i in prompts if (i,) not in own_measured]
             sequences = [(prompts[i].prompt_ids, own.rows[(i,)]["response_ids"]) for i in unread_ids]
-            read = partial(view_of, loaded.model, sequences, pad_id=loaded.pad_id)
+            head = head or detached_head(loaded.model.head)
+            read = partial(view_of, loaded.model, head, sequences, pad_id=loaded.pad_id)
             view = rows.attempt(loaded.model.device, read)
             waiting.append(OwnView(what, unread_ids, view, loaded.pad_id, own_measured))
     place = loaded.model.device

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from qswitch.config import RolloutSection, RunConfig
 from qswitch.data.gather import load_prompts
-from qswitch.distill.teacher_distance import CHUNK_TOKENS, ModelView, detached_head
+from qswitch.distill.recovery import BatchRows, keep_to_free_memory
+from qswitch.distill.teacher_distance import CHUNK_TOKENS, detached_head, head_on
 from qswitch.divergence import divergence, jsd_bits
 from qswitch.errors import ConfigError, ModelError, is_out_of_memory
 from qswitch.evaluate.intervals import Estimate, mean_interval
@@ -128,6 +129,7 @@ def fidelity(
             "differ. Name a pair with one tokenizer, for example the same teacher with --student shrink."
         )
     runtime = make_runtime(config.train if device is None else config.train.model_copy(update={"device": device}))
+    keep_to_free_memory(runtime.device)
     pair = load_pair_tokenizer(config)
     _, _, held_out = load_prompts(config, pair)
     prompts = held_out[:num_prompts]
@@ -156,42 +158,42 @@ def fidelity(
     say(f"writing {len(prompts)} responses of the teacher and {len(prompts)} SWITCH rollouts")
     write = partial(
         rollout, requests, teacher=teacher, seed=SEED, temperature=1.0, eos_ids=pair.eos_ids, pad_id=pair.pad_id,
-        batch_size=config.rollout.batch_size, keep="all",
+        keep="nothing",
     )  # fmt: skip
-    own, _ = write(student=None, policy=TeacherPolicy())
-    mixed, _ = write(student=student, policy=policy)
+    writing = BatchRows(config.rollout.batch_size, say=say)
+    own, _ = writing.attempt(runtime.device, partial(write, student=None, policy=TeacherPolicy()))
+    mixed, _ = writing.attempt(runtime.device, partial(write, student=student, policy=policy))
     del write  # it holds the teacher, whose memory the next one needs
-    head = detached_head(teacher.head)
+    reading = BatchRows(config.train.per_device_train_batch_size, say=say)
     footprint = sum(p.numel() for p in teacher.parameters()) * 2 / GIB  # also where a CPU keeps them wider
-    batch = config.train.per_device_train_batch_size
-    student_view = _view(student, mixed, pair, batch)
-    reference = [_view(teacher, written, pair, batch) for written in (own, mixed)]
+    student_states = _read(student, mixed, pair, reading)
+    reference = [_read(teacher, written, pair, reading) for written in (own, mixed)]
+    heads = detached_head(teacher.head), detached_head(student.head)
     del teacher, student
     release_memory(runtime.device)
 
     reports, failed = [], {}
     for precision in precisions:
         say(f"loading the teacher ({precision})")
-        quantised = views = None
+        quantised = states = None
         try:
             quantised = _teacher(config, runtime, pair, precision)
-            views = [_view(quantised, written, pair, batch) for written in (own, mixed)]
+            states = [_read(quantised, written, pair, reading) for written in (own, mixed)]
         except (ModelError, RuntimeError) as error:
             failed[precision] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if quantised is None or views is None:
+        if quantised is None or states is None:
             say(f"{precision} does not run here: {failed[precision]}")
-            del quantised, views  # half a teacher would take the next one's memory
+            del quantised, states  # half a teacher would take the next one's memory
             release_memory(runtime.device)
             continue
-        tokens = [
-            _tokens(r, q, head, quantised.head) for r, q in zip(reference[0].hidden, views[0].hidden, strict=True)
-        ]
+        head, student_head = (head_on(one, quantised.device) for one in heads)
+        tokens = [_tokens(r, q, head, quantised.head) for r, q in zip(reference[0], states[0], strict=True)]
         decisions = [
-            _decisions(r, q, s, head, quantised.head, student_view.head, policy)
-            for r, q, s in zip(reference[1].hidden, views[1].hidden, student_view.hidden, strict=True)
+            _decisions(r, q, s, head, quantised.head, student_head, policy)
+            for r, q, s in zip(reference[1], states[1], student_states, strict=True)
         ]
         reports.append(summarise(precision, _gib(quantised), tokens, decisions))
-        del quantised, views
+        del quantised, states, head, student_head
         release_memory(runtime.device)
     return {
         "teacher": resolve_reference(config.teacher.model, config.teacher.revision).name,
@@ -265,11 +267,11 @@ def _switch_policy(config: RunConfig, limit: int, run_dir: RunDir | None) -> Swi
     return SwitchPolicy(threshold_of_run(section, None if run_dir is None else run_dir.threshold_path))
 
 
-def _view(model: LanguageModel, written: Sequence[Rollout], pair: TokenizerPair, batch_size: int) -> ModelView:
-    """Hidden states of whole responses by parallel passes, so that every precision is read in the same way."""
+def _read(model: LanguageModel, written: Sequence[Rollout], pair: TokenizerPair, rows: BatchRows) -> list[Tensor]:
+    """Hidden states [T, D] of whole responses by parallel passes, so that every precision is read in the same way."""
     sequences = [(r.prompt_ids, r.response_ids) for r in written]
-    hidden = score_responses(model, sequences, pad_id=pair.pad_id, batch_size=batch_size)
-    return ModelView(sequences, [h.cpu() for h in hidden], detached_head(model.head))
+    score = partial(score_responses, model, sequences, pad_id=pair.pad_id, keep_on_host=True)
+    return rows.attempt(model.device, score)
 
 
 def _gib(model: LanguageModel) -> float:

@@ -24,10 +24,13 @@ class OwnView:
     store: Lines
     """Where the distances go."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Host memory that it holds."""
-        return sum(h.numel() * h.element_size() for h in self.view.hidden)
+
+def held_bytes(waiting: Sequence[OwnView]) -> int:
+    """Host memory that views hold; those of one model share its head."""
+    tensors = [hidden for one in waiting for hidden in one.view.hidden]
+    for head in {id(one.view.head): one.view.head for one in waiting}.values():
+        tensors += head.linear.parameters()
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def read_by_teacher(

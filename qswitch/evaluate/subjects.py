@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from qswitch.config import RunConfig, TrainSection
+from qswitch.distill.recovery import keep_to_free_memory
 from qswitch.errors import ModelError
 from qswitch.models.finite import require_finite
 from qswitch.models.language_model import LanguageModel, verify_head
@@ -124,6 +125,7 @@ class Subject:
             ModelError: they cannot be had or read.
         """
         runtime = self.runtime(device)
+        keep_to_free_memory(runtime.device)
         if self.run_dir is not None:
             return self._load_from_run(self.run_dir, runtime)
         precision = resolve_precision(self.precision, runtime)

@@ -20,7 +20,7 @@ from qswitch.config import DataSection
 from qswitch.data.gather import make_encoder
 from qswitch.data.records import Record, load_records
 from qswitch.data.turns import Message
-from qswitch.distill.recovery import BatchRows
+from qswitch.distill.recovery import BatchRows, keep_to_free_memory
 from qswitch.errors import ConfigError
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import context_tokens, load_teacher
@@ -84,6 +84,7 @@ class Answerer:
                 "prompt included. Give less."
             )
         self._runtime = make_runtime(self.config.train)
+        keep_to_free_memory(self._runtime.device)
         self._pair = load_pair_tokenizer(self.config)
         self._temperature = self.config.rollout.temperature if temperature is None else temperature
         self._seed = seed

@@ -61,12 +61,12 @@ def test_long_responses_are_measured_as_whole_ones(trainer):
     with inference(trainer.student), torch.no_grad():
         for parameter in trainer.learner.trainable:  # a student that differs from its start
             parameter += 0.05 * torch.randn(parameter.shape, dtype=parameter.dtype)
-        own = own_distances(
-            view_of(trainer.student, sequences, pad_id=0, batch_size=4), trainer.teacher, pad_id=0, batch_size=2
+        own_view, teachers_view = (
+            view_of(model, model.head, sequences, pad_id=0, batch_size=4)
+            for model in (trainer.student, trainer.teacher)
         )
-        teachers = distances(
-            view_of(trainer.teacher, sequences, pad_id=0, batch_size=4), trainer.student, pad_id=0, batch_size=2
-        )
+        own = own_distances(own_view, trainer.teacher, pad_id=0, batch_size=2)
+        teachers = distances(teachers_view, trainer.student, pad_id=0, batch_size=2)
         for sequence, mine, its in zip(sequences, own, teachers, strict=True):
             terms = plain_terms(trainer, *sequence)
             assert its.tokens == len(sequence[1]) == sum(mine.tokens)

@@ -83,14 +83,14 @@ def test_kl_and_interventions_are_those_of_whole_logits(made):
     config = RunDir.open(made).config
     pair, runtime = load_pair_tokenizer(config), make_runtime(config.train)
     written: list = []
-    real = module._view
+    real = module._read
 
     def remember(model, rollouts, *rest):
         written.append(rollouts)
         return real(model, rollouts, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_view", remember)
+        patch.setattr(module, "_read", remember)
         run_dir = RunDir.open(made)
         (found,) = fidelity(config, run_dir=run_dir, work_dir=made, precisions=["fp4"], num_prompts=3)["precisions"]
     mixed, own = written[0], written[1]
