@@ -173,6 +173,7 @@ def _measured(
         **teacher_writes(config, teacher, vocab, machine, rows, read_tokens=tokens),
         "kv_cache": memory.kv_cache_bytes(here, rows, slots, b, drafts=False),
     }
+    working["fragmentation"] = int(sum(working.values()) * memory.FRAGMENTATION_SHARE)
     fixed = {"cuda_context": memory.CUDA_CONTEXT_BYTES} if on_gpu else {"process": memory.PROCESS_BYTES}
     host = 0
     if on_gpu and spread:

@@ -90,7 +90,8 @@ def test_a_teacher_that_passes_by_has_the_room_that_its_plan_leaves():
     budget = Budget(4 * GIB, "named", "cuda")
     plan = plan_teaching(with_gpus(1, precision="bf16"), budget, MACHINE, spread=True)
     assert plan.host_bytes > 8 * GIB
-    beside = sum(plan.parts[name] for name in ("cuda_context", "kept_hidden", "kv_cache", "logits", "forward"))
+    working = sum(plan.parts[name] for name in ("kept_hidden", "kv_cache", "logits", "forward"))
+    beside = plan.parts["cuda_context"] + int(working * 1.05)  # with the allowance that the plan of a run has
     assert plan.weights_room_bytes == budget.num_bytes - beside
     assert plan.parts["teacher_weights"] == plan.weights_room_bytes, "all that is left is used"
     # The head, 32000 x 4096 weights of 2 bytes, passes by as a layer does.
