@@ -16,6 +16,7 @@ import torch
 from benchmarks.gpu import families, recipe
 from benchmarks.gpu.__main__ import FIRST_HOUR, STAGES, stages
 from benchmarks.gpu.report import Context, NeedsGpuError, Report, blame
+from qswitch.distill import recovery
 from tests.pretended_cuda import pretended_cuda
 
 
@@ -158,3 +159,19 @@ def test_a_stage_of_the_study_works_for_its_time_and_says_what_is_finished(conte
     monkeypatch.setattr(recipe, "subprocess", SimpleNamespace(run=lambda _: SimpleNamespace(returncode=3)))
     with pytest.raises(RuntimeError, match="code 3"):
         recipe.study(context, report)
+
+
+def test_a_capped_run_keeps_to_the_drivers_cap_and_not_to_its_plan(context, monkeypatch):
+    summary = SimpleNamespace(phases_gib={"load": {"reserved": 0.5}, "train": {"reserved": 2.0}})
+
+    def distill(*_):
+        with recovery.device_memory_bounded(torch.device("cuda", 0), 1, 8 * 2**30):
+            return summary
+
+    monkeypatch.setattr(families, "distill", distill)
+    monkeypatch.setattr(families, "settings", lambda *_, **__: None)
+    monkeypatch.setattr(families, "_difference", lambda *_: {})
+    monkeypatch.setattr(families.RunDir, "open", lambda _: SimpleNamespace(read_metrics=list))
+    with pretended_cuda() as seen:
+        families._capped(replace(context, device=torch.device("cuda", 0)), context.output, "llama", "bf16")
+    assert seen.memory_fractions == [(7.5 / 12, 0), (1.0, 0), (pytest.approx(1.2 / 12), 0), (1.0, 0), (1.0, 0)]

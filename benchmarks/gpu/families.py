@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.gpu.report import GIB, Context, Report
 from qswitch.config import RunConfig
-from qswitch.distill import session
+from qswitch.distill import recovery
 from qswitch.distill.trainer import Trainer
 from qswitch.errors import Interrupted, ModelError
 from qswitch.layers import build_config
@@ -220,7 +220,7 @@ def _capped(context: Context, folder: Path, family: str, precision: str) -> dict
         torch.cuda.set_per_process_memory_fraction((before + 0.6 * (peak - before)) / total, context.device)
 
     try:
-        with mock.patch.object(session, "limit_device_memory", cap):
+        with mock.patch.object(recovery, "limit_device_memory", cap):
             distill(wide, folder / "capped")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, context.device)
