@@ -366,7 +366,8 @@ def describe_machine(
         wanted = "cuda" if here is not None else "cpu"
     card = gpu or (None if here is None else _card_called(here.label))
     dtype = train.compute_dtype
-    capability = (here and here.capability) or (card and card.capability) if wanted == "cuda" else None
+    by_name = None if card is None else card.capability
+    capability = ((here and here.capability) or by_name) if wanted == "cuda" else None
     if dtype == "auto" and wanted == "cuda":
         # What neither the driver nor the card's name says is taken for the reference card's.
         dtype = gpu_dtype(capability or REFERENCE_GPU.capability)
