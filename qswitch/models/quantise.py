@@ -62,7 +62,7 @@ def check_stored(config: Any, name: str, precision: str, runtime: Runtime) -> St
         stored,
         precision,
         device=device.type,
-        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        capability=torch.cuda.get_device_capability(device) if stored and device.type == "cuda" else None,
         compute_dtype=next((name for name, dtype in DTYPES.items() if dtype == runtime.compute_dtype), None),
     )
     if problem is None and stored is not None and precision == "stored":
