@@ -9,7 +9,7 @@
 # compose.yaml has the same for `docker compose run --rm qswitch ...`. Commands run in /work, the user's folder, so every
 # path means what it means outside. Any user id works: what is written besides goes to /cache, which all may write.
 #
-# The host needs the NVIDIA driver and the NVIDIA Container Toolkit. CUDA's libraries come with the torch wheel of PyPI
+# The host needs the NVIDIA driver (580 or later) and the NVIDIA Container Toolkit. CUDA's libraries come with the torch wheel of PyPI
 # (Linux x86-64), so a plain Python image is enough.
 FROM python:3.12-slim
 

@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -106,13 +106,13 @@ def _shapes_and_context(config: RunConfig, elsewhere: bool) -> Iterator[str]:
         except ConfigError as error:
             yield from error.problems
             continue
-        machine = describe_machine(config.train)
+        here = {} if elsewhere else asdict(describe_machine(config.train))
         stored = problem_of(
             shape.stored,
             section.precision,
-            device=None if elsewhere else machine.device,
-            capability=machine.capability,
-            compute_dtype=machine.compute_dtype,
+            device=here.get("device"),
+            capability=here.get("capability"),
+            compute_dtype=here.get("compute_dtype"),
             trains=role == "student",
         )
         if stored is not None:
@@ -207,7 +207,10 @@ def _machine(config: RunConfig) -> Iterator[str]:
         from qswitch.plan.machine import failed_driver
 
         if (failure := failed_driver()) is not None:
-            yield f"{failure} To compute on the CPU instead: train.device=cpu."
+            yield (
+                f"{failure} Where torch uses the GPU all the same: train.device=cuda, with --vram the memory that is "
+                "free. To compute on the CPU: train.device=cpu."
+            )
     if train.optimizer == "paged_adamw_8bit" and train.device == "auto":
         from qswitch.plan.machine import describe_machine
 

@@ -313,18 +313,23 @@ def _pass_text(
     memory that it took; `prepared` is the teacher's half."""
     from qswitch.distill.phase_peaks import PhasePeaks
     from qswitch.distill.progress import Progress
+    from qswitch.distill.recovery import device_memory_bounded
     from qswitch.distill.teacher_text import text_files, write_text
     from qswitch.models.pair import student_half, teacher_half
     from qswitch.models.runtime import make_runtime
 
-    peaks = PhasePeaks(make_runtime(run_dir.config.train).device, plan.breakdown.fullest_phases)
+    device = make_runtime(run_dir.config.train).device
+    peaks = PhasePeaks(device, plan.breakdown.fullest_phases)
     peaks.enter("write")
     folder, progress = run_dir.teacher_text_path, Progress(None, quiet=not processes.is_first)
     rows = plan.config.rollout.batch_size
     written = teacher_half(run_dir.config)
-    processes.from_first(
-        lambda: write_text(folder, written, prepared, rows=rows, say=progress.say, notify=progress.loading)
-    )
+
+    def write() -> None:
+        with device_memory_bounded(device, 1, plan.budget_bytes):
+            write_text(folder, written, prepared, rows=rows, say=progress.say, notify=progress.loading)
+
+    processes.from_first(write)
     half = student_half(run_dir.config, *text_files(folder))
     half_prepared = processes.in_turn(lambda: read_inputs(half, [], processes))
     peaks.enter("load")

@@ -16,6 +16,7 @@ from qswitch.errors import ConfigError, Interrupted, RunDirError
 from qswitch.launch import launched
 from qswitch.layers import build_config, reopened
 from qswitch.plan.machine import Budget, Machine, describe_machine
+from qswitch.plan.scheduler import with_choices
 from qswitch.plan.teacher_alone import TeachingPlan, plan_teaching
 from qswitch.plan.vocabulary import with_tokenizer
 from qswitch.preflight import check_settings, settings_problems
@@ -46,7 +47,7 @@ def rehearse(config: RunConfig, *, vram: str | None = None, spread: bool = False
     """
     config = with_tokenizer(config)
     _require_teachable(config)
-    check_settings(config, elsewhere=vram is not None)
+    check_settings(_that_stays(config), elsewhere=vram is not None)
     with joined() as processes:
         budget = smallest_budget(config, vram, processes)
         return _plan(config, budget, _machine_before(config, budget, vram), None, spread)
@@ -62,7 +63,7 @@ def teach(config: RunConfig, path: Path, *, vram: str | None = None, spread: boo
     """
     with joined() as processes:
         path = processes.from_first(lambda: free_path(path))
-        problems = settings_problems(config, path) if processes.is_first else []
+        problems = settings_problems(_that_stays(config), path) if processes.is_first else []
         return _work(config, path, vram, spread, problems, processes)
 
 
@@ -128,6 +129,11 @@ def _work(
         if began and processes.is_first and not any(path.glob("part-*")):
             RunDir(path, config).discard_unstarted()
         raise
+
+
+def _that_stays(config: RunConfig) -> RunConfig:
+    """The settings with a teacher that never leaves the device, as it does not here, whatever the run has."""
+    return with_choices(config, {"teacher.residency": "resident"})
 
 
 def _machine_before(config: RunConfig, budget: Budget, vram: str | None) -> Machine:

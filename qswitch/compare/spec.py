@@ -83,7 +83,7 @@ class EvaluateSection(Section):
     split: str = "test"
     """Of a hub data set."""
     batch_size: int = Field(default=16, ge=1, le=MAX_ROWS)
-    """Rows decoded together; changes no figure."""
+    """Rows decoded together; changes figures by rounding alone, which in bf16 makes other samples."""
     device: Literal["cuda", "cpu"] | None = None
     """Instead of the run's."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 FORMATS = ("hidden", "topk")
 HeadFunction = Callable[[Tensor], Tensor]
 """Hidden states [..., D] -> logits [..., V]."""
-_ENCODE_ROWS = 256
+_ENCODE_ROWS = 64
 """Rows projected to the vocabulary at a time while encoding."""
 
 

@@ -190,7 +190,7 @@ class Recovery:
 class BatchRows:
     """Rows of passes that train nothing; halved, and the pass repeated, when memory runs out.
 
-    By the sampling contract the number of rows changes no token, so what was written before stays.
+    By the sampling contract the number of rows changes no token but by rounding, so what was written before stays.
     """
 
     def __init__(self, rows: int, *, say: Callable[[str], None] = logger.warning) -> None:
@@ -219,11 +219,9 @@ class BatchRows:
 def device_memory_bounded(device: torch.device, num_gpus: int, budget_bytes: int | None) -> Iterator[None]:
     """Keep the process within a budget on its GPU, and on each further one of a teacher on several; nothing on a CPU.
 
-    Behind the block a GPU is as free as the process found it, for what a notebook does next.
+    Behind the block a GPU is as free as the process found it but for CUDA's context, for what a notebook does next.
     """
-    devices = []
-    if device.type == "cuda" and budget_bytes is not None:
-        devices = [device, *(torch.device("cuda", index) for index in range(1, num_gpus))]
+    devices = [] if budget_bytes is None else _gpus_of(device, num_gpus)
     for each in devices:
         limit_device_memory(each, budget_bytes or 0, CUDA_CONTEXT_BYTES)
     try:
@@ -235,6 +233,12 @@ def device_memory_bounded(device: torch.device, num_gpus: int, budget_bytes: int
             release_memory(device)
 
 
+def _gpus_of(device: torch.device, num_gpus: int) -> list[torch.device]:
+    """The process's GPU and the further ones of a teacher on several; none on a CPU."""
+    further = [torch.device("cuda", index) for index in range(1, num_gpus)]
+    return [device, *further] if device.type == "cuda" else []
+
+
 def limit_device_memory(device: torch.device, budget_bytes: int, context_bytes: int) -> None:
     """Keep the process within a budget, or the card: beyond it allocations fail as on a smaller card, also where the
     driver would lend system memory instead, as under WSL2."""
@@ -243,14 +247,14 @@ def limit_device_memory(device: torch.device, budget_bytes: int, context_bytes: 
     torch.cuda.set_per_process_memory_fraction(allowed / total, device)
 
 
-def keep_to_free_memory(device: torch.device) -> None:
-    """Keep a process without a plan within what it has of a GPU and what is free there now; nothing on a CPU.
+def keep_to_free_memory(device: torch.device, num_gpus: int = 1) -> None:
+    """Keep a process without a plan within what it has of each GPU and what is free there now; nothing on a CPU.
 
     A driver that puts the rest into the host's memory (Windows, WSL2) would make a pass slow that should fail and be
     repeated with fewer rows. CUDA itself says what is free, so it is that of this card, or of this slice of one. The
     limit stands until the next call, or the next run's.
     """
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        own = torch.cuda.memory_reserved(device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (free + own) / total), device)
+    for each in _gpus_of(device, num_gpus):
+        free, total = torch.cuda.mem_get_info(each)
+        own = torch.cuda.memory_reserved(each)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (free + own) / total), each)

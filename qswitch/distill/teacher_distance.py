@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from qswitch.distill.own_text import POSITIONS
@@ -84,8 +84,11 @@ def head_on(head: Head, device: torch.device) -> Head:
 
 
 def _copied(head: Head, device: torch.device) -> Head:
+    # Straight to the device: a deep copy would lie where the head lies, beside it.
+    tensors = [*head.linear.parameters(), *head.linear.buffers()]
+    there = {id(t): nn.Parameter(t.detach().to(device, copy=True), requires_grad=False) for t in tensors}
     return Head(
-        copy.deepcopy(head.linear).to(device),
+        copy.deepcopy(head.linear, there),
         vocab_size=head.vocab_size,
         logit_scale=head.logit_scale,
         softcap=head.softcap,

@@ -129,7 +129,7 @@ def fidelity(
             "differ. Name a pair with one tokenizer, for example the same teacher with --student shrink."
         )
     runtime = make_runtime(config.train if device is None else config.train.model_copy(update={"device": device}))
-    keep_to_free_memory(runtime.device)
+    keep_to_free_memory(runtime.device, config.teacher.num_gpus)
     pair = load_pair_tokenizer(config)
     _, _, held_out = load_prompts(config, pair)
     prompts = held_out[:num_prompts]

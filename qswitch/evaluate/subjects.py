@@ -125,7 +125,7 @@ class Subject:
             ModelError: they cannot be had or read.
         """
         runtime = self.runtime(device)
-        keep_to_free_memory(runtime.device)
+        keep_to_free_memory(runtime.device, 1 if self.run_dir is None else self.run_dir.config.teacher.num_gpus)
         if self.run_dir is not None:
             return self._load_from_run(self.run_dir, runtime)
         precision = resolve_precision(self.precision, runtime)

@@ -75,12 +75,14 @@ def unusable_gpu() -> str | None:
         reason = "it finds no device"
     except (RuntimeError, AssertionError) as error:
         reason = shorten(str(error), 200, placeholder="").rstrip(". ")
+    build = f"torch {torch.__version__} for CUDA {torch.version.cuda}"
+    found = f"nvidia-smi shows {shown}, but {build} cannot use it: {reason}."
     needed = DRIVERS.get(torch.version.cuda.partition(".")[0])
-    update = f"CUDA {torch.version.cuda} needs driver {needed} or later: update it" if needed else "Update the driver"
+    if needed is None or "too old" not in reason:
+        return found
     return (
-        f"nvidia-smi shows {shown}, but torch {torch.__version__} for CUDA {torch.version.cuda} cannot use it: "
-        f"{reason}. {update}, or install a torch for an older CUDA: pip install --force-reinstall --index-url "
-        "https://download.pytorch.org/whl/cu126 torch"
+        f"{found} CUDA {torch.version.cuda} needs driver {needed} or later: update it, or install torch for an older "
+        "CUDA (docs/troubleshooting.md, sees no GPU, says which)."
     )
 
 

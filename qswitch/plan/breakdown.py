@@ -166,6 +166,9 @@ def _break_down(
         "teacher": memory.recorded_pass_bytes(teacher, rows, round_steps, b, unpack_teacher),
         "student": memory.recorded_pass_bytes(student, rows, round_steps, b, unpack_student, not full),
     }
+    # The states of recurrent layers are not recorded.
+    recorded = {name: size for (name, size), shape in zip(recorded.items(), (teacher, student), strict=True)
+                if not (shape.state_bytes_per_row or shape.state_values_per_row)}  # fmt: skip
     used = [name for name in recorded if graphs[name] and on_gpu and needed and config.writes_rollouts]
     decode["recorded_passes"] = sum(recorded[name] for name in used)
     kept = sum(

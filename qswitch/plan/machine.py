@@ -21,7 +21,8 @@ from qswitch.units import GIB
 
 Device = Literal["cuda", "cpu"]
 
-# nvidia-smi counts cards by their slot, CUDA the fastest first unless it is told: "GPU 0" is to be one card.
+# nvidia-smi counts cards by their slot, CUDA the fastest first unless it is told before it begins: "GPU 0" is to be one
+# card. Where a notebook used CUDA before, or has set another order, the names of the two may differ.
 os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 DRIVER_RESERVE_BYTES = 400 * 2**20
@@ -195,6 +196,8 @@ def detect_budget_bytes(device: Literal["auto", "cuda", "cpu"] = "auto", num_gpu
                 "set train.device=cpu."
             )
     available, origin = _host_available_bytes()
+    if device == "auto" and (failure := failed_driver()) is not None:
+        origin = f"{origin}; {failure.rstrip('.')}"
     limit = _control_group_free_bytes()
     if limit is not None and (available is None or limit < available):
         available, origin = limit, "free memory of the container (cgroup)"
@@ -236,7 +239,7 @@ def _detect_gpu(index: int | None = None, *, is_fresh: bool = True) -> _Detected
     A slice (MIG) is named by a UUID of its own, or by the index of a card that is cut, whose first slice CUDA takes
     then. nvidia-smi asks cards only: a slice's name and capability are those of the card that its UUID names, in the
     form of drivers before 470, or else of the first card.
-    Both count by the bus here, unless CUDA_DEVICE_ORDER was set otherwise; the name stands in the label.
+    Both count by the bus, unless CUDA_DEVICE_ORDER was set otherwise or CUDA began before; the name is in the label.
     """
     program = _nvidia_smi()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -248,6 +251,8 @@ def _detect_gpu(index: int | None = None, *, is_fresh: bool = True) -> _Detected
         return None
     if not is_fresh and (program, first) in _seen_gpus:
         return _seen_gpus[program, first]
+    if not is_fresh and _failed.get(program) is not None:
+        return None
     card = first
     if first is not None and first.startswith("MIG-"):
         card = first[len("MIG-") :].partition("/")[0] if first.startswith("MIG-GPU-") else None
@@ -268,12 +273,14 @@ def _detect_gpu(index: int | None = None, *, is_fresh: bool = True) -> _Detected
                 f"{which}, {said['name']}",
                 (int(known[1]), int(known[2])) if known else None,
             )
+            _failed.pop(program, None)
             return _seen_gpus[program, first]
         except subprocess.CalledProcessError as error:
             said_last = f"{error.stdout}{error.stderr}".strip().partition("\n")[0].rstrip(". ")
             _failed[program] = None if error.returncode == NO_DEVICES else f"exit code {error.returncode}: {said_last}"
         except subprocess.TimeoutExpired as error:
             _failed[program] = f"no answer in {error.timeout:.0f} s"
+            return None  # another list of fields would take as long
         except (OSError, ValueError, LookupError):
             _failed[program] = None
     return None
@@ -291,8 +298,8 @@ def failed_driver() -> str | None:
     if program is None or _detect_gpu(is_fresh=False) is not None or _failed.get(program) is None:
         return None
     return (
-        f"nvidia-smi fails ({_failed[program]}), so a GPU that may be here cannot be used. After an update of the "
-        "driver restart the machine."
+        f"nvidia-smi fails ({_failed[program]}), so nobody can tell what is free on a GPU that may be here. After an "
+        "update of the driver restart the machine."
     )
 
 

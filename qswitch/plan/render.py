@@ -36,7 +36,7 @@ PART_TEXTS = {
     "rollout_logits": "logits of a round",
     "kept_hidden": "teacher outputs of a round",
     "prefill": "reading of the prompts",
-    "dequantisation": "one 4-bit layer, unpacked",
+    "dequantisation": "one layer unpacked, or the norm of DoRA",
     "autocast_copies": "weights cast for a pass",
     "recorded_passes": "passes recorded as CUDA graphs",
     "gradients": "gradients",

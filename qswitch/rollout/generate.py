@@ -84,7 +84,7 @@ class Answerer:
                 "prompt included. Give less."
             )
         self._runtime = make_runtime(self.config.train)
-        keep_to_free_memory(self._runtime.device)
+        keep_to_free_memory(self._runtime.device, self.config.teacher.num_gpus)
         self._pair = load_pair_tokenizer(self.config)
         self._temperature = self.config.rollout.temperature if temperature is None else temperature
         self._seed = seed

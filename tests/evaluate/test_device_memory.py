@@ -95,7 +95,7 @@ def test_fidelity_leaves_nothing_for_the_next_teacher_to_lie_beside(made, tmp_pa
         monkeypatch.setattr(fidelity_module, "_teacher", loads)
         found = measured(config.model_copy(update={"teacher": teacher}), made, tmp_path, "cuda")
     assert found_before == [0, 0]
-    assert seen.memory_fractions == [(FREE, 0)]
+    assert seen.memory_fractions == [(FREE, index) for index in range(num_gpus)]
     assert found == expected
 
 

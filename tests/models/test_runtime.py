@@ -14,6 +14,7 @@ from qswitch.config import TrainSection
 from qswitch.errors import ModelError
 from qswitch.layers import build_config
 from qswitch.models.runtime import make_runtime, unusable_gpu
+from qswitch.plan.machine import detect_budget_bytes
 from qswitch.preflight import settings_problems
 
 NVIDIA_SMI = """#!/bin/sh
@@ -42,11 +43,16 @@ def test_a_card_that_torch_cannot_use_is_refused_with_driver_and_build(shown_gpu
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "is built without CUDA. Install a CUDA build" in str(unusable_gpu())
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError("the driver is too old\nmore")))
-    said = str(unusable_gpu())
-    assert "for CUDA 13.0 cannot use it: the driver is too old more. CUDA 13.0 needs driver 580 or later" in said
-    monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError("a word " * 100)))
-    assert re.search(r"(a word )+(a|a word)\. CUDA 13.0 needs", str(unusable_gpu())), "cut between words"
+
+    def fails(text: str) -> str:
+        monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError(text)))
+        return str(unusable_gpu())
+
+    said = fails("The NVIDIA driver on your system is too old\n(found version 11040). " + "More words. " * 30)
+    assert "CUDA 13.0 cannot use it: The NVIDIA driver on your system is too old (found version 11040)." in said
+    assert "CUDA 13.0 needs driver 580 or later" in said and "sees no GPU" in said
+    said = fails("Error 802: system not yet initialized")
+    assert said.endswith("Error 802: system not yet initialized."), "that is no fault of the driver's age"
 
 
 def test_the_cpu_is_used_where_it_is_asked_for(shown_gpu, monkeypatch):
@@ -86,5 +92,6 @@ def test_a_driver_that_fails_is_said_and_nothing_begins_on_the_cpu(tmp_path, mon
     config = build_config({"teacher": {"model": "a"}, "student": {"model": "b"}, "data": {"train": "c.jsonl"}})
     assert any(re.search(said, problem) for problem in settings_problems(config))
     assert not any("nvidia-smi" in problem for problem in settings_problems(config, elsewhere=True))
+    assert re.search(said.replace(".* restart", ""), detect_budget_bytes()[1]), "a plan says what it did not see"
     program.write_text("#!/bin/sh\necho 'No devices were found'; exit 6\n")
     assert make_runtime(TrainSection()).device.type == "cpu", "there is a driver, and no card"
