@@ -57,7 +57,7 @@ class Axis:
         if exact:
             first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
         else:
-            low, high = first * step, last * step
+            low, high = min(low, first * step), max(high, last * step)  # a value may lie past its tick by a rounding
         ticks = [i * step for i in range(first, last + 1)]
         return cls(low, high, ticks, [_label(tick, step) for tick in ticks])
 
