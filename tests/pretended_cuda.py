@@ -159,6 +159,8 @@ class _Device(TorchDispatchMode):
         self.pinned: weakref.WeakSet[Any] = weakref.WeakSet()
         self.inside = 0
         self.moving = False
+        self.attending = "cpu"
+        """Where the queries lie whose attention is computed now."""
 
     def side(self, tensor: Tensor) -> str:
         """cuda:0, cuda:1 or cpu; meta and others as they are."""
@@ -209,8 +211,9 @@ class _Device(TorchDispatchMode):
         if comes_down and _non_blocking(args, kwargs) and tensors[0].untyped_storage() in self.pinned:
             self.seen.send(result)
         goes_to = wanted or on_device
-        if not tensors and in_backward and goes_to in (None, "cpu"):
-            goes_to = "cuda:0"  # autograd makes it like a tensor whose real device is the CPU
+        if not tensors and goes_to in (None, "cpu") and (in_backward or self.attending.startswith("cuda")):
+            # Torch itself makes it like a tensor whose real device is the CPU.
+            goes_to = "cuda:0" if in_backward else self.attending
         if goes_to is not None and goes_to.startswith("cuda") and name not in ("copy_", "set_"):
             for output in tree_leaves(result):
                 if isinstance(output, Tensor) and _real_device.__get__(output).type == "cpu":
@@ -363,6 +366,17 @@ def _patch_tensors(patch: pytest.MonkeyPatch, mode: _Device) -> None:
         mode.pinned.add(copy.untyped_storage())
         return copy
 
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Where torch has no kernel for the CPU, it makes the causal mask and multiplies, all of it seen here."""
+        outer, mode.attending = mode.attending, mode.side(query)
+        try:
+            return attention(query, *args, **kwargs)
+        finally:
+            mode.attending = outer
+
+    patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
     storage_device = torch._C.StorageBase.device  # type: ignore[attr-defined]
     patch.setattr(Tensor, "device", property(device), raising=False)
     patch.setattr(Tensor, "is_cuda", property(lambda t: mode.side(t) not in ("cpu", "meta")), raising=False)

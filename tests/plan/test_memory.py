@@ -248,6 +248,16 @@ def saved_bytes(values, width, adapter, lora, rows, tokens):
     return sum(s.nbytes() for s in storages.values())
 
 
+def shares_heads_in_one_kernel():
+    """Whether attention of heads that share keys is one kernel on a CPU, as it is on a card in every torch."""
+    import torch
+    from torch.nn.attention import SDPBackend
+
+    queries, keys = torch.zeros(1, 4, 8, 16), torch.zeros(1, 2, 8, 16)
+    chosen = torch._fused_sdp_choice(queries, keys, keys, is_causal=True, enable_gqa=True)
+    return chosen != SDPBackend.MATH.value
+
+
 @pytest.mark.parametrize(
     ("values", "width", "adapter"),
     [
@@ -267,6 +277,8 @@ def test_activation_formula_is_near_what_autograd_saves(values, width, adapter):
     """Differences between two depths, so that embeddings and the last norm do not count."""
     rows, tokens = 4, 48
     key = "n_layer" if values["model_type"] == "gpt2" else "num_hidden_layers"
+    if "num_key_value_heads" in values and "attn_implementation" not in values and not shares_heads_in_one_kernel():
+        pytest.skip("this torch has no fused attention on a CPU where heads share keys, and saves all scores")
     few, many = ({**values, key: n} for n in (1, 3))
     per_layer = (
         saved_bytes(many, width, adapter, LORA, rows, tokens) - saved_bytes(few, width, adapter, LORA, rows, tokens)
