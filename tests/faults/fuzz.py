@@ -305,7 +305,10 @@ def fuzz_reference(folder: Path, text: str) -> None:
             with answered():
                 read()
     if "\x00" not in text:
-        command(folder, "report", "--", text or "x")
+        typed = text.encode("utf-8", "surrogatepass").decode(
+            "utf-8", "surrogateescape"
+        )  # any bytes, as Python has them
+        command(folder, "report", "--", typed or "x")
 
 
 KINDS = ("configuration", "records", "state", "reference")
