@@ -305,9 +305,8 @@ def fuzz_reference(folder: Path, text: str) -> None:
             with answered():
                 read()
     if "\x00" not in text:
-        typed = text.encode("utf-8", "surrogatepass").decode(
-            "utf-8", "surrogateescape"
-        )  # any bytes, as Python has them
+        # An argument is any bytes, which Python decodes so; no shell can pass other surrogates.
+        typed = text.encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape")
         command(folder, "report", "--", typed or "x")
 
 
