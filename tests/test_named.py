@@ -31,6 +31,7 @@ OF_OTHER_PROGRAMS = {
     "llama.cpp's converter": "--model-name --outfile --outtype",
     "nvidia-smi": "--format --id --query-gpu",
     "ruff": "--check",
+    "uv, pytest-xdist": "--dist --resolution",
     "benchmarks/study/prepare.py": "--eval --selfinst --train --vicuna",  # by a loop, so not seen below
 }
 """Each is named in some text, or is to be taken away here."""
