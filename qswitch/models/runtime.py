@@ -82,7 +82,8 @@ def unusable_gpu() -> str | None:
         return found
     return (
         f"{found} CUDA {torch.version.cuda} needs driver {needed} or later: update it, or install torch for an older "
-        "CUDA (docs/troubleshooting.md, sees no GPU, says which)."
+        'CUDA; what to install is under "sees no GPU" in '
+        "https://github.com/qswitch/qswitch/blob/main/docs/troubleshooting.md"
     )
 
 

@@ -156,9 +156,12 @@ def _break_down(
         "dequantisation": max(unpack_teacher, unpack_student),
         "autocast_copies": cast,
     }
-    # Small buffers are kept through training, with the passes that were recorded over them, where weights stay.
-    graphs = {"teacher": rollout.teacher_graphs == "auto" and len(layers) == 1,
-              "student": rollout.student_graphs == "auto"}  # fmt: skip
+    # Small buffers are kept through training, with the passes that were recorded over them, where weights stay. The
+    # states of recurrent layers are not recorded.
+    recurrent = {name: bool(shape.state_bytes_per_row or shape.state_values_per_row)
+                 for name, shape in (("teacher", teacher), ("student", student))}  # fmt: skip
+    graphs = {"teacher": rollout.teacher_graphs == "auto" and len(layers) == 1 and not recurrent["teacher"],
+              "student": rollout.student_graphs == "auto" and not recurrent["student"]}  # fmt: skip
     in_place = {"teacher": config.teacher.residency == "resident", "student": not full}
     buffers = {"teacher": memory.kv_buffer_bytes(teacher, rows, slots, b),
                "student": memory.kv_buffer_bytes(student, rows, slots, b)}  # fmt: skip
@@ -166,9 +169,6 @@ def _break_down(
         "teacher": memory.recorded_pass_bytes(teacher, rows, round_steps, b, unpack_teacher),
         "student": memory.recorded_pass_bytes(student, rows, round_steps, b, unpack_student, not full),
     }
-    # The states of recurrent layers are not recorded.
-    recorded = {name: size for (name, size), shape in zip(recorded.items(), (teacher, student), strict=True)
-                if not (shape.state_bytes_per_row or shape.state_values_per_row)}  # fmt: skip
     used = [name for name in recorded if graphs[name] and on_gpu and needed and config.writes_rollouts]
     decode["recorded_passes"] = sum(recorded[name] for name in used)
     kept = sum(
