@@ -51,7 +51,8 @@ class AboutSection(Section):
     description: str = ""
     """One sentence: which pair, for which machine."""
     licences: dict[str, str] = Field(default_factory=dict)
-    """Model id -> licence."""
+    """Model or data set, as teacher.model, student.model, data.train or data.lm_corpus names it -> its licence. A model
+    card gives those of what its run used."""
     gated: bool = False
     """Whether a model of the pair needs an accepted licence and HF_TOKEN."""
     twin: str | None = None

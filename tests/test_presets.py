@@ -32,9 +32,9 @@ def test_a_shipped_preset_is_valid_and_describes_itself(name: str):
     assert config.about.name == name
     assert config.about.description.endswith(".")
     assert config.teacher.shape and config.student.shape, "a preset can be planned before any download"
-    for model in (config.teacher.model, config.student.model):
-        references = [model] if isinstance(model, str) else model
-        assert any(reference in config.about.licences for reference in references), f"no licence for {model}"
+    for used in (config.teacher.model, config.student.model, config.data.train, config.data.lm_corpus):
+        references = [used] if isinstance(used, str) else used or []
+        assert not references or any(name in config.about.licences for name in references), f"no licence for {used}"
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -6,10 +6,17 @@ Knows no weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from qswitch.config import RunConfig
+from qswitch.data.compression import data_suffix
+from qswitch.data.files import RECORD_SUFFIXES, TEXT_SUFFIXES
+from qswitch.hub import HUB_ID
+from qswitch.outside import user_path
+from qswitch.preset_index import read_index
+
+UNKNOWN = "licence not known; check it before sharing"
+OWN = "a local file or folder; say here whose it is and how it may be used"
 
 
 def how_trained(config: RunConfig) -> str:
@@ -29,10 +36,48 @@ def by_processes(summary: Mapping[str, Any]) -> str:
 
 
 def licence_lines(config: RunConfig) -> list[str]:
-    """The licence of every model and data set that the preset names, a local folder by its last part only."""
-    licences = config.about.licences.items()
-    known = [f"- {Path(name).name if Path(name).is_dir() else name}: {licence}" for name, licence in licences]
-    return known or ["- No preset names them. Check those of the student, the teacher and the data before sharing."]
+    """A line for every model and data set that the run used: its licence, or that nobody has told it."""
+    uses_teacher = config.learns_from_teacher or config.passes_text
+    models = [config.teacher.model, config.teacher.adapter] if uses_teacher else []
+    models += [config.student.model, config.student.init_adapter]
+    data = [*_entries(config.data.train), *_entries(config.data.lm_corpus)]
+    lines = [_licence_line(config, places) for places in [*map(_entries, models), *([one] for one in data)] if places]
+    return list(dict.fromkeys(lines))
+
+
+def known_licence(config: RunConfig, places: list[str]) -> tuple[str, str] | None:
+    """(name, licence) of a model or data set that lies at any of `places`; None where neither settings nor a preset
+    tell. A subset (`owner/name:subset`) has the licence of its data set."""
+    licences = {name: licence for preset in read_index() for name, licence in preset.licences.items()}
+    licences |= config.about.licences
+    names = [name for place in places for name in (place, place.partition(":")[0])]
+    return next(((name, licences[name]) for name in names if name in licences), None)
+
+
+def _licence_line(config: RunConfig, places: list[str]) -> str:
+    known = known_licence(config, places)
+    if known is not None:
+        name, licence = known
+        return f"- {_shown(name)}: {licence}"
+    return f"- {' or '.join(map(_shown, places))}: {OWN if all(map(_is_local, places)) else UNKNOWN}"
+
+
+def _entries(reference: str | list[str] | None) -> list[str]:
+    return [reference] if isinstance(reference, str) else list(reference or ())
+
+
+def _shown(reference: str) -> str:
+    """A file or folder by its last part only."""
+    return user_path(reference).resolve().name if _is_local(reference) else reference
+
+
+def _is_local(reference: str) -> bool:
+    """Whether a reference is a path, by its form too: the card may be written when or where the file is not there."""
+    if reference.startswith("package:"):
+        return False
+    path = user_path(reference)
+    is_file_name = data_suffix(path) in RECORD_SUFFIXES + TEXT_SUFFIXES
+    return path.exists() or is_file_name or HUB_ID.fullmatch(reference.partition(":")[0]) is None
 
 
 def adapter_card(config: RunConfig, summary: Mapping[str, Any]) -> str:
