@@ -216,6 +216,11 @@ class DataSection(Section):
     lm_corpus_tokens: int = Field(default=20_000_000, ge=1, le=10**11)
     """Tokens read of lm_corpus, from its start, at most; they stay in host memory, 8 bytes each."""
 
+    @property
+    def train_sets(self) -> list[str | list[str]]:
+        """What data.limit, an order and its epochs are of: with weights each entry of train, else all as one."""
+        return [self.train] if self.weights is None else [*self.train]
+
     @field_validator("template_kwargs")
     @classmethod
     def _refuse_reserved(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,7 @@ from typing import Any
 
 from qswitch.compare.results_table import comparison_results, render_comparison
 from qswitch.compare.spec import CONTROLS, SFT, Cell, Comparison, flat_settings, read_comparison
-from qswitch.data.records import record_of_row
-from qswitch.data.sources import iter_rows
+from qswitch.data.records import training_records
 from qswitch.errors import DataError, QSwitchError, RunDirError
 from qswitch.evaluate.store import EvaluationDir
 from qswitch.layers import dump_config
@@ -197,8 +196,7 @@ def _lacks_responses(cell: Cell) -> bool:
     """Whether a record of the training data has no response, which a method that learns from them refuses."""
     data = cell.config.data
     try:
-        rows = enumerate(iter_rows(data.train, split=data.split))
-        return any(not record_of_row(row, number, data).has_response for number, row in rows)
+        return any(not record.has_response for record in training_records(data))
     except DataError:
         return False
 

@@ -33,20 +33,29 @@ MAPPABLE_FIELDS = (*USUAL_NAMES, "output")
 
 
 class Fields:
-    """The fields of one row under our names; knows the row's place for error messages."""
+    """The fields of one row under our names; knows the row's place for error messages, and what has been read."""
 
     def __init__(self, row: Row, columns: Mapping[str, str]) -> None:
         self.row = row
         self._columns = _columns_of(tuple(row.fields), tuple(columns.items()))
+        self._read: set[str] = set()
 
     def column(self, field: str) -> str | None:
         """The row's column that holds `field`: the mapped one, else the first of the usual names."""
         return self._columns[field]
 
+    def holds(self, field: str) -> bool:
+        """Whether a column holds the field, and is not null; asking does not read it."""
+        column = self.column(field)
+        return column is not None and self.row.fields[column] is not None
+
     def raw(self, field: str) -> Any:
         """The value as the file has it; None where no column holds the field."""
         column = self.column(field)
-        return None if column is None else self.row.fields[column]
+        if column is None:
+            return None
+        self._read.add(column)
+        return self.row.fields[column]
 
     def text(self, field: str) -> str | None:
         """The value as text.
@@ -89,10 +98,13 @@ class Fields:
         except ValueError as error:
             raise self.error(f"{name} is text that is no JSON ({error}). Mend or delete this record") from None
 
-    def unused(self, read: tuple[str, ...]) -> tuple[str, ...]:
-        """Columns that hold something and none of the fields in `read`."""
-        columns = {self.column(field) for field in read}
-        return tuple(c for c, value in self.row.fields.items() if c not in columns and value not in (None, "", [], {}))
+    def unread(self) -> tuple[str, ...]:
+        """Columns that hold something and have not been read so far."""
+        return tuple(
+            column
+            for column, value in self.row.fields.items()
+            if column not in self._read and value not in (None, "", [], {})
+        )
 
     def error(self, reason: str) -> DataError:
         """What to raise for this row."""

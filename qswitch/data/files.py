@@ -193,15 +193,26 @@ def _json_file(path: Path) -> Iterator[Row]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON: {error}. Mend the file.") from None
     if isinstance(value, dict):
-        # {"data": [...], "version": 1}: records in a wrapper, unless the list is a conversation of one record.
-        lists = [v for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)
-                 and k not in ("messages", "conversations", "conversation")]  # fmt: skip
-        is_record = any(isinstance(value.get(k), str) for k in ("prompt", "instruction", "question", "text"))
-        value = lists[0] if len(lists) == 1 and not is_record else [value]
+        # {"data": [...], "version": 1} is a wrapper around records.
+        lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        value = lists[0] if len(lists) == 1 and not _is_record(value) else [value]
     if not isinstance(value, list):
         raise DataError(f"{path}: expected a list of objects, found {type(value).__name__}.")
     for number, item in enumerate(value, 1):
         yield _as_row(item, f"{path} record {number}")
+
+
+def _is_record(value: dict[str, Any]) -> bool:
+    """Whether an object has a prompt of its own: as text, or as turns, which have a speaker and content."""
+
+    def is_conversation(entry: Any) -> bool:
+        first = entry[0] if isinstance(entry, list) and entry else None
+        keys = first.keys() if isinstance(first, dict) else set()
+        return bool(keys & {"role", "from"}) and bool(keys & {"content", "value", "tool_calls"})
+
+    has_text = any(isinstance(value.get(k), str) for k in ("prompt", "instruction", "question", "text"))
+    is_named = bool(value.keys() & {"messages", "conversations", "conversation"})
+    return has_text or is_named or any(map(is_conversation, value.values()))
 
 
 def _delimiter(path: Path, usual: str) -> str:

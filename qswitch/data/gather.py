@@ -96,7 +96,7 @@ def gather_prompts(config: RunConfig, encoder: PromptEncoder, notify: Notify | N
     """
     data = config.data
     check_columns(data)
-    groups: list[str | list[str]] = [data.train] if data.weights is None else [*data.train]
+    groups = data.train_sets
     limits = {"max_prompt_tokens": data.max_prompt_tokens, "max_response_tokens": config.rollout.max_new_tokens}
 
     def load(reference: str | list[str], split: str, limit: int | None, first_id: int = 0) -> PromptTable:

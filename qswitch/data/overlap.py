@@ -9,8 +9,7 @@ import hashlib
 from collections.abc import Iterable
 
 from qswitch.config import DataSection
-from qswitch.data.records import Record, record_of_row
-from qswitch.data.sources import iter_rows
+from qswitch.data.records import Record, training_records
 
 
 def prompt_digest(record: Record) -> bytes:
@@ -20,7 +19,7 @@ def prompt_digest(record: Record) -> bytes:
 
 
 def seen_in_training(data: DataSection, records: Iterable[Record]) -> set[int]:
-    """Ids of those `records` whose prompt is also in data.train.
+    """Ids of those `records` whose prompt is also one that a run with these settings trains on or holds out.
 
     Raises:
         DataError: data.train cannot be read any more.
@@ -29,8 +28,6 @@ def seen_in_training(data: DataSection, records: Iterable[Record]) -> set[int]:
     for record in records:
         wanted.setdefault(prompt_digest(record), set()).add(record.id)
     found: set[int] = set()
-    for number, row in enumerate(iter_rows(data.train, split=data.split)):
-        found |= wanted.get(prompt_digest(record_of_row(row, number, data)), set())
-        if number + 1 == data.limit:
-            break
+    for record in training_records(data):
+        found |= wanted.get(prompt_digest(record), set())
     return found

@@ -18,14 +18,8 @@ from qswitch.data.sources import iter_rows
 from qswitch.data.turns import Message, read_tools, read_turns
 from qswitch.errors import DataError
 
-_FORMATS = {
-    "messages": (),
-    "conversations": (),
-    "instruction": ("input", "response"),
-    "prompt": ("response",),
-}
-"""What says that a row is of a format -> the other fields that this format reads."""
-_ALWAYS_READ = ("system", "max_new_tokens", "tools", "chat_template_kwargs", "teacher_response")
+_FORMATS = ("messages", "conversations", "instruction", "prompt")
+"""Fields that say which format a row is of; of several the first."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +92,16 @@ def load_records(
     return list(iter_records(data, reference, limit=limit, split=split))
 
 
+def training_records(data: DataSection) -> Iterator[Record]:
+    """The records that a run trains on or holds out: of each set of data.train the first data.limit, ids from 0.
+
+    Raises:
+        DataError: as `iter_records`.
+    """
+    for reference in data.train_sets:
+        yield from iter_records(data, reference, limit=data.limit)
+
+
 def record_of_row(row: Row, index: int, data: DataSection) -> Record:
     """What one row says; `index` becomes its id.
 
@@ -105,15 +109,14 @@ def record_of_row(row: Row, index: int, data: DataSection) -> Record:
         DataError: no known format, a wrong type, an empty prompt; names file, line, reason and remedy.
     """
     fields = Fields(row, data.columns)
-    present = [name for name in _FORMATS if fields.column(name) is not None and fields.raw(name) is not None]
+    present = [name for name in _FORMATS if fields.holds(name)]
     _refuse_preferences(fields, data.columns)
     if not present:
         raise DataError(_no_format(row, data.columns))
     chosen = sorted(present, key=lambda name: name not in data.columns)[0]
     messages, response, instruction, extra = _READERS[chosen](fields)
 
-    system = fields.text("system") or data.system_prompt
-    if system and messages[0].role != "system":
+    if messages[0].role != "system" and (system := fields.text("system") or data.system_prompt):
         messages = [Message("system", system), *messages]
     _check_turns(fields, messages)
     return Record(
@@ -128,7 +131,7 @@ def record_of_row(row: Row, index: int, data: DataSection) -> Record:
         tools=tuple(read_tools(fields)),
         template_kwargs=_template_kwargs(fields),
         teacher_response=_teacher_response(fields),
-        unused=fields.unused((chosen, *_FORMATS[chosen], *_ALWAYS_READ)),
+        unused=fields.unread(),  # last, when everything that is read has been
     )
 
 

@@ -44,7 +44,7 @@ def iter_rows(
     """Rows of every file, folder or hub data set in `reference`, in order.
 
     A folder stands for its data files in name order; where their names tell splits apart (train, validation, test),
-    for those of `split`. It may also be one that `datasets` saved. A hub id is `owner/name`, or
+    for those of `split` (`data_files`). It may also be one that `datasets` saved. A hub id is `owner/name`, or
     `owner/name:configuration`. Files may be compressed (.gz, .bz2, .xz, .zst). With `text_files`, .txt and .md files
     count too, each as one row `{"text": whole file}`. With `stream_hub`, a hub data set is read as it arrives, for a
     caller that stops early; else it is downloaded whole, and kept.
@@ -111,6 +111,9 @@ def reference_path(reference: str, suffixes: tuple[str, ...] = RECORD_SUFFIXES) 
 def data_files(path: Path, split: str, suffixes: tuple[str, ...] = RECORD_SUFFIXES) -> list[Path]:
     """The data files of a path: itself, or those in a folder, of one split where their names tell splits apart.
 
+    Beside a file whose name says a split, one whose name says none is training data. A folder that has files of a
+    single split, and no others, is read whole whatever `split` is, since there is nothing to choose from.
+
     Raises:
         DataError: the folder holds none, or none of the split.
     """
@@ -128,13 +131,19 @@ def data_files(path: Path, split: str, suffixes: tuple[str, ...] = RECORD_SUFFIX
         endings = ", ".join(suffixes)
         raise DataError(f"The folder {path} holds no data file. Files end in {endings}, plain or compressed.")
     # Text files are documents of a corpus, whose names mean nothing.
-    splits = {f: _split_of(f.relative_to(path)) if data_suffix(f) in RECORD_SUFFIXES else None for f in files}
-    named = sorted({s for s in splits.values() if s is not None})
-    if len(named) < 2:
+    said = {f: _split_of(f.relative_to(path)) for f in files if data_suffix(f) in RECORD_SUFFIXES}
+    if len(set(said.values())) < 2:
+        if other := set(said.values()) - {split, None}:
+            _warn_once(f"{path}: by their names its files are of the split {other.pop()}; they are read as {split}.")
         return files
-    chosen = [f for f in files if splits[f] in (split, None)]
+    splits = {f: name or "train" for f, name in said.items()}
+    chosen = [f for f in files if splits.get(f, split) == split]
     if not chosen:
-        raise DataError(f"The folder {path} has files of the splits {', '.join(named)}, but none of {split}.")
+        named = ", ".join(sorted(set(splits.values())))
+        raise DataError(
+            f"The folder {path} has files of the splits {named}, but none of {split}. Set data.split to one of them, "
+            "or name the files."
+        )
     if len(chosen) < len(files):
         _warn_once(f"{path}: read {len(chosen)} of its {len(files)} files, those of the split {split}.")
     return chosen

@@ -6,8 +6,10 @@ import random
 
 import pytest
 
+from qswitch.config import DataSection
 from qswitch.data.gather import gather_prompts, held_out_rank
 from qswitch.data.loader import Mixture, PromptLoader
+from qswitch.data.records import training_records
 from qswitch.data.template import Prompt, PromptEncoder
 from qswitch.errors import DataError
 from qswitch.layers import build_config
@@ -187,6 +189,17 @@ def test_in_a_mixture_no_example_is_visited_twice_in_the_same_way_and_it_resumes
     again = make()
     again.load_state_dict(state)
     assert again.next(30) == expected
+
+
+@pytest.mark.parametrize("weights", [None, [1, 1]])
+def test_training_records_are_those_that_are_gathered(tmp_path, weights):
+    files = [str(write(tmp_path / f"{n}.jsonl", [{"prompt": f"{n} of {i}"} for i in range(n)])) for n in (9, 7)]
+    found = gathered(files, weights=weights, limit=8)
+    train = [found.train] if weights is None else found.train.sets
+    gathered_texts = [text for prompts in (*train, found.held_out) for text in texts(prompts)]
+    records = list(training_records(DataSection(train=files, weights=weights, limit=8)))
+    assert sorted(record.messages[-1].content for record in records) == sorted(gathered_texts)
+    assert len(records) == (8 if weights is None else 15)
 
 
 def test_weights_of_the_configuration_make_the_mixture(tmp_path):

@@ -21,3 +21,15 @@ def test_the_same_prompt_is_found_in_another_format_case_and_spacing(tmp_path):
     records = load_records(DataSection(train=str(test)), str(test))
     assert seen_in_training(data, records) == {0, 2}
     assert seen_in_training(DataSection(train=str(train), limit=1), records) == {0}
+
+
+def test_a_limit_counts_as_in_training_where_entries_have_weights(tmp_path):
+    """What is seen are the prompts that gathering finds, of each entry with weights and of all together without."""
+    files = [tmp_path / name for name in ("one.jsonl", "two.jsonl")]
+    for file in files:
+        file.write_text("".join(json.dumps({"prompt": f"{file.stem} {i}"}) + "\n" for i in range(10)))
+    train = [str(file) for file in files]
+    records = load_records(DataSection(train=train[1]), train[1])
+    assert seen_in_training(DataSection(train=train, weights=[1, 1], limit=5), records) == set(range(5))
+    assert seen_in_training(DataSection(train=train, limit=5), records) == set()
+    assert seen_in_training(DataSection(train=train, limit=12), records) == {0, 1}

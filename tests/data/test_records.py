@@ -55,6 +55,26 @@ def test_prompts_alone(tmp_path, row):
     assert (record.messages, record.response) == (user("Hi"), None)
 
 
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        ({"messages": [{"role": "system", "content": "One"}, {"role": "user", "content": "Hi"}]}, ("system",)),
+        ({"messages": [{"role": "user", "content": "Hi"}]}, ()),
+        ({"prompt": "Hi", "response": "Hello"}, ()),
+        ({"prompt": "Hi", "response": "Hello", "output": "Bye"}, ("output",)),
+        ({"instruction": "Hi", "input": "x", "output": "Hello", "text": "all of it"}, ("text",)),
+        (
+            {"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A"}], "completion": "B"},
+            ("completion",),
+        ),
+    ],
+)
+def test_a_column_that_does_not_reach_the_record_is_named_as_unused(tmp_path, row, unused):
+    (record,) = load(write_lines(tmp_path / "a.jsonl", {**row, "system": "Two"}))
+    expected = "One" if "system" in unused else "Two"
+    assert record.messages[0] == Message("system", expected) and record.unused == unused
+
+
 def test_instruction_and_input_stay_apart_for_alpaca(tmp_path):
     (record,) = load(write_lines(tmp_path / "a.jsonl", {"instruction": "Sum up.", "input": "A text.", "output": "T"}))
     assert record.messages == user("Sum up.\n\nA text.")

@@ -79,6 +79,34 @@ def test_a_folder_whose_names_tell_splits_apart_gives_one_split(tmp_path, caplog
     assert prompts(tmp_path, split="test") == ["test-00000.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("names", "split", "read"),
+    [
+        (["prompts.jsonl", "test.jsonl"], "train", ["prompts.jsonl"]),
+        (["prompts.jsonl", "test.jsonl"], "test", ["test.jsonl"]),
+        (["prompts.jsonl", "test.jsonl", "train.jsonl"], "train", ["prompts.jsonl", "train.jsonl"]),
+        (["prompts.jsonl", "test.jsonl", "train.jsonl"], "test", ["test.jsonl"]),
+        (["prompts.jsonl", "train.jsonl"], "train", ["prompts.jsonl", "train.jsonl"]),
+        (["test-0.jsonl", "test-1.jsonl"], "train", ["test-0.jsonl", "test-1.jsonl"]),
+        (["test-0.jsonl", "test-1.jsonl"], "test", ["test-0.jsonl", "test-1.jsonl"]),
+    ],
+)
+def test_one_name_of_another_split_is_enough_to_leave_that_file_out(tmp_path, caplog, names, split, read):
+    for name in names:
+        (tmp_path / name).write_text(json.dumps({"prompt": name}) + "\n")
+    assert prompts(tmp_path, split=split) == read
+    is_other = all(name.startswith("test") for name in names) and split != "test"
+    assert (f"read {len(read)} of its {len(names)} files" in caplog.text) == (len(read) < len(names))
+    assert ("its files are of the split test; they are read as train" in caplog.text) == is_other
+
+
+def test_a_split_that_no_file_is_of_is_refused_with_those_there_are(tmp_path):
+    for name in ("prompts.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"prompt": name}) + "\n")
+    with pytest.raises(DataError, match=r"the splits test, train, but none of validation\. Set data\.split"):
+        prompts(tmp_path, split="validation")
+
+
 def test_a_folder_of_plain_names_is_read_whole(tmp_path):
     for name in ("a.jsonl", "b.jsonl", "training_notes.jsonl"):
         (tmp_path / name).write_text(json.dumps({"prompt": name}) + "\n")
@@ -195,6 +223,10 @@ def test_splits_in_outer_folders_metadata_and_hidden_folders(tmp_path):
         ({"messages": [{"role": "user", "content": "a"}]}, {"messages"}),
         ({"version": 1, "data": [{"prompt": "a"}]}, {"prompt"}),
         ({"prompt": "a", "tags": [{"x": 1}]}, {"prompt", "tags"}),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "clock"}]}, {"messages", "tools"}),
+        ({"prompt": [{"role": "user", "content": "a"}], "answer": "b"}, {"prompt", "answer"}),
+        ({"dialog": [{"from": "human", "value": "a"}], "id": 7}, {"dialog", "id"}),
+        ({"data": [{"role": "doctor", "prompt": "a"}]}, {"role", "prompt"}),
     ],
 )
 def test_a_json_object_is_a_wrapper_or_a_record(tmp_path, content, columns):
