@@ -59,7 +59,9 @@ def evaluate(
     max_prompt_tokens: Annotated[
         int | None, typer.Option(min=1, max=MAX_TOKENS, help="Longer prompts are left out.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="First records of each set only.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="First records of each set, and first documents of each --lm-eval task.")
+    ] = None,
     columns: Annotated[
         list[str] | None, typer.Option("--column", help="Our field=column of the file, for example response=answer.")
     ] = None,

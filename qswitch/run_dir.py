@@ -306,6 +306,13 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     return {key: json.loads(json.dumps(value)) for key, value in flatten(config.model_dump(mode="json")).items()}
 
 
+def teacher_share(lines: Iterable[Mapping[str, Any]]) -> float | None:
+    """The share of a run's generated tokens that the teacher wrote, by its metrics; None where no step counted it."""
+    counted = [(x["teacher_share"], x.get("rollout_tokens") or 0) for x in lines if x.get("teacher_share") is not None]
+    tokens = sum(count for _, count in counted)
+    return sum(share * count for share, count in counted) / tokens if tokens else None
+
+
 def new_run_path(label: str = "") -> Path:
     """runs/<label>-<date>-<time>; with a number behind it where another run began in the same second."""
     name = f"{label}-" * bool(label) + time.strftime("%Y%m%d-%H%M%S")

@@ -176,6 +176,8 @@ class SetFile(TypedDict):
 
     ids: list[int]
     reference_tokens: dict[str, Count]
+    left_out: NotRequired[Count]
+    overlaps_with_training: NotRequired[dict[str, Count | None]]
 
 
 class ResponseLine(TypedDict):
@@ -246,6 +248,7 @@ class SetScoresPart(TypedDict):
 
     models: dict[str, ModelScores]
     records: Count
+    left_out: NotRequired[Count]
 
 
 class ProtocolName(TypedDict):
@@ -254,12 +257,22 @@ class ProtocolName(TypedDict):
     name: str
 
 
+class MeasuredWeights(TypedDict, total=False):
+    """Which weights of a model were measured; `mark` and what follows it of a run's student alone."""
+
+    mark: str
+    step: Count | None
+    finished: bool
+
+
 class ResultsFile(TypedDict):
     """results.json of an evaluation, as the report shows it."""
 
     protocol: ProtocolName
     sets: dict[str, SetScoresPart]
     departures: NotRequired[list[str]]
+    weights: NotRequired[dict[str, MeasuredWeights]]
+    overlaps_with_training: NotRequired[dict[str, dict[str, Count | None]]]
 
 
 class FidelityPart(TypedDict):
@@ -287,6 +300,9 @@ class FidelityFile(TypedDict):
     reference: ReferencePart
     prompts: Count
     origin: str | None
+    device: NotRequired[str]
+    weights_counted: NotRequired[str]
+    student_weights: NotRequired[MeasuredWeights | None]
 
 
 class CellFile(TypedDict):

@@ -19,19 +19,19 @@ from qswitch.data.overlap import seen_in_training
 from qswitch.data.template import Prompt, PromptEncoder, template_source
 from qswitch.distill.recovery import BatchRows
 from qswitch.distill.teacher_distance import ModelView, detached_head, distances, view_of
-from qswitch.errors import ConfigError, DataError
+from qswitch.errors import ConfigError, DataError, TokenizerMismatchError
 from qswitch.evaluate.own import OwnView, held_bytes, read_by_teacher
 from qswitch.evaluate.protocol import Protocol
-from qswitch.evaluate.score_table import render
+from qswitch.evaluate.score_table import overlap_notes, render
 from qswitch.evaluate.scores import SetScores, compare_positions, compare_scores, score_set
 from qswitch.evaluate.store import EvaluationDir, Lines
-from qswitch.evaluate.subjects import LoadedSubject, Subject
+from qswitch.evaluate.subjects import Subject
 from qswitch.evaluate.testset import TestSet, clash_of_names, encode_test_set, load_test_set
 from qswitch.evaluate.versions import versions
 from qswitch.evaluate.write import YARDSTICK_SEED, write_responses
 from qswitch.models.host_memory import release_memory
 from qswitch.models.language_model import Head, output_rows
-from qswitch.models.vocab import check_tokenizers, ids_with_other_names
+from qswitch.models.vocab import check_head, difference, ids_with_other_names
 from qswitch.run_dir import locked
 from qswitch.units import GIB
 
@@ -82,35 +82,40 @@ def evaluate(
 
     Raises:
         DataError, ModelError: as their messages say.
+        TokenizerMismatchError: a model reads other tokens than the teacher that it is to be measured against.
         RunDirError: output_dir belongs to another evaluation.
     """
     if len({s.name for s in settings.subjects}) < len(settings.subjects):
         raise ConfigError("Two of the models have the same name. Name them apart: NAME=reference.")
     longest = _longest_prompt(settings)
     sets = _load_sets(settings)
-    overlaps = _overlaps(settings, sets, say)
+    _require_one_tokenizer(settings)
     first = settings.subjects[0]
     template = settings.protocol.template or first.template
     encoder = PromptEncoder(first.tokenizer(template), template, template_kwargs=first.template_kwargs(template))
     content = template_source(encoder)
     folder = EvaluationDir.open(output_dir, settings.to_dict(sets, template, content))
     with locked(output_dir):
-        return _evaluate(settings, folder, sets, overlaps, template, longest, say)
+        return _evaluate(settings, folder, sets, template, longest, say)
 
 
 def _evaluate(
     settings: EvaluationSettings,
     folder: EvaluationDir,
     sets: Sequence[TestSet],
-    overlaps: Mapping[str, Mapping[str, int | None]],
     template: str,
     longest: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     first = settings.subjects[0]
     prompts = {s.name: _encode(settings, first, s, template, longest, say) for s in sets}
+    overlaps = _overlaps(settings, sets, prompts, say)
     for name, one in prompts.items():
-        folder.write_set(name, {"ids": list(one.prompts), "reference_tokens": one.reference_tokens})
+        folder.write_set(
+            name,
+            {"ids": list(one.prompts), "reference_tokens": one.reference_tokens, "left_out": one.left_out},
+            overlaps[name],
+        )
 
     rows = BatchRows(settings.batch_size, say=say)
     views = _teacher_views(settings, folder, sets, prompts, rows, say) if settings.teacher is not None else {}
@@ -121,8 +126,7 @@ def _evaluate(
             read_by_teacher(settings.teacher, settings.device, waiting, rows, say)
             waiting.clear()
     read_by_teacher(settings.teacher, settings.device, waiting, rows, say)
-    results = _results(settings, folder, sets, prompts, template)
-    results["overlaps_with_training"] = overlaps
+    results = _results(settings, folder, sets, prompts, template) | {"overlaps_with_training": overlaps}
     folder.write(results, render(results))
     return results
 
@@ -173,16 +177,35 @@ def _load_sets(settings: EvaluationSettings) -> list[TestSet]:
     return sets
 
 
+def _require_one_tokenizer(settings: EvaluationSettings) -> None:
+    """See beforehand that the teacher can say something of every model: its weights may take minutes to load."""
+    teacher = settings.teacher
+    if teacher is None:
+        return
+    tokenizer = teacher.tokenizer("teacher")
+    for subject in settings.subjects:
+        different = difference(tokenizer, subject.tokenizer("teacher"))
+        if different is not None:
+            raise TokenizerMismatchError(
+                f"The distance of {subject.name} from the teacher {teacher.identity} cannot be measured, because they "
+                f"read different tokens. {different.what} Leave {subject.name} out, or add --no-teacher, which "
+                "measures no distance."
+            )
+
+
 def _overlaps(
-    settings: EvaluationSettings, sets: Sequence[TestSet], say: Callable[[str], None]
+    settings: EvaluationSettings,
+    sets: Sequence[TestSet],
+    encoded: Mapping[str, EncodedSet],
+    say: Callable[[str], None],
 ) -> dict[str, dict[str, int | None]]:
-    """Set -> run -> number of records whose prompt the run was trained on; None where its data cannot be read."""
+    """Set -> run -> number of asked records whose prompt the run was trained on; None where its data cannot be read."""
     found: dict[str, dict[str, int | None]] = {s.name: {} for s in sets}
     for subject in settings.subjects:
         if subject.run_dir is None or subject.part != "student":
             continue
         for test_set in sets:
-            records = [item.record for item in test_set.records]
+            records = [t.record for t in test_set.records if t.record.id in encoded[test_set.name].prompts]
             try:
                 num: int | None = len(seen_in_training(subject.run_dir.config.data, records))
             except DataError as error:
@@ -190,10 +213,8 @@ def _overlaps(
                 say(f"{subject.name}: whether its training data overlaps {test_set.name} is not known. {error}")
             found[test_set.name][subject.name] = num
             if num:
-                say(
-                    f"{test_set.name}: {num} of {len(records)} prompts are also in the training data of "
-                    f"{subject.name}; its scores on them say little."
-                )
+                for note in overlap_notes(len(records), {subject.name: num}):
+                    say(f"{test_set.name}: {note}")
     return found
 
 
@@ -245,8 +266,7 @@ def _teacher_views(
         return {}
     say(f"loading the teacher {teacher.identity}")
     loaded = teacher.load(settings.device)
-    for subject in settings.subjects:
-        _check_vocabulary(loaded, subject)
+    check_head("teacher", loaded.tokenizer.get_vocab(), output_rows(loaded.model.head.linear))
     views = {}
     head = detached_head(loaded.model.head)
     for test_set in sets:
@@ -263,11 +283,6 @@ def _teacher_views(
     del loaded
     release_memory(place)
     return views
-
-
-def _check_vocabulary(loaded: LoadedSubject, subject: Subject) -> None:
-    rows = output_rows(loaded.model.head.linear)
-    check_tokenizers(loaded.tokenizer, subject.tokenizer("teacher"), teacher_rows=rows, student_rows=rows)
 
 
 # ------------------------------------------------------------------------------------------------------------ answers
@@ -387,6 +402,11 @@ def _results(
         "departures": list(settings.departures),
         "teacher": None if settings.teacher is None else settings.teacher.identity,
         "models": {s.name: s.reference for s in settings.subjects},
+        "weights": {
+            s.name: {"fingerprint": s.fingerprint} | ({} if s.trained is None else s.trained.to_dict())
+            for s in settings.subjects
+        },
+        "limit": settings.limit,
         "sets": {},
         "versions": versions(),
     }

@@ -16,18 +16,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from qswitch.config import RolloutSection, RunConfig
+from qswitch.config import RolloutSection, RunConfig, TeacherSection
 from qswitch.data.gather import load_prompts
 from qswitch.distill.recovery import BatchRows, keep_to_free_memory
 from qswitch.distill.teacher_distance import CHUNK_TOKENS, detached_head, head_on
 from qswitch.divergence import divergence, jsd_bits
 from qswitch.errors import ConfigError, ModelError, is_out_of_memory
 from qswitch.evaluate.intervals import Estimate, mean_interval
+from qswitch.evaluate.marks import TrainedWeights, weights_text
 from qswitch.evaluate.score_table import markdown_table
 from qswitch.evaluate.versions import versions
 from qswitch.models.host_memory import release_memory
@@ -38,7 +39,10 @@ from qswitch.models.references import resolve_reference
 from qswitch.models.runtime import Runtime, make_runtime
 from qswitch.models.shrink import shrink_to_folder
 from qswitch.models.student import load_adapter, load_student
+from qswitch.plan import memory
 from qswitch.plan.adapters import find_adapter
+from qswitch.plan.model_files import shape_for
+from qswitch.plan.shapes import ModelShape
 from qswitch.rollout.adaptive_threshold import threshold_of_run
 from qswitch.rollout.decode import Rollout, RolloutRequest, rollout, score_responses
 from qswitch.rollout.policy import SwitchPolicy, TeacherPolicy
@@ -52,6 +56,9 @@ REFERENCE = "bf16"
 POSITIONS = ((0, 7), (8, 31), (32, 127), (128, None))
 """Response positions that are averaged together, first and last included."""
 SEED = 20_250_429
+BF16_BYTES = 2
+WEIGHTS_COUNTED = "as the plan counts them: quantised layers with their scales, all other weights in 2 bytes"
+"""The same rule for every precision and device; a CPU may hold what is not quantised in fp32 while it computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +150,12 @@ def fidelity(
         )
     requests = [RolloutRequest(p.example_id, 0, p.prompt_ids, limit) for p in prompts]
 
+    weights_gib = partial(_weights_gib, config.teacher, shape_for(config.teacher), runtime)
+    trained = None if run_dir is None else TrainedWeights.of(run_dir, run_dir.trained_weights())
     say(f"loading the teacher ({REFERENCE}) and the student")
     try:
         teacher = _teacher(config, runtime, pair, REFERENCE)
-        student = _student(config, runtime, pair, run_dir, work_dir)
+        student = _student(config, runtime, pair, run_dir, work_dir, trained)
     except (RuntimeError, MemoryError) as error:
         if runtime.device.type != "cuda" or not is_out_of_memory(error):
             raise
@@ -165,7 +174,6 @@ def fidelity(
     mixed, _ = writing.attempt(runtime.device, partial(write, student=student, policy=policy))
     del write  # it holds the teacher, whose memory the next one needs
     reading = BatchRows(config.train.per_device_train_batch_size, say=say)
-    footprint = sum(p.numel() for p in teacher.parameters()) * 2 / GIB  # also where a CPU keeps them wider
     student_states = _read(student, mixed, pair, reading)
     reference = [_read(teacher, written, pair, reading) for written in (own, mixed)]
     heads = detached_head(teacher.head), detached_head(student.head)
@@ -192,14 +200,16 @@ def fidelity(
             _decisions(r, q, s, head, quantised.head, student_head, policy)
             for r, q, s in zip(reference[1], states[1], student_states, strict=True)
         ]
-        reports.append(summarise(precision, _gib(quantised), tokens, decisions))
+        reports.append(summarise(precision, weights_gib(precision), tokens, decisions))
         del quantised, states, head, student_head
         release_memory(runtime.device)
     return {
         "teacher": resolve_reference(config.teacher.model, config.teacher.revision).name,
         "origin": origin_note(config),
-        "reference": {"precision": REFERENCE, "weights_gib": footprint},
+        "reference": {"precision": REFERENCE, "weights_gib": weights_gib(REFERENCE)},
+        "weights_counted": WEIGHTS_COUNTED,
         "student": "trained" if run_dir is not None else "as it starts",
+        "student_weights": None if trained is None else trained.to_dict(),
         "prompts": len(prompts),
         "teacher_tokens": sum(len(r.response_ids) for r in own),
         "rollout_tokens": sum(len(r.response_ids) for r in mixed),
@@ -238,7 +248,12 @@ def _teacher(config: RunConfig, runtime: Runtime, pair: TokenizerPair, precision
 
 
 def _student(
-    config: RunConfig, runtime: Runtime, pair: TokenizerPair, run_dir: RunDir | None, work_dir: Path
+    config: RunConfig,
+    runtime: Runtime,
+    pair: TokenizerPair,
+    run_dir: RunDir | None,
+    work_dir: Path,
+    trained: TrainedWeights | None = None,
 ) -> LanguageModel:
     section = config.student
     layers = section.shrink_to_layers
@@ -254,8 +269,8 @@ def _student(
             trust_remote_code=config.student.trust_remote_code,
         )
     student = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=base)
-    if run_dir is not None:
-        load_adapter(student, run_dir.trained_weights())
+    if trained is not None:
+        load_adapter(student, trained.folder)
     elif config.student.init_adapter is not None:
         load_adapter(student, find_adapter(config.student.init_adapter, "student.init_adapter"))
     return student.eval()
@@ -274,8 +289,13 @@ def _read(model: LanguageModel, written: Sequence[Rollout], pair: TokenizerPair,
     return rows.attempt(model.device, score)
 
 
-def _gib(model: LanguageModel) -> float:
-    return model.causal_model.get_memory_footprint() / GIB
+def _weights_gib(teacher: TeacherSection, shape: ModelShape, runtime: Runtime, precision: str) -> float:
+    """GiB of the teacher's weights in one precision, as WEIGHTS_COUNTED says; FP4 takes what NF4 does."""
+    counted = cast(memory.Precision, "nf4" if precision == "fp4" else precision)
+    adapted = teacher.model_copy(update={"precision": counted})
+    # On a CPU a few layers may stay unquantised, and the figures beside these bytes are those of such a teacher.
+    weights = memory.weight_bytes(shape, counted, BF16_BYTES, any_width=runtime.device.type == "cuda")
+    return (weights + memory.attached_adapter_bytes(shape, adapted, BF16_BYTES)) / GIB
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -354,11 +374,14 @@ def summarise(
 
 def render(result: dict[str, Any]) -> str:
     """The result as text with markdown tables."""
+    trained = result["student_weights"]
+    student = result["student"] + ("" if trained is None else f" ({weights_text(trained)})")
     lines = [
         f"Teacher {result['teacher']} in {result['reference']['precision']} "
         f"({result['reference']['weights_gib']:.3f} GiB) against its quantised forms; {result['prompts']} held-out "
         f"prompts, {result['teacher_tokens']} tokens written by the teacher, {result['rollout_tokens']} by SWITCH "
-        f"(schedule {result['schedule']}, student {result['student']}), arithmetic in {result['compute_dtype']}.",
+        f"(schedule {result['schedule']}, student {student}), arithmetic in {result['compute_dtype']}.",
+        f"Weights are counted {result['weights_counted']}.",
     ]
     if result["origin"]:
         lines.append(result["origin"])

@@ -7,6 +7,7 @@ from typing import Any
 
 from qswitch.evaluate.figures import COLUMNS, OWN_COLUMNS, OWN_TEXT_COLUMNS
 from qswitch.evaluate.intervals import Estimate
+from qswitch.evaluate.marks import weights_text
 
 
 def estimate(values: Mapping[str, Any] | None) -> str:
@@ -39,20 +40,43 @@ def render(results: Mapping[str, Any]) -> str:
     parts = [protocol_line(results["protocol"], results["departures"])]
     if results["teacher"]:
         parts.append(f"Teacher: {results['teacher']}; its own responses at temperature 1 are the yardstick.\n")
+    trained = {name: one for name, one in results["weights"].items() if "mark" in one}
+    parts += [f"{name}: {weights_text(one)}.\n" for name, one in trained.items()]
     parts.append("Brackets: 95 % bootstrap intervals over records.\n")
     for name, one in results["sets"].items():
-        parts.append(_render_set(name, one))
+        parts.append(_render_set(name, one, results["overlaps_with_training"][name]))
+    first = "" if results["limit"] is None else f", the first {results['limit']:,} documents of a task"
     for name, tasks in results.get("lm_eval", {}).items():
         rows = [(task, key, f"{value:.4g}") for task, values in tasks.items() for key, value in values.items()]
-        parts.append(f"## lm-eval: {name}\n\n" + markdown_table(("task", "metric", "value"), rows))
+        parts.append(f"## lm-eval: {name}{first}\n\n" + markdown_table(("task", "metric", "value"), rows))
     return "\n".join(parts)
 
 
-def _render_set(name: str, one: Mapping[str, Any]) -> str:
+def records_text(one: Mapping[str, Any]) -> str:
+    """`120 records, 8 left out`: how many a set has; earlier versions did not keep the second number everywhere."""
+    return f"{one['records']} records" + (f", {one['left_out']} left out" if one.get("left_out") else "")
+
+
+def overlap_notes(records: int, overlaps: Mapping[str, int | None]) -> list[str]:
+    """Sentences on how many of a set's `records` the models (name -> number, None: not known) were trained on."""
+    models: dict[int | None, list[str]] = {}
+    for name, num in overlaps.items():
+        if num != 0:
+            models.setdefault(num, []).append(name)
+    notes = []
+    for num, names in models.items():
+        data = f"also in the training data of {', '.join(names)}"
+        if num is None:
+            notes.append(f"Whether prompts are {data} is not known.")
+        else:
+            notes.append(f"{num} of {records} prompts are {data}, whose scores on them say little.")
+    return notes
+
+
+def _render_set(name: str, one: Mapping[str, Any], overlaps: Mapping[str, int | None]) -> str:
     models = one["models"]
     present = [m for m in COLUMNS if any(m in v["metrics"] for v in models.values())]
-    left_out = f", {one['left_out']} left out" if one["left_out"] else ""
-    text = [f"## {name} ({one['records']} records{left_out})\n"]
+    text = [f"## {name} ({records_text(one)})\n", *(f"{note}\n" for note in overlap_notes(one["records"], overlaps))]
     header = ["model", *(COLUMNS[m] for m in present), "tokens", "ended", "distinct-1", "distinct-2"]
     rows = [
         [

@@ -1,7 +1,8 @@
 """What an evaluation leaves on disk, so that an interrupted one goes on: one line per response, one per measurement.
 
     DIR/eval.json                  what is measured; a later call must say the same
-    DIR/sets/SET.json                     which records are asked, and the lengths of their references
+    DIR/sets/SET.json                     which records are asked, the lengths of their references, how many were left
+                                          out, and how many of them each model was trained on
     DIR/teacher/SET.jsonl                 the teacher's responses
     DIR/models/MODEL/SET.jsonl            responses of a model, one line per record and seed
     DIR/models/MODEL/SET.teacher.jsonl    its distance from the teacher, one line per record
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qswitch.aside import append_text
-from qswitch.errors import RunDirError
+from qswitch.errors import FileError, RunDirError
 from qswitch.outside import read_json
 from qswitch.run_dir import holds_something, make_folder, read_lines, write_atomically
 from qswitch.state_files import DistanceLine, EvalFile, HarnessLine, OwnDistanceLine, ResponseLine, SetFile
@@ -101,10 +102,19 @@ class EvaluationDir:
                 return False
         return True
 
-    def write_set(self, set_name: str, content: Mapping[str, Any]) -> None:
-        """sets/SET.json."""
-        (self.path / "sets").mkdir(exist_ok=True)
-        write_atomically(self.path / "sets" / f"{set_name}.json", json.dumps(content) + "\n")
+    def write_set(self, set_name: str, content: Mapping[str, Any], overlaps: Mapping[str, int | None]) -> None:
+        """sets/SET.json: `content`, and how many of the records each model was trained on.
+
+        Models of earlier calls, which this one does not look at, keep their number.
+        """
+        path = self.path / "sets" / f"{set_name}.json"
+        path.parent.mkdir(exist_ok=True)
+        try:
+            known = read_json(path, SetFile).get("overlaps_with_training", {}) if path.is_file() else {}
+        except FileError:  # a damaged one is written anew, as lines are
+            known = {}
+        whole = {**content, "overlaps_with_training": {**known, **overlaps}}
+        write_atomically(path, json.dumps(whole) + "\n")
 
     def write(self, results: Mapping[str, Any], table: str) -> None:
         """results.json and results.md."""

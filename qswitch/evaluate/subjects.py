@@ -15,7 +15,8 @@ from typing import Any, Literal, cast
 
 from qswitch.config import RunConfig, TrainSection
 from qswitch.distill.recovery import keep_to_free_memory
-from qswitch.errors import ModelError
+from qswitch.errors import ModelError, RunDirError
+from qswitch.evaluate.marks import TrainedWeights, folder_fingerprint
 from qswitch.models.finite import require_finite
 from qswitch.models.language_model import LanguageModel, verify_head
 from qswitch.models.load import (
@@ -36,11 +37,6 @@ from qswitch.run_dir import RunDir
 
 Part = Literal["student", "base", "teacher"]
 PARTS = ("base", "teacher")
-HASHED_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model")
-WHOLE_BYTES = 64 * 2**20
-"""Files up to this size are hashed whole."""
-BLOCK = 2**16
-"""Bytes read at a place."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +66,8 @@ class Subject:
     run_dir: RunDir | None
     precision: str
     trust_remote_code: bool
+    trained: TrainedWeights | None = None
+    """Of a run's student: the weights that `fingerprint` is from, which are those that are loaded."""
 
     @property
     def identity(self) -> str:
@@ -149,12 +147,21 @@ class Subject:
         else:
             model = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=run_dir.student_base_path)
             start = config.student.init_adapter
-            if self.part == "student":
-                load_adapter(model, run_dir.trained_weights())
+            if self.trained is not None:
+                load_adapter(model, self._as_found(self.trained))
             elif start is not None:
                 load_adapter(model, find_adapter(start, "student.init_adapter"))
         model.requires_grad_(False).eval()
         return LoadedSubject(model=model, tokenizer=pair.tokenizer, eos_ids=pair.eos_ids, pad_id=pair.pad_id)
+
+    def _as_found(self, trained: TrainedWeights) -> Path:
+        """Their folder; a run that goes on meanwhile replaces its checkpoints."""
+        if not trained.folder.is_dir():
+            raise RunDirError(
+                f"{self.reference} went on training, and {trained.folder}, which was to be evaluated, is gone. "
+                "Evaluate again, or wait until the run has finished."
+            )
+        return trained.folder
 
     def _own_config(self, run_dir: RunDir) -> RunConfig:
         """The run's settings; of a teacher that reads other tokens than the student, its half of them."""
@@ -209,15 +216,19 @@ def find_subject(reference: str, *, precision: str = "auto", trust_remote_code: 
     path = user_path(reference)
     if part_text in PARTS and (user_path(path_text) / "config.yaml").is_file():
         path, part = user_path(path_text), cast(Part, part_text)
-    run_dir = None
+    run_dir = trained = None
     kind: Literal["run", "adapter", "model"] = "model"
     if (path / "config.yaml").is_file():
         run_dir, kind = RunDir.open(path), "run"
-        weights = {"student": _student_weights, "base": _base_weights, "teacher": _teacher_weights}[part](run_dir)
+        if part == "student":
+            trained = TrainedWeights.of(run_dir, run_dir.trained_weights())
+            weights = _student_weights(run_dir, trained.folder)
+        else:
+            weights = {"base": _base_weights, "teacher": _teacher_weights}[part](run_dir)
     elif (path / ADAPTER_CONFIG).is_file():
         kind = "adapter"
         base = read_adapter_config(path).get("base_model_name_or_path")
-        weights = _folder_fingerprint(path) + (f"|{_model_weights(resolve_reference(base))}" if base else "")
+        weights = folder_fingerprint(path) + (f"|{_model_weights(resolve_reference(base))}" if base else "")
     else:
         weights = _model_weights(resolve_reference(reference))
     # A link is called what its owner called it, ".." by the folder that it is.
@@ -233,6 +244,7 @@ def find_subject(reference: str, *, precision: str = "auto", trust_remote_code: 
         run_dir=run_dir,
         precision=precision,
         trust_remote_code=trust_remote_code,
+        trained=trained,
     )
 
 
@@ -242,8 +254,8 @@ def _is_path(reference: str) -> bool:
     return Path(reference).exists() or (part in PARTS and Path(whole).exists())
 
 
-def _student_weights(run_dir: RunDir) -> str:
-    own = _folder_fingerprint(run_dir.trained_weights())
+def _student_weights(run_dir: RunDir, trained: Path) -> str:
+    own = folder_fingerprint(trained)
     return own if run_dir.config.student.adapter == "none" else f"{own}|{_untrained_weights(run_dir)}"
 
 
@@ -254,7 +266,7 @@ def _base_weights(run_dir: RunDir) -> str:
 def _untrained_weights(run_dir: RunDir) -> str:
     student, cut = run_dir.config.student, run_dir.student_base_path
     if cut.is_dir():
-        return f"{_folder_fingerprint(cut)}|{student.precision}"
+        return f"{folder_fingerprint(cut)}|{student.precision}"
     return f"{_model_weights(resolve_reference(student.model, student.revision))}|{student.precision}"
 
 
@@ -266,28 +278,13 @@ def _teacher_weights(run_dir: RunDir) -> str:
 
 
 def _adapter_weights(reference: str | None, setting: str) -> str:
-    return "" if reference is None else f"|{_folder_fingerprint(find_adapter(reference, setting))}"
+    return "" if reference is None else f"|{folder_fingerprint(find_adapter(reference, setting))}"
 
 
 def _model_weights(resolved: ResolvedModel) -> str:
     """A folder's files; a hub model by id and revision."""
     folder = Path(resolved.path)
-    return _folder_fingerprint(folder) if folder.is_dir() else f"{resolved.path}@{resolved.revision}"
-
-
-def _folder_fingerprint(folder: Path) -> str:
-    """Hash of the weights, configurations and templates in a folder, wherever it lies; of large files, samples."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in HASHED_SUFFIXES and p.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.name}|{size}|".encode())
-        with path.open("rb") as handle:
-            # The header of a safetensors file, its end, and places between: training changes every tensor.
-            starts = range(0, size, BLOCK) if size <= WHOLE_BYTES else [size * i // 256 for i in range(256)]
-            for start in [*starts, max(0, size - BLOCK)]:
-                handle.seek(start)
-                digest.update(handle.read(BLOCK))
-    return digest.hexdigest()
+    return folder_fingerprint(folder) if folder.is_dir() else f"{resolved.path}@{resolved.revision}"
 
 
 def _safe(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def load_test_set(data: DataSection, reference: str, *, limit: int | None = None
         DataError: as `load_records`; or `references` is no list of texts.
     """
     records = load_records(data, reference, limit=limit)
-    rows = {i: row for i, row in enumerate(iter_rows(reference, split=data.split)) if i <= records[-1].id}
+    rows = list(islice(iter_rows(reference, split=data.split), records[-1].id + 1))
     items = []
     for record in records:
         references = _references(rows[record.id].fields.get("references"), record)

@@ -6,6 +6,7 @@ Sizes prove nothing: two vocabularies of 32,000 entries may be strangers, and on
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from qswitch.errors import ModelError, TokenizerMismatchError
@@ -42,10 +43,30 @@ def check_tokenizers(teacher_tokenizer: Any, student_tokenizer: Any, *, teacher_
         TokenizerMismatchError: token -> id maps or probe encodings differ (shows the first).
         ModelError: a head has fewer rows than the tokenizer has ids.
     """
-    teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
+    different = difference(teacher_tokenizer, student_tokenizer)
+    if different is not None:
+        raise TokenizerMismatchError(f"{different.what} {different.remedy}")
+    for role, rows in (("teacher", teacher_rows), ("student", student_rows)):
+        check_head(role, teacher_tokenizer.get_vocab(), rows)
+    return min(teacher_rows, student_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Why ids do not mean the same to two tokenizers, and what somebody does who wants to distil."""
+
+    what: str
+    remedy: str
+
+
+def difference(teacher_tokenizer: Any, student_tokenizer: Any) -> Difference | None:
+    """The first thing in which the two read text differently; None where ids mean the same to both. Loads no weights.
+
+    Says once where only names of special tokens held in reserve differ.
+    """
     renamed = ids_with_other_names(teacher_tokenizer, student_tokenizer)
     if renamed is None:
-        raise TokenizerMismatchError(_describe_maps(teacher, student))
+        return _of_maps(teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab())
     if renamed:
         names = [tokenizer.convert_ids_to_tokens(renamed[0]) for tokenizer in (teacher_tokenizer, student_tokenizer)]
         say_once(
@@ -57,10 +78,8 @@ def check_tokenizers(teacher_tokenizer: Any, student_tokenizer: Any, *, teacher_
             a = teacher_tokenizer.encode(probe, add_special_tokens=special)
             b = student_tokenizer.encode(probe, add_special_tokens=special)
             if a != b:
-                raise TokenizerMismatchError(_describe_encodings(probe, a, b, teacher_tokenizer, special))
-    for role, rows in (("teacher", teacher_rows), ("student", student_rows)):
-        check_head(role, teacher, rows)
-    return min(teacher_rows, student_rows)
+                return _of_encodings(probe, a, b, teacher_tokenizer, special)
+    return None
 
 
 def ids_with_other_names(first: Any, second: Any) -> list[int] | None:
@@ -84,7 +103,7 @@ def check_head(role: str, vocabulary: dict[str, int], rows: int) -> None:
         )
 
 
-def _describe_maps(teacher: dict[str, int], student: dict[str, int]) -> str:
+def _of_maps(teacher: dict[str, int], student: dict[str, int]) -> Difference:
     by_id = sorted(
         set(teacher) | set(student), key=lambda t: (min(teacher.get(t, 1 << 60), student.get(t, 1 << 60)), t)
     )
@@ -93,19 +112,20 @@ def _describe_maps(teacher: dict[str, int], student: dict[str, int]) -> str:
         f"{token!r} (teacher id {teacher.get(token, 'none')}, student id {student.get(token, 'none')})"
         for token in different[:NUM_SHOWN]
     )
-    return (
+    return Difference(
         f"Teacher and student have different vocabularies ({len(teacher):,} and {len(student):,} tokens, "
-        f"{len(different):,} of them with different ids). First: {shown}. SWITCH and most methods mix tokens of both "
-        f"models, which must share one tokenizer then. {OTHER_TOKENIZER_REMEDY}"
+        f"{len(different):,} of them with different ids). First: {shown}.",
+        "SWITCH and most methods mix tokens of both models, which must share one tokenizer then. "
+        f"{OTHER_TOKENIZER_REMEDY}",
     )
 
 
-def _describe_encodings(probe: str, a: list[int], b: list[int], tokenizer: Any, special: bool) -> str:
+def _of_encodings(probe: str, a: list[int], b: list[int], tokenizer: Any, special: bool) -> Difference:
     at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     left, right = (tokenizer.convert_ids_to_tokens(ids[at : at + NUM_SHOWN]) for ids in (a, b))
     with_special = " with special tokens" if special else ""
-    return (
+    return Difference(
         f"Teacher and student have one vocabulary but encode text differently{with_special}: {probe[:40]!r} from token "
-        f"{at} on is {left} for the teacher and {right} for the student. Use the same tokenizer files "
-        "(merges, normaliser, BOS settings) for both, or method=seqkd."
+        f"{at} on is {left} for the teacher and {right} for the student.",
+        "Use the same tokenizer files (merges, normaliser, BOS settings) for both, or method=seqkd.",
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qswitch.report.charts import validation_charts
-from qswitch.report.read import ANSWERS_SHOWN, duration, view
+from qswitch.report.read import ANSWERS_SHOWN, duration, names_of, view
 from qswitch.run_dir import RunDir, write_atomically
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def write_report(run_paths: Sequence[Path | str], output: Path | None = None) ->
     Raises:
         RunDirError: one of run_paths is no run directory.
     """
-    run_dirs = [RunDir.open(Path(path)) for path in run_paths]
+    opened = [RunDir.open(Path(path)) for path in run_paths]
+    run_dirs = list({run_dir.path.resolve(): run_dir for run_dir in opened}.values())  # one named twice is shown once
     path = output or (run_dirs[0].report_path if len(run_dirs) == 1 else Path("report.html"))
     write_atomically(path, render_page(run_dirs))
     return path
@@ -55,7 +56,7 @@ def render_page(run_dirs: Sequence[RunDir]) -> str:
     """The page as text; a run that has not finished gives what there is."""
     templates = resources.files("qswitch.report") / "templates"
     script = (templates / "report.js").read_text(encoding="utf-8")
-    runs = [view(run_dir) for run_dir in run_dirs]
+    runs = [view(run_dir, name) for run_dir, name in zip(run_dirs, names_of(run_dirs), strict=True)]
     compared = validation_charts([(run.name, run.lines, run.summary) for run in runs]) if len(runs) > 1 else []
     return page_template().render(
         runs=runs,

@@ -14,10 +14,11 @@ from typing import Any
 import yaml
 
 from qswitch.evaluate.intervals import mean_interval
-from qswitch.evaluate.score_table import COLUMNS, estimate
+from qswitch.evaluate.marks import TrainedWeights, weights_text
+from qswitch.evaluate.score_table import COLUMNS, estimate, overlap_notes, records_text
 from qswitch.outside import read_json, user_path
 from qswitch.report.charts import Chart, run_charts
-from qswitch.run_dir import RunDir
+from qswitch.run_dir import RunDir, teacher_share
 from qswitch.state_files import FidelityFile, HeldOutFile, PlanFile, ResultsFile, SummaryFile
 from qswitch.units import bits_per_byte
 
@@ -26,24 +27,44 @@ MAX_ROLLOUTS = 24
 ANSWERS_SHOWN = 3
 """Held-out prompts whose answers lead the page; the others are folded away below them."""
 FIGURES = {
-    "kl_nats": "KL(teacher ‖ student), nats per token, on what the teacher wrote to {prompts} held-out prompts",
-    "response_loss_nats": "Loss on the responses of {prompts} held-out prompts, nats per token",
+    "kl_nats": (
+        "KL(teacher ‖ student)",
+        "KL(teacher ‖ student), nats per token, on what the teacher wrote to {prompts} held-out prompts",
+    ),
+    "response_loss_nats": (
+        "loss on the data's responses",
+        "Loss on the responses of {prompts} held-out prompts, nats per token",
+    ),
 }
-
-TEACHER_TEXT = "Loss on what the teacher wrote to {prompts} held-out prompts, nats per token of the student's"
+"""What a run is validated by -> its kind in a word, and what it is."""
+TEACHER_TEXT = (
+    "loss on the teacher's text",
+    "Loss on what the teacher wrote to {prompts} held-out prompts, nats per token of the student's",
+)
+UNMARKED = "An earlier version wrote this, which did not keep which weights it measured."
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
     """A number before and after training; intervals as text, empty where the run did not keep what they need."""
 
+    kind: str
+    """What is measured, in a word: figures of different kinds are not comparable."""
     label: str
     before: str
     after: str
     change: str
+    lower_is_better: bool = True
+    """False: it is good where it is as the teacher's, so that neither more nor less is better."""
     before_interval: str = ""
     after_interval: str = ""
     change_interval: str = ""
+
+    @property
+    def judgement(self) -> str:
+        """`better` or `worse` than before training; nothing where the figure cannot say it, or no change is seen."""
+        percent = float(self.change.rstrip("%") or 0) if self.lower_is_better else 0
+        return "better" if percent < 0 else "worse" if percent > 0 else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +93,29 @@ class RunView:
     summary: dict[str, Any]
 
 
-def view(run_dir: RunDir) -> RunView:
-    """All that the page shows of a run."""
+def names_of(run_dirs: Sequence[RunDir]) -> list[str]:
+    """A name for every run: its folder's, with so many of the folders above as tell it apart from the others.
+
+    The runs lie in different folders.
+    """
+    parts = [run_dir.path.resolve().parts for run_dir in run_dirs]
+
+    def name(own: tuple[str, ...]) -> str:
+        lengths = range(1, len(own) + 1)
+        alone = next(n for n in lengths if sum(other[-n:] == own[-n:] for other in parts) == 1)
+        return str(Path(*own[-alone:]))
+
+    return [name(own) for own in parts]
+
+
+def view(run_dir: RunDir, name: str) -> RunView:
+    """All that the page shows of a run, which it calls `name`."""
     lines, rollouts = run_dir.read_metrics(), run_dir.read_rollouts()
     summary = _optional(run_dir.summary_path, SummaryFile) or {}
     held_out = _optional(run_dir.held_out_path, HeldOutFile) or {}
     phases = seconds_by_phase(lines)
     return RunView(
-        name=run_dir.path.resolve().name,
+        name=name,
         lead=lead(run_dir),
         finished=bool(summary),
         answers=held_out.get("answers", []),
@@ -122,7 +158,7 @@ def lead(run_dir: RunDir) -> str:
 def figures(summary: Mapping[str, Any], held_out: Mapping[str, Any]) -> list[Figure]:
     """Validation figures before and after, of those that the run measured, with intervals over the prompts."""
     found = []
-    for key, label in FIGURES.items():
+    for key, named in FIGURES.items():
         stem = key.removesuffix("_nats")
         before, after = summary.get(f"{stem}_before_nats"), summary.get(f"{stem}_after_nats")
         if before is None or after is None:
@@ -130,14 +166,15 @@ def figures(summary: Mapping[str, Any], held_out: Mapping[str, Any]) -> list[Fig
         change = f"{(after - before) / before:+.0%}" if before else ""
         prompts = summary.get("validation_prompts", "the")
         of_teacher = key == "response_loss_nats" and held_out.get("reference") == "teacher"
-        label = (TEACHER_TEXT if of_teacher else label).format(prompts=prompts)
-        found.append(Figure(label, f"{before:.3f}", f"{after:.3f}", change, *_intervals(key, held_out)))
+        kind, label = TEACHER_TEXT if of_teacher else named
+        label = label.format(prompts=prompts)
+        found.append(Figure(kind, label, f"{before:.3f}", f"{after:.3f}", change, True, *_intervals(key, held_out)))
         if of_teacher:
             tokens, size = summary.get("validation_tokens"), summary.get("validation_bytes")
             bits = [bits_per_byte(nats, tokens, size) for nats in (before, after)]
             if bits[0] is not None and bits[1] is not None:
                 label = "The same, bits per byte of that text: comparable between students with different tokenizers"
-                found.append(Figure(label, f"{bits[0]:.3f}", f"{bits[1]:.3f}", change))
+                found.append(Figure(f"{kind}, a byte", label, f"{bits[0]:.3f}", f"{bits[1]:.3f}", change))
     return found + own_figures(summary)
 
 
@@ -149,15 +186,16 @@ def own_figures(summary: Mapping[str, Any]) -> list[Figure]:
     whose = f"the student's own responses to {after['responses']} of the prompts"
     nats = [one["reverse_kl_nats"] for one in (before, after)]
     change = f"{(nats[1] - nats[0]) / nats[0]:+.0%}" if nats[0] else ""
+    kind = "KL(student ‖ teacher) on own text"
     label = f"KL(student ‖ teacher), nats per token, on {whose}"
-    found = [Figure(label, f"{nats[0]:.3f}", f"{nats[1]:.3f}", change)]
+    found = [Figure(kind, label, f"{nats[0]:.3f}", f"{nats[1]:.3f}", change)]
     for key, label in (
         ("length_ratio", "Length, of the teacher's"),
         ("ended_share", "Ended before the limit"),
         ("repeated_4grams", "Repeated 4-grams"),
     ):
         shares = [f"{one[key]:.0%}" for one in (before, after)]
-        found.append(Figure(f"{label}, of {whose}", shares[0], shares[1], ""))
+        found.append(Figure(label, f"{label}, of {whose}", shares[0], shares[1], "", lower_is_better=False))
     return found
 
 
@@ -180,7 +218,16 @@ def _intervals(key: str, held_out: Mapping[str, Any]) -> tuple[str, ...]:
 def facts(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], run_dir: RunDir) -> list[tuple[str, str]]:
     """Short statements beside the figures."""
     steps = [line for line in lines if "loss" in line]
-    found = [("steps", f"{len(steps)} of {run_dir.config.train.max_steps}")]
+    train = run_dir.config.train
+    limits = [
+        *([] if train.max_tokens is None else [f"{train.max_tokens:,} response tokens"]),
+        *([] if train.max_seconds is None else [duration(train.max_seconds)]),
+    ]
+    # Beside another limit, the one of steps is often only a number that is never reached.
+    ends_by_steps = not limits or len(steps) >= train.max_steps
+    found = [("steps", f"{len(steps)} of {train.max_steps}" if ends_by_steps else str(len(steps)))]
+    if limits:
+        found.append(("budget", " or ".join(limits)))
     if summary.get("best_step"):
         found.append(("best validation", f"after step {summary['best_step']}"))
     written = sum(line.get("rollout_tokens") or 0 for line in steps)
@@ -189,9 +236,9 @@ def facts(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], run_di
     trained = sum(line.get("loss_tokens") or 0 for line in steps)
     if trained:
         found.append(("trained tokens", f"{trained:,}"))
-    shares = [line["teacher_share"] for line in steps if line.get("teacher_share") is not None]
-    if shares:
-        found.append(("written by the teacher", f"{sum(shares) / len(shares):.0%}"))
+    share = teacher_share(lines)
+    if share is not None:
+        found.append(("written by the teacher", f"{share:.0%}"))
     total = sum(seconds for _, seconds, _ in seconds_by_phase(lines))
     if total:
         found.append(("time of the steps", duration(total)))
@@ -255,6 +302,7 @@ def evaluations(run_dir: RunDir) -> list[dict[str, Any]]:
     tables = []
     for path in sorted(run_dir.path.glob("eval/*/results.json")):
         results = read_json(path, ResultsFile)
+        warning = _other_weights(run_dir, results.get("weights"))
         for set_name, one in results.get("sets", {}).items():
             present = [m for m in COLUMNS if any(m in v["metrics"] for v in one["models"].values())]
             rows = [
@@ -262,11 +310,13 @@ def evaluations(run_dir: RunDir) -> list[dict[str, Any]]:
                  f"{values['response_tokens']:.0f}"]
                 for model, values in one["models"].items()
             ]  # fmt: skip
+            seen = results.get("overlaps_with_training", {}).get(set_name, {})
             tables.append(
                 {
-                    "title": f"{set_name}, protocol {results['protocol']['name']}, {one['records']} records",
+                    "title": f"{set_name}, protocol {results['protocol']['name']}, {records_text(one)}",
+                    "warning": warning,
                     "departures": results.get("departures", []),
-                    "notes": [],
+                    "notes": overlap_notes(one["records"], seen) + ([] if "weights" in results else [UNMARKED]),
                     "header": ["model", *(COLUMNS[m] for m in present), "tokens"],
                     "rows": rows,
                 }
@@ -292,8 +342,28 @@ def fidelity_tables(run_dir: RunDir) -> list[dict[str, Any]]:
     ]
     title = f"The teacher quantised, against {result['reference']['precision']}, {result['prompts']} held-out prompts"
     header = ["", "GiB", "KL, nats/token", "top-1 agreement", "interventions", "changed writers"]
-    note = [result["origin"]] if result["origin"] else []
-    return [{"title": title, "departures": [], "notes": note, "header": header, "rows": rows}]
+    notes = [result["origin"]] if result["origin"] else []
+    if "weights_counted" in result:
+        notes.append(f"Weights are counted {result['weights_counted']}.")
+    elif result.get("device") == "cpu":
+        notes.append("An earlier version counted these GiB as a CPU holds them, with what is not quantised in fp32.")
+    student = result.get("student_weights")
+    warning = _other_weights(run_dir, {"the student": student} if student else None)
+    if "student_weights" not in result:
+        notes.append(UNMARKED)
+    table = {"title": title, "warning": warning, "departures": [], "notes": notes, "header": header, "rows": rows}
+    return [table]
+
+
+def _other_weights(run_dir: RunDir, measured: Mapping[str, Any] | None) -> str:
+    """What to say where trained students were measured (name -> weights), and none of them as the run has it now."""
+    students = {name: one for name, one in (measured or {}).items() if "mark" in one}
+    present = TrainedWeights.present(run_dir) if students else None
+    if present is None or any(one["mark"] == present.mark for one in students.values()):
+        return ""
+    texts = "; ".join(f"{name}: {weights_text(one)}" for name, one in students.items())
+    now = weights_text(present.to_dict())
+    return f"Measured on other weights than the run has now ({texts}). Now it has {now}. Repeat the command."
 
 
 # ----------------------------------------------------------------------------------------------------------- rollouts

@@ -1,6 +1,7 @@
 """Line charts as inline SVG: numbers in, markup out. Knows no run and no file.
 
-Colours are CSS classes of the page (`s0`, `s1`, ...), so that they follow its light or dark scheme and its print style.
+Colours and dashes are CSS classes of the page (`s0`, `d1`, ...), so that they follow its light or dark scheme and its
+print style.
 A chart is drawn at about the size it is shown at, so that its text is as large as the text around it.
 """
 
@@ -13,6 +14,8 @@ from html import escape
 
 WIDTH, HEIGHT = 380, 210
 RIGHT, TOP, BOTTOM = 14, 26, 38
+COLOURS, DASHES = 6, 4
+"""Classes of the page: s0 to s5 are colours; d1 to d3 dash a line, so that 24 series can be told apart."""
 DIGIT_WIDTH = 6.4
 """Width of a character of a tick, of 11 px text."""
 
@@ -106,23 +109,30 @@ def line_chart(
     parts.append(f'<text class="label" x="2" y="12">{escape(y_label)}</text>')
     parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
     for index, line in shown:
+        look = _look(index)
         placed = [place(x, y) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         if line.fill:
             corners = f"{placed[0][0]:.1f},{bottom} {path} {placed[-1][0]:.1f},{bottom}"
-            parts.append(f'<polygon class="area s{index}" points="{corners}"/>')
-        parts.append(f'<polyline class="line s{index}" points="{path}"><title>{escape(line.name)}</title></polyline>')
+            parts.append(f'<polygon class="area {look}" points="{corners}"/>')
+        parts.append(f'<polyline class="line {look}" points="{path}"><title>{escape(line.name)}</title></polyline>')
         if line.dots or len(placed) == 1:
             for (x, y), (at, value) in zip(placed, line.points, strict=True):
                 hint = f"{escape(line.name)}: {value:.4g} at {at:.4g}"
                 parts.append(
-                    f'<circle class="dot s{index}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"><title>{hint}</title></circle>'
+                    f'<circle class="dot {look}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"><title>{hint}</title></circle>'
                 )
     parts.append("</svg>")
     if len(shown) > 1:
-        legend = "".join(f'<span><i class="key s{i}"></i>{escape(line.name)}</span>' for i, line in shown)
+        legend = "".join(f'<span><i class="key {_look(i)}"></i>{escape(line.name)}</span>' for i, line in shown)
         parts.append(f'<p class="legend">{legend}</p>')
     return "".join(parts)
+
+
+def _look(index: int) -> str:
+    """The classes of a series: its colour, and its dashes where all colours are taken."""
+    dashes = index // COLOURS % DASHES
+    return f"s{index % COLOURS}" + (f" d{dashes}" if dashes else "")
 
 
 def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +17,17 @@ from transformers import AddedToken
 import qswitch.evaluate.evaluate as evaluate_module
 import qswitch.evaluate.write as write_module
 from qswitch.cli import run
+from qswitch.config import DataSection
 from qswitch.data.records import Record
 from qswitch.data.template import PromptEncoder
 from qswitch.data.turns import Message
+from qswitch.errors import RunDirError
 from qswitch.evaluate.command import EvalRequest, run_eval
+from qswitch.evaluate.marks import TrainedWeights
 from qswitch.evaluate.subjects import find_subject
+from qswitch.evaluate.testset import load_test_set
 from qswitch.export.merge import merge_run
+from qswitch.manifest import write_manifest
 from qswitch.models.references import ResolvedModel
 from tests.evaluate.runs import make_run, write_test_set
 from tests.tiny import save_tiny_pair, tiny_tokenizer
@@ -425,6 +431,58 @@ def test_questions_that_the_run_was_trained_on_are_reported(made, tmp_path):
     results, _ = run_eval(wanted, say=said.append)
     assert results["overlaps_with_training"] == {"seen": {"run": 1}}
     assert any("1 of 2 prompts are also in the training data of run" in line for line in said)
+    table = tmp_path / "out/results.md"
+    assert "## seen (2 records)\n\n1 of 2 prompts are also in the training data of run," in table.read_text("utf-8")
+    # Whoever reads the folder later knows it too, also of models that a later call does not name; as `compare` does.
+    run_eval(replace(wanted, models=[f"{run_path}:base"]), say=said.append)
+    kept = json.loads((tmp_path / "out/sets/seen.json").read_text(encoding="utf-8"))
+    assert kept["overlaps_with_training"] == {"run": 1} and kept["left_out"] == 0
+    assert "training data" not in table.read_text("utf-8")
+
+
+def test_the_result_says_which_weights_of_a_run_were_measured(tmp_path):
+    run_dir = make_run(tmp_path)
+    here = (run_dir.path, write_test_set(tmp_path / "questions.jsonl"))
+    early = run_dir.checkpoints_path / "step-000300" / "adapter"
+    early.parent.mkdir(parents=True)
+    run_dir.adapter_path.rename(early)
+    write_manifest(early.parent)
+    wanted = request(here, tmp_path / "out", models=[str(run_dir.path), f"{run_dir.path}:base"], no_teacher=True)
+    results, folder = run_eval(replace(wanted, limit=1), say=lambda _: None)
+    run, base = results["weights"]["run"], results["weights"]["run-base"]
+    assert (run["step"], run["finished"]) == (300, False) and set(base) == {"fingerprint"}
+    assert run["fingerprint"] == (folder / "models/run/weights.txt").read_text("utf-8").strip() != base["fingerprint"]
+    assert "run: the weights of step 300; the run had not finished.\n" in (folder / "results.md").read_text("utf-8")
+    assert run["mark"] == TrainedWeights.present(run_dir).mark
+
+    # The run goes on and replaces the checkpoint before its weights are read: others would stand under that step.
+    found = find_subject(str(run_dir.path))
+    early.parent.rename(run_dir.checkpoints_path / "step-000301")
+    with pytest.raises(RunDirError, match="went on training"):
+        found.load()
+
+
+def test_a_model_of_another_tokenizer_is_refused_before_any_weight_is_read(made, tmp_path, monkeypatch, capsys):
+    run_path, data = made
+    merge_run(run_path, tmp_path / "other", dtype="fp32")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["elsewhere"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    monkeypatch.setattr("qswitch.evaluate.subjects.Subject.load", None)
+    out = tmp_path / "out"
+    assert run(["eval", str(run_path), str(tmp_path / "other"), "--data", str(data), "--output-dir", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "The distance of other from the teacher" in said and "'elsewhere'" in said
+    assert "Leave other out, or add --no-teacher" in said and "seqkd" not in said
+    assert not out.exists()
+
+
+def test_of_a_set_no_more_is_read_than_is_asked(tmp_path):
+    """A line behind the limit that cannot be read would be an error; a set of millions would be read to its end."""
+    path = tmp_path / "long.jsonl"
+    path.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c", "references": ["d", "e"]}\nno JSON\n')
+    test_set = load_test_set(DataSection(train=str(path)), str(path), limit=2)
+    assert [one.references for one in test_set.records] == [("b",), ("d", "e")]
 
 
 def test_prompt_and_response_stay_within_the_context_of_the_models(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,56 @@ def test_quantised_teachers_are_compared_on_the_same_tokens(made, capsys):
     # NF4 fits bell-shaped weights better than FP4 (QLoRA, table 2), and 8 bits hold more than 4.
     assert fp4["kl_nats"]["mean"] > nf4["kl_nats"]["mean"] > int8["kl_nats"]["mean"]
     assert "nf4" in text and "changed writers" in text and result["origin"] is None
+
+
+def test_weights_are_counted_by_one_rule_for_every_precision(made):
+    """What a card holds: quantised weights with all that bitsandbytes keeps beside them, the rest in 2 bytes.
+
+    A CPU without native bf16 holds embeddings in 4 bytes, which made quantised teachers look larger beside bf16.
+    """
+    from qswitch.models.pair import load_pair_tokenizer
+    from qswitch.models.runtime import make_runtime
+    from qswitch.run_dir import RunDir
+
+    config = RunDir.open(made).config
+    result = fidelity(config, run_dir=RunDir.open(made), work_dir=made, precisions=["nf4", "int8"], num_prompts=1)
+    found = {one["precision"]: one["weights_gib"] for one in (result["reference"], *result["precisions"])}
+    pair, runtime = load_pair_tokenizer(config), make_runtime(config.train)
+    assert runtime.compute_dtype == torch.float32
+
+    def held(module) -> int:
+        size = 0
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point():
+                size += 2 * parameter.numel()
+                continue
+            tensors, state = [parameter], getattr(parameter, "quant_state", None)
+            if state is not None:
+                tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+            else:
+                tensors.append(module.state.SCB if parameter.SCB is None else parameter.SCB)
+            size += sum(t.numel() * t.element_size() for t in tensors)
+        return size
+
+    for precision, gib in found.items():
+        model = module._teacher(config, runtime, pair, precision)
+        assert gib * 2**30 == pytest.approx(sum(held(m) for m in model.hf.modules()), rel=0.01), precision
+    assert f"counted {result['weights_counted']}" in render(result)
+
+
+def test_the_page_counts_the_demos_teacher_in_the_same_way():
+    """Its table was measured by an earlier version, which counted in two ways; the bytes are recomputed."""
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| (bf16|NF4|FP4|int8) \| ([\d.]+) \|", page, re.M))
+    # SmolLM2-135M: 30 layers of width 576, 9 heads over 3, MLP 1536, 49,152 tokens, tied head.
+    attention = 2 * 576 * 576 + 2 * 576 * 192
+    linear, other = 30 * (attention + 3 * 576 * 1536), 49_152 * 576 + 61 * 576
+    scales = linear / 64
+    tables = 30 * 7 * (16 + 256 + 1) * 4
+    nf4 = linear / 2 + scales + scales / 256 * 4 + tables + 2 * other
+    int8 = linear + 30 * 4 * (576 + 192 + 192 + 576 + 1536 + 1536 + 576) + 2 * other
+    expected = {"bf16": 2 * (linear + other), "NF4": nf4, "FP4": nf4, "int8": int8}
+    assert shown == {name: f"{size / 2**30:.3f}" for name, size in expected.items()}
 
 
 def test_an_unquantised_teacher_differs_in_nothing(made, monkeypatch):

@@ -49,6 +49,10 @@ def test_finished_scores_are_not_asked_again(tmp_path: Path, monkeypatch):
     assert asked == ["run", "run-base", "run-base"]
     results = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
     assert results["lm_eval"] == {"run": {"arc_easy": {"acc": 0.25}}, "run-base": {"arc_easy": {"acc": 0.75}}}
+    # --limit shortens the tasks too, and whoever reads the scores must see it.
+    assert results["limit"] == 2
+    table = (tmp_path / "out/results.md").read_text(encoding="utf-8")
+    assert "## lm-eval: run-base, the first 2 documents of a task\n" in table
 
 
 def log_likelihoods(loaded: Any, question: str, choices: list[str]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -14,9 +15,12 @@ import pytest
 
 from qswitch.cli import run
 from qswitch.errors import RunDirError
+from qswitch.evaluate.marks import TrainedWeights
 from qswitch.layers import build_config
-from qswitch.report.page import write_report
-from qswitch.report.read import figures
+from qswitch.report import page as page_module
+from qswitch.report.page import render_page, write_report
+from qswitch.report.read import facts, figures, names_of
+from qswitch.report.svg import Series, line_chart
 from qswitch.run_dir import RunDir
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -186,6 +190,65 @@ def test_evaluations_of_the_run_are_shown(tmp_path: Path):
     assert "12.50 [11.00, 14.00]" in text and "dolly, protocol paper, 9 records" in text and "seeds is (1,)" in text
 
 
+def evaluated(run_dir: RunDir, weights: dict[str, Any] | None, **more: Any) -> str:
+    """The page of a run that was evaluated with these weights, as text."""
+    folder = run_dir.path / "eval" / "greedy"
+    folder.mkdir(parents=True, exist_ok=True)
+    one = {"metrics": {}, "response_tokens": 33.0}
+    results = {"protocol": {"name": "greedy"}, "sets": {"dolly": {"records": 9, "left_out": 2, "models": {"run": one}}}}
+    results |= more | ({} if weights is None else {"weights": weights})
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    return " ".join("".join(checked(write_report([run_dir.path])).text).split())
+
+
+def test_an_evaluation_of_weights_that_the_run_no_longer_has_is_marked(tmp_path: Path):
+    run_dir = make_run(tmp_path / "run", finished=False)
+    saved = run_dir.checkpoints_path / "step-000300" / "adapter"
+    saved.mkdir(parents=True)
+    (saved / "adapter_model.safetensors").write_bytes(b"early")
+    weights = {"run": {"fingerprint": "x"} | TrainedWeights.of(run_dir, saved).to_dict(), "base": {"fingerprint": "y"}}
+    assert "other weights" not in evaluated(run_dir, weights)
+
+    run_dir.adapter_path.mkdir()
+    (run_dir.adapter_path / "adapter_model.safetensors").write_bytes(b"early")
+    run_dir.write_json("summary.json", {"best_step": 300})
+    assert "other weights" not in evaluated(run_dir, weights), "the checkpoint became the result of the run"
+
+    (run_dir.adapter_path / "adapter_model.safetensors").write_bytes(b"later")
+    run_dir.write_json("summary.json", {"best_step": 900})
+    text = evaluated(run_dir, weights)
+    assert (
+        "run: the weights of step 300; the run had not finished" in text
+        and "Now it has the weights of step 900" in text
+    )
+    assert "other weights" not in evaluated(run_dir, {"base": {"fingerprint": "y"}}), "no student was measured"
+    assert "did not keep which weights" in evaluated(run_dir, None), "of an earlier version"
+
+    student = weights["run"]
+    run_dir.write_json("fidelity.json", {"precisions": [], "reference": {"precision": "bf16"}, "prompts": 7,
+                                         "origin": None, "student_weights": student})  # fmt: skip
+    (run_dir.path / "eval/greedy/results.json").unlink()
+    text = " ".join("".join(checked(write_report([run_dir.path])).text).split())
+    assert "the student: the weights of step 300" in text
+
+
+def test_prompts_that_were_trained_on_or_left_out_are_named_beside_the_scores(tmp_path: Path):
+    text = evaluated(make_run(tmp_path / "run"), None, overlaps_with_training={"dolly": {"run": 4, "other": 0}})
+    assert "9 records, 2 left out" in text
+    assert "4 of 9 prompts are also in the training data of run, whose scores" in text
+
+
+def test_gib_that_an_earlier_version_counted_on_a_cpu_say_so(tmp_path: Path):
+    run_dir = make_run(tmp_path / "run")
+    values = {"precisions": [], "reference": {"precision": "bf16"}, "prompts": 7, "origin": None, "device": "cpu"}
+    for more, said in (
+        ({}, "as a CPU holds them"),
+        ({"weights_counted": "in one way"}, "Weights are counted in one way."),
+    ):
+        run_dir.write_json("fidelity.json", values | more)
+        assert said in "".join(checked(write_report([run_dir.path])).text)
+
+
 def test_fidelity_of_the_run_is_shown(tmp_path: Path):
     run_dir = make_run(tmp_path / "run")
     interval = {"mean": 0.25, "low": 0.2, "high": 0.3, "records": 9}
@@ -212,3 +275,64 @@ def test_what_the_teacher_made_of_the_students_own_text_stands_below_the_other_f
         ("2.000", "1.500", "-25%"), ("150%", "102%", ""), ("50%", "88%", ""), ("25%", "25%", "")
     ]  # fmt: skip
     assert "8 of the prompts" in found[1].label
+
+
+def test_only_figures_with_a_direction_are_called_better_or_worse(tmp_path: Path):
+    run_dir = make_run(tmp_path / "run")
+    own = {"reverse_kl_nats": 2.0, "responses": 8, "length_ratio": 1.5, "ended_share": 0.5, "repeated_4grams": 0.25}
+    summary = json.loads(run_dir.summary_path.read_text(encoding="utf-8"))
+    run_dir.write_json("summary.json", summary | {"own_before": own, "own_after": own | {"reverse_kl_nats": 2.5}})
+    text = " ".join("".join(checked(write_report([run_dir.path])).text).split())
+    for label, directed in (
+        ("on what the teacher wrote to the held-out prompts", True), ("of the prompts", True), ("Length, of", False),
+        ("Ended before", False), ("Repeated 4-grams", False),
+    ):  # fmt: skip
+        sentence = text[text.index(label) :].partition(".")[0]
+        assert sentence.endswith("; lower is better") == directed, sentence
+    found = figures(json.loads(run_dir.summary_path.read_text(encoding="utf-8")), {})
+    assert [one.judgement for one in found] == ["better", "worse", "", "", ""]
+
+
+def test_figures_of_different_kinds_are_told_apart_where_runs_are_compared(tmp_path: Path):
+    runs = [make_run(tmp_path / "switch"), make_run(tmp_path / "sft")]
+    runs[1].write_json("summary.json", {"response_loss_before_nats": 5.0, "response_loss_after_nats": 4.7})
+    source = render_page(runs)
+    rows = re.findall(r"<tr><td>(switch|sft)</td>\s*<td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>", source)
+    assert [(name, html.unescape(kind), before, after) for name, kind, before, after in rows] == [
+        ("switch", "KL(teacher ‖ student)", "2.000", "0.500"), ("sft", "loss on the teacher's text", "5.000", "4.700")
+    ]  # fmt: skip
+
+
+def test_runs_of_one_folder_name_are_told_apart(tmp_path: Path):
+    runs = [RunDir.open(make_run(tmp_path / name).path) for name in ("a/run", "b/run", "b/other")]
+    assert names_of(runs) == ["a/run", "b/run", "other"] and names_of(runs[:1]) == ["run"]
+    text = "".join(checked(write_report([run.path for run in (*runs, runs[0])], tmp_path / "all.html")).text)
+    assert text.strip().startswith("a/run, b/run, other ·"), "a run that is named twice is shown once"
+
+
+def test_every_series_of_a_chart_can_be_seen_and_looks_different():
+    series = [Series(f"run {i}", [(0, i), (1, i + 1)], dots=True) for i in range(24)]
+    chart = line_chart(series, x_label="step", y_label="nats")
+    looks = re.findall(r'class="line ([^"]*)"', chart)
+    assert len(set(looks)) == 24 and looks == re.findall(r'class="key ([^"]*)"', chart)
+    style = (Path(page_module.__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
+    for name in {name for look in looks for name in look.split()}:
+        rules = [f".{name} {{ --s:"] if name[0] == "s" else [f".line.{name} {{", f".key.{name} {{"]
+        assert all(rule in style for rule in rules), name
+
+
+def test_the_limit_of_steps_is_shown_where_it_is_the_budget_and_shares_weigh_by_tokens(tmp_path: Path):
+    run_dir = make_run(tmp_path / "run")
+    run_dir.append_metrics({"step": 5, "loss": 0.2, "teacher_share": 1.0, "rollout_tokens": 600})
+    lines = run_dir.read_metrics()
+
+    def shown(**limits: Any) -> dict[str, str]:
+        train = run_dir.config.train.model_copy(update=limits)
+        run_dir.config = run_dir.config.model_copy(update={"train": train})
+        return dict(facts({}, lines, run_dir))
+
+    assert shown()["steps"] == "5 of 200" and "budget" not in shown()
+    assert shown()["written by the teacher"] == "80%", "(4 x 100 x 0.5 + 600) of 1,000 tokens"
+    by_tokens = shown(max_tokens=20_000, max_steps=1_000_000)
+    assert (by_tokens["steps"], by_tokens["budget"]) == ("5", "20,000 response tokens")
+    assert shown(max_steps=5)["steps"] == "5 of 5", "the run ended by its steps before its tokens"
