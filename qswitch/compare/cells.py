@@ -28,7 +28,7 @@ from qswitch.errors import DataError, QSwitchError, RunDirError
 from qswitch.evaluate.store import EvaluationDir
 from qswitch.layers import dump_config
 from qswitch.outside import read_json, read_text
-from qswitch.run_dir import RunDir, locked, make_folder, write_atomically
+from qswitch.run_dir import RunDir, locked, make_folder, teacher_share, write_atomically
 from qswitch.state_files import CellFile, SummaryFile
 
 logger = logging.getLogger(__name__)
@@ -173,9 +173,6 @@ def _run_cell(output_dir: Path, comparison: Comparison, cell: Cell, launch: Laun
         _require(code, cell, "training", arguments)
     _evaluate(output_dir, comparison, f"{cell.label}={run_path}", launch, cell)
     run_dir = RunDir.open(run_path)
-    metrics = [line for line in run_dir.read_metrics() if "loss" in line]
-    shares = [(m["teacher_share"], m["rollout_tokens"]) for m in metrics if m.get("teacher_share") is not None]
-    tokens = sum(count for _, count in shares)
     write_atomically(
         output_dir / "cells" / f"{cell.label}.json",
         json.dumps(
@@ -184,7 +181,7 @@ def _run_cell(output_dir: Path, comparison: Comparison, cell: Cell, launch: Laun
                 "seed": cell.seed,
                 "settings": cell.settings,
                 "summary": read_json(run_dir.summary_path, SummaryFile),
-                "teacher_share": sum(share * count for share, count in shares) / tokens if tokens else None,
+                "teacher_share": teacher_share(run_dir.read_metrics()),
             },
             indent=1,
         )

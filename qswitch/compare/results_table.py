@@ -11,10 +11,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qswitch.compare.spec import Cell, Comparison, TestSection
+from qswitch.compare.spec import SFT_ABOUT, Cell, Comparison, TestSection
 from qswitch.evaluate.figures import BETTER, COLUMNS, OWN_COLUMNS
 from qswitch.evaluate.intervals import Estimate, paired_difference, standard_deviation
-from qswitch.evaluate.score_table import estimate, markdown_table, own_difference_tables, own_tables, protocol_line
+from qswitch.evaluate.score_table import (
+    estimate,
+    markdown_table,
+    overlap_notes,
+    own_difference_tables,
+    own_tables,
+    protocol_line,
+    records_text,
+)
 from qswitch.evaluate.scores import SetScores, combine_scores, compare_positions, compare_scores, score_set
 from qswitch.evaluate.store import Lines
 from qswitch.evaluate.versions import versions
@@ -65,8 +73,11 @@ def comparison_results(
         if not scores:
             continue
         baseline = scores.get(comparison.baseline)
+        seen = content.get("overlaps_with_training", {})
         results["sets"][path.stem] = {
             "records": len(content["ids"]),
+            "left_out": content.get("left_out", 0),
+            "overlaps_with_training": {n: seen[x] for n, m in labels.items() for x in m.values() if x in seen},
             "models": {name: one.to_dict() | {"seed_deviation": deviations[name]} for name, one in scores.items()},
             "differences": {
                 name: compare_scores(one, baseline)
@@ -180,7 +191,7 @@ def _cost(members: Sequence[tuple[Cell, Mapping[str, Any]]], section: Any) -> di
 
     shares = [saved["teacher_share"] for _, saved in members if saved["teacher_share"] is not None]
     return {
-        "about": section.about if section is not None else "control: fine-tuning on the data alone",
+        "about": section.about if section is not None else SFT_ABOUT,
         "seeds": [cell.seed for cell, _ in members],
         "teacher_share": sum(shares) / len(shares) if shares else None,
     } | {
@@ -242,7 +253,11 @@ def render_comparison(results: Mapping[str, Any]) -> str:
             ]
             for model, v in models.items()
         ]
-        parts.append(f"## {name} ({one['records']} records)\n\n" + markdown_table(header, rows))
+        parts += [
+            f"## {name} ({records_text(one)})\n",
+            *(f"{note}\n" for note in overlap_notes(one["records"], one["overlaps_with_training"])),
+        ]
+        parts.append(markdown_table(header, rows))
         parts += filter(None, [own_tables(models)])
         buckets = list(dict.fromkeys(b for v in one["differences"].values() for m in v.values() for b in m))
         rows = [

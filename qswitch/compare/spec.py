@@ -24,6 +24,8 @@ from qswitch.yaml_file import read_yaml
 
 SFT = "sft"
 """Name of the control cell that every comparison has."""
+SFT_ABOUT = "control: fine-tuning on the data alone"
+"""What the table says of it, where the file has no such cell."""
 CONTROLS = {"teacher": "teacher", "untrained": "base"}
 """Name in the table -> part of a run."""
 START = ("model", "revision", "shrink_to_layers", "init_adapter")
@@ -178,7 +180,7 @@ def read_comparison(path: Path) -> Comparison:
     if not any(_is_sft(cell, run) for cell in named.values()):
         if SFT in named:
             problems.append(f"the cell {SFT} is not the SFT control: set its settings.method to sft, or rename it")
-        named[SFT] = CellSection(settings={"method": "sft"}, about="control: fine-tuning on the data alone")
+        named[SFT] = CellSection(settings={"method": "sft"}, about=SFT_ABOUT)
     for name, cell in named.items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             problems.append(f"cells.{name}: use letters, digits, dots and dashes, a letter or digit first")

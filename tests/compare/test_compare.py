@@ -319,6 +319,28 @@ def test_what_is_measured_against_another_teacher_or_lost_is_measured_anew(tmp_p
     assert launcher.kinds() == ["eval gkd-seed1", "eval sft-seed1"] and after["sets"] == before["sets"]
 
 
+def test_the_table_says_which_cells_were_trained_on_what_they_are_asked(tmp_path: Path, finished):
+    path, out = finished[0], tmp_path / "out"
+    shutil.copytree(finished[1], out)
+    kept = out / "eval/sets/questions.json"
+    content = json.loads(kept.read_text(encoding="utf-8"))
+    cells = dict.fromkeys(("switch-seed1", "gkd-seed1", "sft-seed1"), 0)
+    assert content["overlaps_with_training"] == cells and content["left_out"] == 0, "each by an evaluation of its own"
+
+    def table(**changes: Any) -> str:
+        kept.write_text(json.dumps({k: v for k, v in (content | changes).items() if v is not None}), encoding="utf-8")
+        compare(path, out, launch=Launcher(stop_at=0), say=lambda _: None)
+        return (out / "results.md").read_text(encoding="utf-8")
+
+    seen = cells | {"switch-seed1": 2, "gkd-seed1": 2, "gone-seed1": 3}
+    text = table(overlaps_with_training=seen, left_out=4)
+    assert (
+        "## questions (5 records, 4 left out)\n\n2 of 5 prompts are also in the training data of switch, gkd," in text
+    )
+    earlier = table(overlaps_with_training=None, left_out=None)
+    assert "## questions (5 records)\n" in earlier and "training data of" not in earlier
+
+
 def test_another_evaluation_of_the_same_runs_trains_nothing(tmp_path: Path, finished):
     folder, out = finished[0].parent, shutil.copytree(finished[1], tmp_path / "out")
     evaluate = {"data": [str(folder / "questions.jsonl")], "max_new_tokens": 8, "limit": 4}
