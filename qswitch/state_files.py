@@ -257,12 +257,18 @@ class ProtocolName(TypedDict):
     name: str
 
 
-class MeasuredWeights(TypedDict, total=False):
-    """Which weights of a model were measured; `mark` and what follows it of a run's student alone."""
+class TrainedPart(TypedDict):
+    """Which of a run's trained weights were measured."""
 
     mark: str
     step: Count | None
     finished: bool
+
+
+class MeasuredWeights(TypedDict):
+    """Which weights of a model were measured."""
+
+    trained: TrainedPart | None
 
 
 class ResultsFile(TypedDict):
@@ -302,7 +308,7 @@ class FidelityFile(TypedDict):
     origin: str | None
     device: NotRequired[str]
     weights_counted: NotRequired[str]
-    student_weights: NotRequired[MeasuredWeights | None]
+    student_weights: NotRequired[TrainedPart | None]
 
 
 class CellFile(TypedDict):

@@ -403,7 +403,7 @@ def _results(
         "teacher": None if settings.teacher is None else settings.teacher.identity,
         "models": {s.name: s.reference for s in settings.subjects},
         "weights": {
-            s.name: {"fingerprint": s.fingerprint} | ({} if s.trained is None else s.trained.to_dict())
+            s.name: {"fingerprint": s.fingerprint, "trained": None if s.trained is None else s.trained.to_dict()}
             for s in settings.subjects
         },
         "limit": settings.limit,

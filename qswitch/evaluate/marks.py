@@ -7,7 +7,7 @@ nothing of results.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class TrainedWeights:
         return {"mark": self.mark, "step": self.step, "finished": self.finished}
 
 
-def weights_text(weights: dict[str, Any]) -> str:
+def weights_text(weights: Mapping[str, Any]) -> str:
     """What a result says of the weights (`TrainedWeights.to_dict`) that it was measured with."""
     step = "an unknown step" if weights["step"] is None else f"step {weights['step']}"
     return f"the weights of {step}" + ("" if weights["finished"] else "; the run had not finished")

@@ -40,8 +40,8 @@ def render(results: Mapping[str, Any]) -> str:
     parts = [protocol_line(results["protocol"], results["departures"])]
     if results["teacher"]:
         parts.append(f"Teacher: {results['teacher']}; its own responses at temperature 1 are the yardstick.\n")
-    trained = {name: one for name, one in results["weights"].items() if "mark" in one}
-    parts += [f"{name}: {weights_text(one)}.\n" for name, one in trained.items()]
+    trained = {name: one["trained"] for name, one in results["weights"].items()}
+    parts += [f"{name}: {weights_text(one)}.\n" for name, one in trained.items() if one is not None]
     parts.append("Brackets: 95 % bootstrap intervals over records.\n")
     for name, one in results["sets"].items():
         parts.append(_render_set(name, one, results["overlaps_with_training"][name]))

@@ -302,7 +302,8 @@ def evaluations(run_dir: RunDir) -> list[dict[str, Any]]:
     tables = []
     for path in sorted(run_dir.path.glob("eval/*/results.json")):
         results = read_json(path, ResultsFile)
-        warning = _other_weights(run_dir, results.get("weights"))
+        measured = {name: one["trained"] for name, one in results.get("weights", {}).items() if one["trained"]}
+        warning = _other_weights(run_dir, measured)
         for set_name, one in results.get("sets", {}).items():
             present = [m for m in COLUMNS if any(m in v["metrics"] for v in one["models"].values())]
             rows = [
@@ -348,16 +349,15 @@ def fidelity_tables(run_dir: RunDir) -> list[dict[str, Any]]:
     elif result.get("device") == "cpu":
         notes.append("An earlier version counted these GiB as a CPU holds them, with what is not quantised in fp32.")
     student = result.get("student_weights")
-    warning = _other_weights(run_dir, {"the student": student} if student else None)
+    warning = _other_weights(run_dir, {"the student": student} if student else {})
     if "student_weights" not in result:
         notes.append(UNMARKED)
     table = {"title": title, "warning": warning, "departures": [], "notes": notes, "header": header, "rows": rows}
     return [table]
 
 
-def _other_weights(run_dir: RunDir, measured: Mapping[str, Any] | None) -> str:
+def _other_weights(run_dir: RunDir, students: Mapping[str, Mapping[str, Any]]) -> str:
     """What to say where trained students were measured (name -> weights), and none of them as the run has it now."""
-    students = {name: one for name, one in (measured or {}).items() if "mark" in one}
     present = TrainedWeights.present(run_dir) if students else None
     if present is None or any(one["mark"] == present.mark for one in students.values()):
         return ""

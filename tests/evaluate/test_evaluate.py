@@ -450,10 +450,10 @@ def test_the_result_says_which_weights_of_a_run_were_measured(tmp_path):
     wanted = request(here, tmp_path / "out", models=[str(run_dir.path), f"{run_dir.path}:base"], no_teacher=True)
     results, folder = run_eval(replace(wanted, limit=1), say=lambda _: None)
     run, base = results["weights"]["run"], results["weights"]["run-base"]
-    assert (run["step"], run["finished"]) == (300, False) and set(base) == {"fingerprint"}
+    assert (run["trained"]["step"], run["trained"]["finished"]) == (300, False) and base["trained"] is None
     assert run["fingerprint"] == (folder / "models/run/weights.txt").read_text("utf-8").strip() != base["fingerprint"]
     assert "run: the weights of step 300; the run had not finished.\n" in (folder / "results.md").read_text("utf-8")
-    assert run["mark"] == TrainedWeights.present(run_dir).mark
+    assert run["trained"]["mark"] == TrainedWeights.present(run_dir).mark
 
     # The run goes on and replaces the checkpoint before its weights are read: others would stand under that step.
     found = find_subject(str(run_dir.path))

@@ -206,7 +206,8 @@ def test_an_evaluation_of_weights_that_the_run_no_longer_has_is_marked(tmp_path:
     saved = run_dir.checkpoints_path / "step-000300" / "adapter"
     saved.mkdir(parents=True)
     (saved / "adapter_model.safetensors").write_bytes(b"early")
-    weights = {"run": {"fingerprint": "x"} | TrainedWeights.of(run_dir, saved).to_dict(), "base": {"fingerprint": "y"}}
+    student, base = TrainedWeights.of(run_dir, saved).to_dict(), {"fingerprint": "y", "trained": None}
+    weights = {"run": {"fingerprint": "x", "trained": student}, "base": base}
     assert "other weights" not in evaluated(run_dir, weights)
 
     run_dir.adapter_path.mkdir()
@@ -221,10 +222,9 @@ def test_an_evaluation_of_weights_that_the_run_no_longer_has_is_marked(tmp_path:
         "run: the weights of step 300; the run had not finished" in text
         and "Now it has the weights of step 900" in text
     )
-    assert "other weights" not in evaluated(run_dir, {"base": {"fingerprint": "y"}}), "no student was measured"
+    assert "other weights" not in evaluated(run_dir, {"base": base}), "no student was measured"
     assert "did not keep which weights" in evaluated(run_dir, None), "of an earlier version"
 
-    student = weights["run"]
     run_dir.write_json("fidelity.json", {"precisions": [], "reference": {"precision": "bf16"}, "prompts": 7,
                                          "origin": None, "student_weights": student})  # fmt: skip
     (run_dir.path / "eval/greedy/results.json").unlink()
