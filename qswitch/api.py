@@ -21,7 +21,7 @@ from qswitch.run_dir import RunDir, new_run_path
 from qswitch.state_files import SummaryFile
 
 if TYPE_CHECKING:
-    from qswitch.export.merge import MergeReport
+    from qswitch.export.merge_report import MergeReport
     from qswitch.plan.run_plan import Plan
     from qswitch.rollout.generate import Generation
 

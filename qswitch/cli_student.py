@@ -20,7 +20,7 @@ ShowWriters = Annotated[
 ]
 
 
-@student_app.command(epilog="Example: qswitch merge runs/my-run --gguf q4_k_m")
+@student_app.command(epilog="Example: qswitch merge runs/my-run --gguf q8_0")
 def merge(
     run_path: Run,
     output_dir: Annotated[

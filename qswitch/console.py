@@ -16,7 +16,7 @@ from qswitch.units import GIB, bits_per_byte
 if TYPE_CHECKING:
     from qswitch.distill.session import Summary
     from qswitch.export.gguf import GgufParity
-    from qswitch.export.merge import MergeReport
+    from qswitch.export.merge_report import MergeReport
     from qswitch.export.push import Push
     from qswitch.models.shrink import ShrinkReport
     from qswitch.rollout.generate import Generation

@@ -84,11 +84,6 @@ def tiny_config(arch: str = "llama", *, layers: int = 2, vocab_size: int = VOCAB
             **modern, "head_dim": 16, "sliding_window": 8, "final_logit_softcapping": 2.0,
             "attn_logit_softcapping": 5.0, **changes,
         })  # fmt: skip
-    if arch == "gemma3":
-        return Gemma3TextConfig(**{
-            **modern, "head_dim": 16, "sliding_window": 8,
-            "layer_types": [("sliding_attention", "full_attention")[i % 2] for i in range(layers)], **changes,
-        })  # fmt: skip
     if arch == "cohere":
         return CohereConfig(**{**modern, "logit_scale": 0.25, **changes})
     if arch == "granite":

@@ -37,6 +37,7 @@ from qswitch.models.dropout import dropout_of
 from qswitch.models.host_memory import bound_kernel_cache, release_memory, return_freed_memory
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import load_teacher
+from qswitch.models.older_readers import add_older_keys
 from qswitch.models.pair import TokenizerPair
 from qswitch.models.runtime import Runtime, make_runtime
 from qswitch.models.shrink import shrink_to_folder
@@ -355,8 +356,8 @@ def _finish(
         pair.student.chat_template = template_source(encoder)
         pair.student.save_pretrained(folder)
         # Responses ended at either model's token; another program that knows the base's alone would run on.
-        eos_ids = pair.eos_ids[0] if len(pair.eos_ids) == 1 else list(pair.eos_ids)
-        GenerationConfig(eos_token_id=eos_ids, pad_token_id=pair.pad_id).save_pretrained(folder)
+        GenerationConfig(eos_token_id=pair.eos_token_id, pad_token_id=pair.pad_id).save_pretrained(folder)
+        add_older_keys(folder)
         (folder / "README.md").write_text(adapter_card(config, asdict(summary)), encoding="utf-8")
         write_manifest(folder, pattern="*.safetensors")  # the rest is the user's to edit
         shutil.rmtree(run_dir.adapter_path, ignore_errors=True)  # of a run that ended before its summary was written

@@ -5,6 +5,7 @@ The hub shows it as the model card. Knows no weights.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,15 @@ def model_card(config: RunConfig, name: str, summary: dict[str, Any], merge_erro
         header.append(f"base_model: {base}")
     header += ["tags:", "- distillation", f"- {config.method}", "- qswitch", "---", ""]
     cut = f", cut to {config.student.shrink_to_layers} layers" if config.student.shrink_to_layers else ""
-    steps = summary.get("steps", config.train.max_steps)
+    steps = f", {summary['steps']} steps" if "steps" in summary else ""
+    system = config.data.system_prompt
     lines = [
         f"# {name}, distilled with qswitch",
         "",
         f"- Student: {student}{cut}",
         *([f"- Teacher: {teacher} ({config.teacher.precision})"] if config.learns_from_teacher else []),
-        f"- Training: {how_trained(config)}, {steps} steps{by_processes(summary)}",
+        f"- Training: {how_trained(config)}{steps}{by_processes(summary)}",
+        *([f"- System message of every prompt: {json.dumps(system, ensure_ascii=False)}"] if system else []),
         f"- Adapter: {_adapter_line(config)}; weights saved in {dtype}",
         f"- Merge check: merging changed logits by at most {merge_error:.2g} against base + adapter",
     ]

@@ -6,12 +6,13 @@ with its tokenizer, chat template and generation config.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,18 +25,21 @@ from qswitch.errors import ModelError
 from qswitch.export.llama_cpp import Engine, GgufType, check_tools, convert, has_engine, quantise
 from qswitch.export.modelfile import find_layout, modelfile
 from qswitch.models.gguf_cache import gguf_progress
-from qswitch.models.load import read_tokenizer
+from qswitch.models.load import attention_kind, read_plain, read_tokenizer
 from qswitch.models.messages import first_line, quiet
 from qswitch.models.references import ResolvedModel
 from qswitch.models.shrink import CALIBRATION_PROMPTS
+from qswitch.plan.gguf_header import read_header
 from qswitch.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
 GGUF_FOLDER = "gguf"
 """Inside the model folder."""
-MAX_F16_KL_NATS = 1e-3
-"""f16 keeps bf16 weights but for the smallest, so more than this is a fault of the conversion, not of the format."""
+SCORES = "tokenizer.ggml.scores"
+MAX_KL_NATS: dict[GgufType, float] = {"f16": 1e-3, "q8_0": 0.05, "q4_k_m": 0.5}
+"""More than this is a fault of the conversion, not of the format: ten times what the formats cost the demo's student,
+and f16 keeps bf16 weights but for the smallest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,12 +70,23 @@ def export_run_gguf(run_path: Path, model_dir: Path, types: Sequence[str]) -> li
     Raises:
         ModelError: as `export_gguf`; or a type is unknown.
     """
-    system_prompt = RunDir.open(run_path).config.data.system_prompt
-    return export_gguf(model_dir, check_tools(types), system_prompt=system_prompt, name=run_path.resolve().name)
+    config = RunDir.open(run_path).config
+    return export_gguf(
+        model_dir,
+        check_tools(types),
+        system_prompt=config.data.system_prompt,
+        name=run_path.resolve().name,
+        trust_remote_code=config.student.trust_remote_code,
+    )
 
 
 def export_gguf(
-    model_dir: Path, types: Sequence[GgufType], *, system_prompt: str | None = None, name: str | None = None
+    model_dir: Path,
+    types: Sequence[GgufType],
+    *,
+    system_prompt: str | None = None,
+    name: str | None = None,
+    trust_remote_code: bool = False,
 ) -> list[GgufParity]:
     """Write MODEL_DIR/gguf/NAME-TYPE.gguf for each type, a Modelfile for the first, and parity.json.
 
@@ -82,14 +97,13 @@ def export_gguf(
     """
     name = name or model_dir.resolve().name
     folder = model_dir / GGUF_FOLDER
-    tokenizer = read_tokenizer(ResolvedModel(str(model_dir), None, name))
+    tokenizer = read_tokenizer(ResolvedModel(str(model_dir), None, name), trust_remote_code)
     encoder = PromptEncoder(tokenizer)
     prompts = [_rendered(encoder, [("user", text)]) for text in CALIBRATION_PROMPTS]
     try:
         folder.mkdir(exist_ok=True)
         start = _start_that_engines_add(tokenizer, prompts[0])
         paths = _write(model_dir, folder, types, name, add_bos=bool(start))
-        reports = _compare(model_dir, paths, tokenizer, prompts)
         with file_aside(folder / "Modelfile") as partial:
             first, *others = [path.name for path in paths.values()]
             text = modelfile(
@@ -100,19 +114,24 @@ def export_gguf(
                 others=others,
             )
             partial.write_text(text, encoding="utf-8")
+        read = functools.partial(read_plain, model_dir, trust_remote_code)
+        reports = _compare(read, paths, tokenizer, prompts, end_ids=_end_ids(model_dir, tokenizer), start=start)
         with file_aside(folder / "parity.json") as partial:
-            partial.write_text(json.dumps([asdict(r) for r in reports], indent=1, default=str) + "\n", encoding="utf-8")
+            listed = [{**asdict(report), "path": report.path.name} for report in reports]
+            partial.write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise ModelError(f"{folder} cannot be written: {error}. Check the path and the free space.") from error
     for report in reports:
-        if report.type == "f16" and report.kl_nats is not None and report.kl_nats > MAX_F16_KL_NATS:
+        limit = MAX_KL_NATS[report.type]
+        if report.kl_nats is not None and not report.kl_nats <= limit:
             logger.warning(
-                "%s differs from %s by KL %.3g nats (limit %g), more than f16 explains. Compare their answers before "
+                "%s differs from %s by KL %.3g nats (limit %g), more than %s explains. Compare their answers before "
                 "use, and please report the model family.",
                 report.path.name,
                 model_dir,
                 report.kl_nats,
-                MAX_F16_KL_NATS,
+                limit,
+                report.type,
             )
         if report.same_prompt_ids is False:
             logger.warning("%s: llama.cpp splits prompts into other tokens than the folder.", report.path.name)
@@ -130,10 +149,10 @@ def _write(
             for kind in ("f16", "q8_0"):
                 if kind in paths:
                     with file_aside(paths[kind]) as partial:
-                        convert(staged, partial, kind, name=name)
+                        _convert(staged, partial, kind, name)
             if "q4_k_m" in paths:
                 if "f16" not in paths:
-                    convert(staged, work / "f16.gguf", "f16", name=name)
+                    _convert(staged, work / "f16.gguf", "f16", name)
                 with file_aside(paths["q4_k_m"]) as partial:
                     quantise(paths.get("f16", work / "f16.gguf"), partial, "q4_k_m")
         except ModelError as error:
@@ -142,6 +161,21 @@ def _write(
                 "read it. A newer llama.cpp may know the model (set QSWITCH_LLAMA_CPP to it)."
             ) from error
     return paths
+
+
+def _convert(staged: Path, target: Path, kind: Literal["f16", "q8_0"], name: str) -> None:
+    """As `convert`, and an error where the file would split text into other tokens than the folder.
+
+    llama.cpp joins the pieces of a SentencePiece vocabulary by their scores, which tokenizer.model holds and
+    tokenizer.json does not. Without that file the converter gives every piece the same one.
+    """
+    convert(staged, target, kind, name=name)
+    values, _ = read_header(target, items_of=SCORES)
+    if values.get("tokenizer.ggml.model") == "llama" and len(set(values.get(SCORES, ()))) == 1:
+        raise ModelError(
+            "Its vocabulary is one of SentencePiece, and the folder lacks tokenizer.model, without which llama.cpp "
+            "splits text into other tokens. Copy that file from the model that the student was made from."
+        )
 
 
 def _stage(model_dir: Path, staged: Path, add_bos: bool) -> None:
@@ -156,23 +190,36 @@ def _stage(model_dir: Path, staged: Path, add_bos: bool) -> None:
     config.write_text(json.dumps({**values, "add_bos_token": add_bos}), encoding="utf-8")
 
 
-def _compare(model_dir: Path, paths: dict[GgufType, Path], tokenizer: Any, prompts: Sequence[str]) -> list[GgufParity]:
-    from transformers import AutoModelForCausalLM
-
+def _compare(
+    read: Callable[[], Any],
+    paths: dict[GgufType, Path],
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    end_ids: Sequence[int],
+    start: str,
+) -> list[GgufParity]:
+    """What the files are against the model that `read` reads, by llama.cpp where it is installed and knows the family,
+    else by transformers."""
+    model = read()
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     expected = _logits(model, ids)
+    attention = attention_kind(model.config)
     del model
     reports = []
     for kind, path in paths.items():
-        unread = GgufParity(path=path, type=kind, num_bytes=path.stat().st_size, num_prompts=len(ids))
+        report = GgufParity(path=path, type=kind, num_bytes=path.stat().st_size, num_prompts=len(ids))
+        note = "pip install llama-cpp-python to compare token ids and end tokens in llama.cpp itself"
         if has_engine():
-            reports.append(
-                _read_by_llama_cpp(unread, expected, ids, prompts, tokenizer, _end_ids(model_dir, tokenizer))
-            )
-        else:
-            reports.append(_read_by_transformers(unread, expected, ids))
+            try:
+                report = _read_by_llama_cpp(
+                    report, expected, ids, [text.removeprefix(start) for text in prompts], tokenizer, end_ids
+                )
+                note = ""
+            except ModelError as error:
+                note = f"{error} A newer llama-cpp-python may know the family"
+                logger.warning("%s", note)
+        reports.append(_read_by_transformers(report, expected, ids, attention, note) if note else report)
     return reports
 
 
@@ -184,6 +231,11 @@ def _read_by_llama_cpp(
     tokenizer: Any,
     end_ids: Sequence[int],
 ) -> GgufParity:
+    """`texts` are the prompts of `ids` without the begin-of-text that the engine adds.
+
+    Raises:
+        ModelError: llama.cpp cannot load the file.
+    """
     engine = Engine(unread.path, context=max(map(len, ids)) + 1)
     try:
         kl_nats, agreement = _difference(expected, [engine.logits(row) for row in ids])
@@ -200,14 +252,15 @@ def _read_by_llama_cpp(
         engine.close()
 
 
-def _read_by_transformers(unread: GgufParity, expected: Sequence[Tensor], ids: Sequence[list[int]]) -> GgufParity:
+def _read_by_transformers(
+    unread: GgufParity, expected: Sequence[Tensor], ids: Sequence[list[int]], attention: str | None, note: str
+) -> GgufParity:
     from transformers import AutoModelForCausalLM
 
-    note = "pip install llama-cpp-python to compare token ids and end tokens in llama.cpp itself"
     try:
         with quiet(), gguf_progress():
             model = AutoModelForCausalLM.from_pretrained(
-                unread.path.parent, gguf_file=unread.path.name, dtype=torch.float32
+                unread.path.parent, gguf_file=unread.path.name, dtype=torch.float32, attn_implementation=attention
             )
     except (ImportError, ValueError, LookupError, RuntimeError, NotImplementedError, OSError) as error:
         return replace(unread, note=f"transformers cannot read it back ({first_line(error)}); {note}")

@@ -110,8 +110,7 @@ def quantise(source: Path, target: Path, kind: str) -> None:
         if result.returncode != 0:
             raise ModelError(f"{program} fails: {_reason(result.stderr)}")
         return
-    import llama_cpp
-
+    llama_cpp = _engine_module()
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
     with _silent(llama_cpp):
@@ -139,8 +138,7 @@ class Engine:
     """
 
     def __init__(self, path: Path, *, context: int) -> None:
-        import llama_cpp
-
+        llama_cpp = _engine_module()
         self.version: str = llama_cpp.__version__
         try:
             self.llama = llama_cpp.Llama(
@@ -151,7 +149,7 @@ class Engine:
             raise ModelError(f"llama.cpp {self.version} cannot load {path}: {error}") from error
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a prompt, special tokens read as such, begin-of-text added where the file says so."""
+        """Token ids of a prompt, special tokens read as such, begin-of-text put before it where the file says so."""
         return list(self.llama.tokenize(text.encode(), add_bos=True, special=True))
 
     def logits(self, ids: Sequence[int]) -> Tensor:
@@ -170,6 +168,19 @@ class Engine:
     def close(self) -> None:
         """Free the model."""
         self.llama.close()
+
+
+def _engine_module() -> Any:
+    """llama-cpp-python, whose shared library is loaded here.
+
+    Raises:
+        ModelError: it cannot be.
+    """
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ModelError(f"llama-cpp-python is installed and cannot be loaded ({error}). Install it anew.") from error
+    return llama_cpp
 
 
 def _folders() -> list[Path]:

@@ -6,11 +6,10 @@ with transformers alone and compared with base + adapter on prompts.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,15 +20,25 @@ from transformers import GenerationConfig
 
 from qswitch.aside import folder_aside
 from qswitch.config import RunConfig
-from qswitch.errors import FileError, ModelError, PlanError, QSwitchError
+from qswitch.data.gather import make_encoder
+from qswitch.data.template import template_source
+from qswitch.errors import ModelError, PlanError, QSwitchError
 from qswitch.export.card import model_card, reference_names
-from qswitch.export.push import MERGED_FOLDER
+from qswitch.export.merge_report import (
+    MAX_KL_NATS,
+    MAX_MERGE_ERROR,
+    MERGED_FOLDER,
+    REPORT_FILE,
+    MergeReport,
+    read_merge_report,
+    source_of,
+)
 from qswitch.models.architecture import plain_experts
 from qswitch.models.host_memory import bound_kernel_cache, return_freed_memory
 from qswitch.models.language_model import LanguageModel
-from qswitch.models.load import attention_kind, read_model, read_tokenizer
-from qswitch.models.messages import explained, first_line, quiet
-from qswitch.models.references import ResolvedModel, resolve_reference
+from qswitch.models.load import read_model, read_plain, read_tokenizer
+from qswitch.models.pair import load_pair_tokenizer
+from qswitch.models.references import ResolvedModel, resolve_reference, sentencepiece_files
 from qswitch.models.runtime import Runtime
 from qswitch.models.shrink import CALIBRATION_PROMPTS, refuse_non_empty, write_model_files
 from qswitch.models.student import attach_lora, load_adapter
@@ -43,39 +52,8 @@ from qswitch.units import GIB
 
 logger = logging.getLogger(__name__)
 
-MAX_MERGE_ERROR = 1e-4
-"""Largest logit difference of the fp32 merge against base + adapter, passes in fp64; above it nothing is written."""
-MAX_KL_NATS = 1e-3
-"""Of the saved model against base + adapter."""
-REPORT_FILE = "merge.json"
-SENTENCEPIECE_FILE = "tokenizer.model"
 MERGE_ALLOWANCE_BYTES = 256 * 2**20
 """Host memory of a merge beside weights and logits: tokenizer, kernels and their buffers."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MergeReport:
-    """Where the merged model is, and how far it is from base + adapter; MERGED/merge.json."""
-
-    output_dir: Path
-    max_logit_difference: float
-    """Largest |logit difference| between base + adapter and the fp32 merge, passes in fp32."""
-    pass_rounding: float
-    """Largest |logit difference| of base + adapter between fp32 and fp64 arithmetic: what an fp32 pass rounds by
-    itself, and so what `max_logit_difference` may contain without any fault in the merge."""
-    merge_error: float
-    """The same fp32 weights with passes in fp64: what merging itself changed."""
-    kl_nats: float
-    """KL(base + adapter || saved model), mean over the tokens of the prompts, both computed in fp32."""
-    num_prompts: int
-    dtype: str
-    adapter_sha256: str
-    """Of the adapter's weights: whether the folder is still that of the run."""
-
-    @property
-    def agrees(self) -> bool:
-        """Whether merge error and KL are within their limits."""
-        return self.merge_error <= MAX_MERGE_ERROR and self.kl_nats <= MAX_KL_NATS
 
 
 def merge_run(
@@ -103,14 +81,21 @@ def merge_run(
     config = run_dir.config
     adapter = run_dir.trained_weights()
     output_dir = run_dir.path / MERGED_FOLDER if output_dir is None else Path(output_dir)
-    adapter_sha256 = _sha256(adapter)
+    source = source_of(run_dir, adapter)
     done = read_merge_report(output_dir)
-    if done is not None and (done.adapter_sha256, done.dtype) == (adapter_sha256, dtype):
+    if done is not None:
+        if (done.source_sha256, done.dtype) != (source, dtype):
+            raise ModelError(
+                f"{output_dir} holds another merge of this run: of other weights, of another tokenizer or template, or "
+                "with another --dtype. Remove it first, or name another --output-dir."
+            )
         logger.info("%s holds this merge already", output_dir)
+        _warn_of(done)
         return done
     refuse_non_empty(output_dir)
     base = _base(config, run_dir)
-    tokenizer = _student_tokenizer(config, adapter, base)
+    tokenizer, end_tokens = _as_asked(config, adapter)
+    copies = sentencepiece_files(base)
     # Before the first pass: else glibc and oneDNN keep two bytes for every byte of the model.
     return_freed_memory()
     bound_kernel_cache()
@@ -133,15 +118,16 @@ def merge_run(
             "Load the adapter with peft instead, and please report the adapter settings."
         )
     _restore_hidden_config(merged, base)
-    _set_end_tokens(merged, adapter)
+    if end_tokens is not None and merged.generation_config is not None:
+        merged.generation_config.eos_token_id = end_tokens
     merged.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
-    card = model_card(config, base.name, _summary(run_dir), merge_error, dtype)
+    card = model_card(config, base.name, _summary(run_dir, adapter), merge_error, dtype)
     notify(f"writing {output_dir}")
     with folder_aside(output_dir) as partial:  # with its report, without which the next call would find a stranger
-        write_model_files(merged, tokenizer, partial, {"README.md": card}, copies=_sentencepiece_files(base))
+        write_model_files(merged, tokenizer, partial, {"README.md": card}, copies=copies)
         del merged, reference
         notify("reading it back, and comparing it with the adapter")
-        kl_nats = _kl_nats(before, _logits(_plain(partial), ids))
+        kl_nats = _kl_nats(before, _logits(read_plain(partial, config.student.trust_remote_code), ids))
         report = MergeReport(
             output_dir=output_dir,
             max_logit_difference=difference,
@@ -150,53 +136,23 @@ def merge_run(
             kl_nats=kl_nats,
             num_prompts=len(ids),
             dtype=dtype,
-            adapter_sha256=adapter_sha256,
+            source_sha256=source,
         )
         text = json.dumps({**asdict(report), "output_dir": None}, indent=1) + "\n"
         (partial / REPORT_FILE).write_text(text, encoding="utf-8")
+    _warn_of(report)
+    return report
+
+
+def _warn_of(report: MergeReport) -> None:
     if not report.agrees:
         logger.warning(
             "The model saved in %s differs from base + adapter by KL %.3g nats (limit %g). Compare them with `qswitch "
             "eval` before use.",
-            dtype,
-            kl_nats,
+            report.dtype,
+            report.kl_nats,
             MAX_KL_NATS,
         )
-    return report
-
-
-def read_merge_report(folder: Path) -> MergeReport | None:
-    """MERGED/merge.json; None where the folder is no finished merge."""
-    path = folder / REPORT_FILE
-    if not path.is_file():
-        return None
-    try:
-        return MergeReport(**{**read_json(path, dict[str, Any]), "output_dir": folder})
-    except (FileError, TypeError) as error:
-        raise ModelError(f"{path} cannot be read ({first_line(error)}). Remove {folder} and merge again.") from None
-
-
-def _sha256(adapter: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(adapter.glob("*.safetensors")):
-        with path.open("rb") as handle:
-            while block := handle.read(2**24):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _sentencepiece_files(base: ResolvedModel) -> list[Path]:
-    """tokenizer.model of the base, where it has one: converters to GGUF read it, and transformers does not save it."""
-    folder = Path(base.path)
-    if folder.is_dir():
-        return [path for path in [folder / SENTENCEPIECE_FILE] if path.is_file()]
-    import huggingface_hub
-
-    with quiet(), explained(base.name, "tokenizer", base.revision):
-        try:
-            return [Path(huggingface_hub.hf_hub_download(base.path, SENTENCEPIECE_FILE, revision=base.revision))]
-        except huggingface_hub.errors.EntryNotFoundError:  # also where the hub is offline and the cache lacks it
-            return []
 
 
 def _refuse_what_does_not_fit(config: RunConfig, prompt_tokens: Sequence[int]) -> None:
@@ -236,12 +192,6 @@ def merge_bytes(shape: ModelShape, prompt_tokens: Sequence[int]) -> int:
     return max(comparing, reading) + MERGE_ALLOWANCE_BYTES
 
 
-def _set_end_tokens(merged: Any, adapter: Path) -> None:
-    """The tokens at which the run ended responses, the teacher's among them; a bare checkpoint has the base's."""
-    if (adapter / "generation_config.json").is_file() and merged.generation_config is not None:
-        merged.generation_config.eos_token_id = GenerationConfig.from_pretrained(adapter).eos_token_id
-
-
 def _base(config: RunConfig, run_dir: RunDir) -> ResolvedModel:
     """The student's base: the one cut into the run directory, else what student.model names."""
     if run_dir.student_base_path.is_dir():
@@ -250,11 +200,18 @@ def _base(config: RunConfig, run_dir: RunDir) -> ResolvedModel:
     return resolve_reference(config.student.model, config.student.revision)
 
 
-def _student_tokenizer(config: RunConfig, adapter: Path, base: ResolvedModel) -> Any:
-    """The tokenizer saved with the adapter carries the chat template of the run; a bare checkpoint has the base's."""
+def _as_asked(config: RunConfig, adapter: Path) -> tuple[Any, int | list[int] | None]:
+    """The student's tokenizer with the chat template of the run, and the tokens at which the run ends responses.
+
+    Both lie beside a finished adapter. A checkpoint has its weights alone, so the run's settings say them again.
+    """
     if (adapter / "tokenizer_config.json").is_file():
-        return read_tokenizer(ResolvedModel(str(adapter), None, adapter.name), config.student.trust_remote_code)
-    return read_tokenizer(base, config.student.trust_remote_code)
+        tokenizer = read_tokenizer(ResolvedModel(str(adapter), None, adapter.name), config.student.trust_remote_code)
+        written = (adapter / "generation_config.json").is_file()  # older runs have none
+        return tokenizer, GenerationConfig.from_pretrained(adapter).eos_token_id if written else None
+    pair = load_pair_tokenizer(config)
+    pair.student.chat_template = template_source(make_encoder(config, pair))
+    return pair.student, pair.eos_token_id
 
 
 def _trained(config: RunConfig, base: ResolvedModel, adapter: Path) -> LanguageModel:
@@ -268,18 +225,6 @@ def _trained(config: RunConfig, base: ResolvedModel, adapter: Path) -> LanguageM
     model = LanguageModel(hf)
     load_adapter(model, adapter)
     return model.eval()
-
-
-def _plain(folder: Path) -> Any:
-    """The saved folder as anyone would read it, in fp32.
-
-    With the attention that the run had: transformers before 5.23 reads Gemma 2 with one that leaves its cap out.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with quiet():
-        attention = attention_kind(AutoConfig.from_pretrained(folder))
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
 
 
 @torch.no_grad()
@@ -344,7 +289,10 @@ def _restore_hidden_config(merged: Any, base: ResolvedModel) -> None:
     merged.config._name_or_path = base.name
 
 
-def _summary(run_dir: RunDir) -> dict[str, Any]:
+def _summary(run_dir: RunDir, adapter: Path) -> dict[str, Any]:
+    """What the card says of the training; of a checkpoint only its step."""
+    if adapter != run_dir.adapter_path:
+        return {"steps": int(adapter.parent.name.removeprefix("step-"))}
     if not run_dir.summary_path.is_file():
         return {}
     return dict(read_json(run_dir.summary_path, SummaryFile))

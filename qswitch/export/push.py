@@ -5,17 +5,18 @@ huggingface_hub resumes an upload by itself: the same call skips what is there. 
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qswitch.aside import file_aside
 from qswitch.errors import ModelError
+from qswitch.export.merge_report import MERGED_FOLDER, read_merge_report, source_of
 from qswitch.hub import HUB_ID
 from qswitch.models.messages import first_line
+from qswitch.run_dir import RunDir
 
-MERGED_FOLDER = "merged"
-"""Of a run directory."""
+CARD = "README.md"
 PLACEHOLDER = "path/to/this/folder"
 """Stands in the card where the repository's name belongs."""
 
@@ -40,13 +41,15 @@ def list_files(path: Path, repository: str) -> tuple[Path, dict[str, int]]:
     Hidden files stay at home.
 
     Raises:
-        ModelError: nothing was merged there, or `repository` is no ORG/NAME.
+        ModelError: nothing was merged there, `repository` is no ORG/NAME, or the run has gone on since it was merged.
     """
     if not HUB_ID.fullmatch(repository) or repository.count("/") != 1:
         raise ModelError(f"{repository} is no repository of the hub. Write ORG/NAME, for example my-name/my-student.")
     folder = path if (path / "config.json").is_file() else path / MERGED_FOLDER
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} holds no merged model. Make it first: qswitch merge {path}")
+    if folder != path:
+        _refuse_older_merge(path, folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     names = {p.relative_to(folder): p.stat().st_size for p in files}
     return folder, {str(n): size for n, size in names.items() if not any(part.startswith(".") for part in n.parts)}
@@ -66,17 +69,12 @@ def push_run(path: Path, repository: str, *, private: bool, dry_run: bool = Fals
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    _name_repository(folder / "README.md", repository)
-    _, files = list_files(folder, repository)
     api = HfApi()
     try:
-        api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            allow_patterns=list(files),
-            commit_message="Model distilled with qswitch",
-        )
+        with tempfile.TemporaryDirectory() as work:
+            _stage(folder, files, Path(work), repository)
+            api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=work, commit_message="Model distilled with qswitch")
     except LocalTokenNotFoundError:
         raise ModelError("The hub needs to know who you are: set HF_TOKEN to a token that may write.") from None
     except HfHubHTTPError as error:
@@ -88,13 +86,28 @@ def push_run(path: Path, repository: str, *, private: bool, dry_run: bool = Fals
     return Push(repository=repository, folder=folder, files=files, private=private, url=f"{api.endpoint}/{repository}")
 
 
-def _name_repository(card: Path, repository: str) -> None:
-    if not card.is_file():
-        return
-    text = card.read_text(encoding="utf-8")
-    if PLACEHOLDER in text:
-        with file_aside(card) as partial:
-            partial.write_text(text.replace(PLACEHOLDER, repository), encoding="utf-8")
+def _refuse_older_merge(path: Path, folder: Path) -> None:
+    """Nothing, or an error where a run directory has other weights by now than its merged folder."""
+    if not (path / "config.yaml").is_file() or (report := read_merge_report(folder)) is None:
+        return  # a folder that somebody else put together
+    run_dir = RunDir.open(path)
+    if report.source_sha256 != source_of(run_dir, run_dir.trained_weights()):
+        raise ModelError(
+            f"{folder} was merged before {path} went on, or was changed. Remove it and merge again (`qswitch merge "
+            f"{path}`), or name {folder} itself to send it as it is."
+        )
+
+
+def _stage(folder: Path, files: dict[str, int], staged: Path, repository: str) -> None:
+    """The files by links, and the card with the repository's name where the folder's own card has a placeholder."""
+    for name in files:
+        path = staged / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name == CARD:
+            text = (folder / name).read_text(encoding="utf-8")
+            path.write_text(text.replace(PLACEHOLDER, repository), encoding="utf-8")
+        else:
+            path.symlink_to((folder / name).resolve())
 
 
 def _refusal(error: Any) -> str:

@@ -157,6 +157,24 @@ def read_config(resolved: ResolvedModel, trust_remote_code: bool = False) -> Any
         )
 
 
+def read_plain(folder: Path, trust_remote_code: bool = False) -> Any:
+    """A written model folder as anyone would read it, in fp32 on the CPU and in eval mode.
+
+    With the attention that a run has: transformers before 5.23 reads Gemma 2 with one that leaves its cap out.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    written = ResolvedModel(str(folder), None, folder.name)
+    attention = attention_kind(read_config(written, trust_remote_code))
+    with quiet(), explained(written.name, "model"):
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=attention, trust_remote_code=trust_remote_code
+        ).eval()
+
+
 def load_base(
     section: ModelSection,
     runtime: Runtime,

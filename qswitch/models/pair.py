@@ -12,19 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers import GenerationConfig
 
 from qswitch import rules
 from qswitch.config import RunConfig, StudentSection, TeacherSection, as_text, reader
 from qswitch.errors import ModelError, TokenizerMismatchError
 from qswitch.models.load import load_tokenizer, read_config
-from qswitch.models.messages import explained, quiet, say_once
-from qswitch.models.references import ResolvedModel, resolve_reference
+from qswitch.models.references import model_file, resolve_reference
 from qswitch.models.vocab import check_head, check_tokenizers
-
-GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +38,11 @@ class TokenizerPair:
     teacher_eos_ids: tuple[int, ...] = ()
     """Tokens that end a response of the teacher, by its tokenizer and generation config."""
     student_eos_ids: tuple[int, ...] = ()
+
+    @property
+    def eos_token_id(self) -> int | list[int]:
+        """`eos_ids` as a generation config has them."""
+        return self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids)
 
 
 def with_own_tokenizer(config: RunConfig) -> RunConfig:
@@ -153,7 +153,8 @@ def _num_rows(section: TeacherSection | StudentSection) -> int:
 
 def _generation_eos(section: TeacherSection | StudentSection) -> set[int]:
     resolved = resolve_reference(section.model, section.revision)
-    path = _generation_config(resolved)
+    without = "without it the tokenizer's end-of-sequence token alone ends a response"
+    path = model_file(resolved, "generation_config.json", without)
     if path is None:  # common, and the tokenizer's token stands
         return set()
     try:
@@ -166,29 +167,3 @@ def _generation_eos(section: TeacherSection | StudentSection) -> set[int]:
             f"generation_config.json of {resolved.name}: eos_token_id is {eos!r}, not a token id or a list."
         )
     return {i for i in found if i is not None}
-
-
-def _generation_config(resolved: ResolvedModel) -> Path | None:
-    """generation_config.json of a model; None where it has none, or, which is said, where nobody can tell.
-
-    Raises:
-        ModelError: it cannot be downloaded.
-    """
-    if Path(resolved.path).is_dir():
-        path = Path(resolved.path) / GENERATION_CONFIG
-        return path if path.is_file() else None
-    with quiet(), explained(resolved.name, "model", resolved.revision):
-        known = huggingface_hub.try_to_load_from_cache(resolved.path, GENERATION_CONFIG, revision=resolved.revision)
-        if known is not None:  # the cache has it, or has noted that this commit has none
-            return Path(known) if isinstance(known, str) else None
-        try:
-            return Path(huggingface_hub.hf_hub_download(resolved.path, GENERATION_CONFIG, revision=resolved.revision))
-        except (LocalEntryNotFoundError, RepositoryNotFoundError):  # not asked; gated or private, and no token now
-            say_once(
-                f"{resolved.name}: {GENERATION_CONFIG} is not in the local Hugging Face cache, and the hub does not "
-                "give it. If the model has one, download it: without it the tokenizer's end-of-sequence token alone "
-                "ends a response."
-            )
-            return None
-        except EntryNotFoundError:
-            return None

@@ -14,7 +14,7 @@ from qswitch.config import ModelReference
 from qswitch.errors import ModelError
 from qswitch.hub import HUB_ID, hub_problem, package_file
 from qswitch.models.gguf_cache import materialise_gguf, why_unreadable
-from qswitch.models.messages import say_once
+from qswitch.models.messages import explained, quiet, say_once
 from qswitch.outside import user_path
 
 
@@ -28,6 +28,41 @@ class ResolvedModel:
     """Of a hub id; None for folders."""
     name: str
     """For people."""
+
+
+def model_file(model: ResolvedModel, name: str, without: str) -> Path | None:
+    """One small file of a model that not every model has; None where it has none, or, which is said, where nobody can
+    tell. `without` says what follows from that.
+
+    Raises:
+        ModelError: it cannot be downloaded.
+    """
+    folder = Path(model.path)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    with quiet(), explained(model.name, "model", model.revision):
+        known = huggingface_hub.try_to_load_from_cache(model.path, name, revision=model.revision)
+        if known is not None:  # the cache has it, or has noted that this commit has none
+            return Path(known) if isinstance(known, str) else None
+        try:
+            return Path(huggingface_hub.hf_hub_download(model.path, name, revision=model.revision))
+        except (LocalEntryNotFoundError, RepositoryNotFoundError):  # not asked; gated or private, and no token now
+            say_once(
+                f"{model.name}: {name} is not in the local Hugging Face cache, and the hub does not give it. If the "
+                f"model has one, download it: {without}."
+            )
+            return None
+        except EntryNotFoundError:
+            return None
+
+
+def sentencepiece_files(model: ResolvedModel) -> list[Path]:
+    """tokenizer.model of a model, where it has one: converters to GGUF read it, and transformers does not save it."""
+    path = model_file(model, "tokenizer.model", "without it the model cannot be written as a right GGUF file")
+    return [] if path is None else [path]
 
 
 class _UnavailableError(Exception):

@@ -26,7 +26,8 @@ from qswitch.models.decoder_layers import find_layers
 from qswitch.models.layer_choice import calibration, choose_layers, kl_of_choice, scored_rows
 from qswitch.models.load import read_config, read_model, read_tokenizer
 from qswitch.models.messages import quiet
-from qswitch.models.references import resolve_reference
+from qswitch.models.older_readers import add_older_keys
+from qswitch.models.references import resolve_reference, sentencepiece_files
 from qswitch.models.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ def shrink_to_folder(
     )
     small.to(stored)
     text = json.dumps({**asdict(report), "output_dir": output_dir.name}, indent=1, ensure_ascii=False) + "\n"
-    write_model_folder(small, tokenizer, output_dir, {SHRINK_REPORT: text})
+    write_model_folder(small, tokenizer, output_dir, {SHRINK_REPORT: text}, copies=sentencepiece_files(resolved))
     logger.info("%s: %s", resolved.name, report.summary())
     return report
 
@@ -199,15 +200,17 @@ def refuse_non_empty(output_dir: Path) -> None:
         raise ModelError(f"{output_dir} is not empty. Give a new folder, or remove it first.")
 
 
-def write_model_folder(hf: Any, tokenizer: Any, output_dir: Path, extra: dict[str, str] | None = None) -> None:
-    """Save model, tokenizer, chat template, generation config and `extra` text files, all or nothing.
+def write_model_folder(
+    hf: Any, tokenizer: Any, output_dir: Path, extra: dict[str, str] | None = None, *, copies: Sequence[Path] = ()
+) -> None:
+    """As `write_model_files`, into a new folder, all or nothing.
 
     Raises:
         ModelError: the folder cannot be written.
     """
     try:
         with folder_aside(output_dir) as partial:
-            write_model_files(hf, tokenizer, partial, extra)
+            write_model_files(hf, tokenizer, partial, extra, copies=copies)
     except OSError as error:
         raise ModelError(f"{output_dir} cannot be written: {error}. Check the path and the free space.") from error
 
@@ -219,6 +222,7 @@ def write_model_files(
     with quiet():
         hf.save_pretrained(folder, safe_serialization=True)
         tokenizer.save_pretrained(folder)
+    add_older_keys(folder)
     for name, text in (extra or {}).items():
         (folder / name).write_text(text, encoding="utf-8")
     for path in copies:

@@ -41,25 +41,28 @@ def tokens_of_gguf(path: Path) -> list[str]:
     Raises:
         ConfigError: as `read_header`.
     """
-    return read_header(path, texts_of="tokenizer.ggml.tokens")[0].get("tokenizer.ggml.tokens", [])
+    tokens = read_header(path, items_of="tokenizer.ggml.tokens")[0].get("tokenizer.ggml.tokens", [])
+    if not all(isinstance(token, str) for token in tokens):
+        raise ConfigError(f"{path} cannot be read as a GGUF file: its vocabulary is no list of texts.")
+    return tokens
 
 
-def read_header(path: Path, *, texts_of: str | None = None) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """(values by name, dimensions of every tensor by name); of a list only its length is read, but for `texts_of`.
+def read_header(path: Path, *, items_of: str | None = None) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """(values by name, dimensions of every tensor by name); of a list only its length is read, but for `items_of`.
 
     Raises:
         ConfigError: the file is no GGUF file, is cut off, or is of a version that is not known.
     """
     try:
         with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(data, texts_of).header()
+            return _Reader(data, items_of).header()
     except (OSError, ValueError, struct.error, OverflowError) as error:
         raise ConfigError(f"{path} cannot be read as a GGUF file: {error}. Download it again.") from None
 
 
 class _Reader:
-    def __init__(self, data: mmap.mmap, texts_of: str | None = None) -> None:
-        self._data, self._at, self._texts_of = data, 0, texts_of
+    def __init__(self, data: mmap.mmap, items_of: str | None = None) -> None:
+        self._data, self._at, self._items_of = data, 0, items_of
 
     def header(self) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
         if self._data[:4] != b"GGUF":
@@ -72,7 +75,7 @@ class _Reader:
         values: dict[str, Any] = {}
         for _ in range(num_values):
             name, kind = self._text(), self._number("<I")
-            values[name] = self._texts(kind) if name == self._texts_of else self._value(kind)
+            values[name] = self._items(kind) if name == self._items_of else self._value(kind)
         tensors = {}
         for _ in range(num_tensors):
             name = self._text()
@@ -92,11 +95,11 @@ class _Reader:
         self._at += length
         return self._data[self._at - length : self._at].decode("utf-8")
 
-    def _texts(self, kind: int) -> list[str]:
+    def _items(self, kind: int) -> list[Any]:
+        if kind != LIST:
+            raise ValueError(f"{self._items_of} is no list")
         inner, length = self._number("<I"), self._number("<Q")
-        if (kind, inner) != (LIST, TEXT):
-            raise ValueError("its vocabulary is no list of texts")
-        return [self._text() for _ in range(length)]
+        return [self._text() if inner == TEXT else self._number(self._format(inner)) for _ in range(length)]
 
     def _value(self, kind: int) -> Any:
         if kind == TEXT:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from qswitch.errors import ModelError, PlanError, RunDirError
 from qswitch.export.card import model_card
 from qswitch.export.merge import _exact_logits, _trained, merge_bytes, merge_run
 from qswitch.layers import build_config
+from qswitch.manifest import write_manifest
 from qswitch.models.load import attention_kind
 from qswitch.models.references import resolve_reference
 from qswitch.models.runtime import Runtime
@@ -30,12 +33,14 @@ IDS = torch.tensor([[5, 9, 30, 12, 44, 8]])
 TEXTS = ["Hello there.", "What is 2 and 3?", "A b c"]
 
 
-def trained_run(tmp_path, arch: str = "llama", **student) -> tuple[RunDir, RunConfig]:
+def trained_run(
+    tmp_path, arch: str = "llama", *, data: dict[str, Any] | None = None, **student
+) -> tuple[RunDir, RunConfig]:
     """A run directory whose adapter has moved away from its start."""
     folder = save_tiny(tmp_path / "base", arch)
     config = build_config(
         {"about": {"licences": {str(folder): "Apache-2.0"}}, "teacher": {"model": str(folder)},
-         "student": {"model": str(folder), **student}, "data": {"train": "x.jsonl"}}
+         "student": {"model": str(folder), **student}, "data": {"train": "x.jsonl", **(data or {})}}
     )  # fmt: skip
     run_dir = RunDir.create(tmp_path / "run", config)
     model = load_student(config, FP32)
@@ -219,9 +224,74 @@ def test_a_finished_merge_is_left_as_it_is_and_another_adapter_is_not_mixed_with
     os.umask(umask)
     assert mode == 0o666 & ~umask, "not for its owner alone"
     assert merge_run(run_dir.path, prompts=TEXTS) == first and weights.stat().st_mtime_ns == written
+    with pytest.raises(ModelError, match="another merge of this run"):
+        merge_run(run_dir.path, prompts=TEXTS, dtype="fp32")
     save_adapter(load_student(config, FP32), run_dir.adapter_path)
-    with pytest.raises(ModelError, match="not empty"):
+    with pytest.raises(ModelError, match="another merge of this run"):
         merge_run(run_dir.path, prompts=TEXTS)
+
+
+def test_a_run_that_has_not_finished_is_merged_with_its_template_and_end_tokens(tmp_path):
+    """The base's own are another model's: a base that was never asked anything, say."""
+    run_dir, config = trained_run(tmp_path, data={"template": "alpaca"})
+    GenerationConfig(eos_token_id=[2, 7]).save_pretrained(config.teacher.model)
+    checkpoint = run_dir.checkpoints_path / "step-000003"
+    checkpoint.mkdir(parents=True)
+    shutil.copytree(run_dir.adapter_path, checkpoint / "adapter")
+    for path in (checkpoint / "adapter").glob("*token*"):
+        path.unlink()
+    write_manifest(checkpoint)
+    finished = run_dir.adapter_path.rename(tmp_path / "finished")
+    report = merge_run(run_dir.path, prompts=TEXTS)
+    tokenizer = AutoTokenizer.from_pretrained(report.output_dir)
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False)
+    assert "### Instruction:" in asked and GenerationConfig.from_pretrained(report.output_dir).eos_token_id == [2, 7]
+    assert ", 3 steps" in (report.output_dir / "README.md").read_text()
+    assert merge_run(run_dir.path, prompts=TEXTS) == report
+    finished.rename(run_dir.adapter_path)  # of the same weights, with a template and figures of its own
+    with pytest.raises(ModelError, match="another merge of this run"):
+        merge_run(run_dir.path, prompts=TEXTS)
+
+
+def test_a_merge_that_disagrees_says_so_each_time(tmp_path, monkeypatch, caplog):
+    run_dir, _ = trained_run(tmp_path)
+    monkeypatch.setattr("qswitch.export.merge._kl_nats", lambda *_: 0.5)
+    for _ in range(2):
+        caplog.clear()
+        assert not merge_run(run_dir.path, prompts=TEXTS).agrees
+        assert "differs from base + adapter by KL 0.5 nats" in caplog.text
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+def test_a_student_with_code_of_its_own_is_merged_where_the_run_trusts_it(tmp_path):
+    run_dir, config = trained_run(tmp_path, trust_remote_code=True)
+    folder = Path(config.student.model)
+    (folder / "mine.py").write_text(CODE)
+    values = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
+    named = {**values, "model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": auto}
+    (folder / "config.json").write_text(json.dumps(named))
+    report = merge_run(run_dir.path, tmp_path / "out", prompts=TEXTS)
+    assert report.agrees and (tmp_path / "out" / "mine.py").is_file()
+
+
+def test_the_merged_folder_says_its_positions_to_older_readers_too(tmp_path):
+    run_dir, _ = trained_run(tmp_path)
+    merge_run(run_dir.path, tmp_path / "out", prompts=TEXTS)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 10000.0
+    named = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert named["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_the_sentencepiece_model_of_the_base_comes_along(tmp_path):

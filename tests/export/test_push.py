@@ -12,7 +12,10 @@ import pytest
 
 from qswitch.cli import run
 from qswitch.errors import ModelError
+from qswitch.export.merge import merge_run
 from qswitch.export.push import push_run
+from qswitch.models.student import load_student, save_adapter
+from tests.export.test_merge import FP32, TEXTS, trained_run
 
 FILES = {"config.json": "{}", "README.md": 'from_pretrained("path/to/this/folder")', "gguf/s-q8_0.gguf": "GGUF" * 9}
 
@@ -118,6 +121,25 @@ def test_a_push_sends_every_file_and_is_private_unless_told(hub, merged_run, pub
     assert set(hub.files) == set(FILES) and hub.files["gguf/s-q8_0.gguf"] == b"GGUF" * 9
     assert hub.files["README.md"] == b'from_pretrained("me/student")', "the card's example loads the repository"
     assert f"{hub.url}/me/student" in capsys.readouterr().out
+
+
+def test_the_card_at_home_keeps_its_placeholder(hub, merged_run):
+    """Else a first push to a mistyped name would be in every card that is published later."""
+    push_run(merged_run, "me/typo", private=True)
+    push_run(merged_run, "me/student", private=True)
+    assert hub.files["README.md"] == b'from_pretrained("me/student")'
+    assert (merged_run / "merged" / "README.md").read_text() == FILES["README.md"]
+
+
+def test_a_run_that_went_on_since_it_was_merged_is_not_pushed(hub, tmp_path):
+    run_dir, config = trained_run(tmp_path)
+    merge_run(run_dir.path, prompts=TEXTS)
+    assert push_run(run_dir.path, "me/student", private=True).url is not None
+    hub.files.clear()
+    save_adapter(load_student(config, FP32), run_dir.adapter_path)
+    with pytest.raises(ModelError, match=r"merged before .* went on"):
+        push_run(run_dir.path, "me/student", private=True, dry_run=True)
+    assert push_run(run_dir.path / "merged", "me/student", private=True).url is not None, "the folder, by its own name"
 
 
 def test_a_push_that_was_stopped_goes_on(hub, merged_run, monkeypatch):

@@ -32,7 +32,7 @@ from qswitch.data.template import PromptEncoder
 from qswitch.errors import QSwitchError, storage_problem
 from qswitch.evaluate.store import EvaluationDir
 from qswitch.evaluate.subjects import find_subject
-from qswitch.export.merge import read_merge_report
+from qswitch.export.merge_report import read_merge_report
 from qswitch.layers import build_config, set_layer
 from qswitch.manifest import find_damage
 from qswitch.models.references import resolve_reference

@@ -15,12 +15,11 @@ import torch
 
 from qswitch.config import TeacherSection
 from qswitch.errors import ModelError
-from qswitch.export.merge import _sentencepiece_files
 from qswitch.models import messages, weight_files
 from qswitch.models.load import load_teacher, load_tokenizer, read_config
 from qswitch.models.messages import explained
 from qswitch.models.pair import _generation_eos
-from qswitch.models.references import resolve_reference
+from qswitch.models.references import resolve_reference, sentencepiece_files
 from qswitch.models.runtime import Runtime
 from qswitch.models.weight_files import bytes_to_download
 from qswitch.units import GIB
@@ -205,12 +204,15 @@ def test_end_tokens_are_lost_only_where_the_hub_says_that_there_are_none(hub, no
         _generation_eos(section)
 
 
-def test_a_merge_asks_for_the_sentencepiece_model_and_says_what_failed(hub, no_waiting):
+def test_a_merge_asks_for_the_sentencepiece_model_and_says_what_failed(hub, no_waiting, caplog):
     base = resolve_reference(NAME)
-    assert _sentencepiece_files(base) == []
+    read_config(base)
+    hub.gated = True  # and no token any more: all else may be in the cache
+    assert sentencepiece_files(base) == [] and "tokenizer.model is not in the local" in caplog.text
+    hub.gated = False
     (hub.folder / "tokenizer.model").write_bytes(b"pieces")
     hub.breaks = "tokenizer.model"
     with pytest.raises(ModelError, match="the connection to the hub failed"):
-        _sentencepiece_files(base)
+        sentencepiece_files(base)
     hub.breaks = None
-    assert [path.read_bytes() for path in _sentencepiece_files(base)] == [b"pieces"]
+    assert [path.read_bytes() for path in sentencepiece_files(base)] == [b"pieces"]

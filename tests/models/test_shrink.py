@@ -63,6 +63,7 @@ def test_per_layer_settings_move_with_their_layer():
 
 def test_a_folder_is_complete_and_in_the_dtype_of_the_source(tmp_path):
     source = save_tiny(tmp_path / "m", "qwen2", layers=4, dtype=torch.bfloat16)
+    (source / "tokenizer.model").write_bytes(b"pieces")
     report = shrink_to_folder(str(source), 2, tmp_path / "out" / "small")
     assert len(report.kept) == 2 and sorted(report.kept + report.dropped) == [0, 1, 2, 3]
     assert report.parameters_after < report.parameters_before
@@ -72,6 +73,8 @@ def test_a_folder_is_complete_and_in_the_dtype_of_the_source(tmp_path):
     assert small.dtype == torch.bfloat16 and small.num_parameters() == report.parameters_after
     assert AutoTokenizer.from_pretrained(report.output_dir).chat_template
     assert (report.output_dir / "generation_config.json").is_file()
+    assert (report.output_dir / "tokenizer.model").read_bytes() == b"pieces", "which a GGUF file of the cut model needs"
+    assert json.loads((report.output_dir / "config.json").read_text())["rope_theta"] == 10000.0
     assert [p.name for p in report.output_dir.parent.iterdir()] == ["small"]
     with pytest.raises(ModelError, match="not empty"):
         shrink_to_folder(str(source), 2, report.output_dir)

@@ -60,6 +60,8 @@ def test_the_header_equals_that_of_the_gguf_package(tmp_path):
 def test_the_vocabulary_is_read_where_it_is_asked_for(tmp_path):
     write(tmp_path / "model.gguf")
     assert tokens_of_gguf(tmp_path / "model.gguf") == [f"token {i} \u00e9" for i in range(512)]
+    scores = read_header(tmp_path / "model.gguf", items_of="tokenizer.ggml.scores")[0]["tokenizer.ggml.scores"]
+    assert scores == [float(i) for i in range(512)]
 
 
 @pytest.mark.parametrize("tied", [True, False])
