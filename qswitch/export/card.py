@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qswitch.config import RunConfig
-from qswitch.distill.adapter_card import by_processes, how_trained, licence_lines
+from qswitch.distill.adapter_card import by_processes, how_trained, known_licence, licence_lines
 from qswitch.hub import is_hub_id
 from qswitch.outside import user_path
 
@@ -21,8 +21,7 @@ HUB_LICENCES = ("Apache-2.0", "MIT")
 def model_card(config: RunConfig, name: str, summary: dict[str, Any], merge_error: float, dtype: str) -> str:
     """The card of a model called `name`; `merge_error` is the largest logit difference that merging made."""
     teacher, student = _named(config.teacher.model), _named(config.student.model)
-    licences = config.about.licences
-    licence = next((licences[name] for name in reference_names(config.student.model) if name in licences), None)
+    _, licence = known_licence(config, reference_names(config.student.model)) or ("", None)
     header = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if licence in HUB_LICENCES:
         header.append(f"license: {licence.lower()}")

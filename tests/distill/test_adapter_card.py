@@ -74,6 +74,7 @@ def test_without_a_preset_the_licences_that_any_preset_tells_are_known():
     config = build_config({"teacher": {"model": TEACHER}, "student": {"model": STUDENT}, "data": {"train": "x.jsonl"}})
     assert not config.about.licences
     assert licence_lines(config) == [f"- {TEACHER}: Apache-2.0", f"- {STUDENT}: Apache-2.0", f"- x.jsonl: {OWN}"]
+    assert yaml.safe_load(cards(config)[1].split("---")[1])["license"] == "apache-2.0"
 
 
 def test_a_teacher_is_named_where_it_taught_and_a_corpus_where_it_was_read(tmp_path):
