@@ -35,7 +35,7 @@ from qswitch.cli_results import results_app
 from qswitch.cli_student import student_app
 from qswitch.errors import ConfigError, QSwitchError, is_out_of_memory, memory_reason, storage_problem
 from qswitch.launch import launched
-from qswitch.terminal import STDERR, STDOUT, filter_log, lead_nowhere, tell
+from qswitch.terminal import STDERR, STDOUT, complain, filter_log, lead_nowhere, tell
 
 
 class _Interrupted(Exception):
@@ -96,14 +96,14 @@ def run(arguments: list[str]) -> int:
         sys.stdout.flush()  # a full disk or a closed pipe is heard here, and not after the exit code
     except QSwitchError as error:
         if not error.said_elsewhere:
-            _complain(str(error))
+            complain(str(error))
         return error.exit_code
     except (_PipeClosed, BrokenPipeError) as error:
         if _reader_left():
             return 0
         if (problem := storage_problem(error)) is None:
             raise (error.__cause__ or error) from None
-        _complain(problem)
+        complain(problem)
         return 2
     except (_Interrupted, KeyboardInterrupt) as error:
         if launched().rank:
@@ -121,10 +121,10 @@ def run(arguments: list[str]) -> int:
         if type(error).__name__ == "Abort":
             return 130
         if is_out_of_memory(error):
-            _complain(_out_of_memory(error))
+            complain(_out_of_memory(error))
             return 2
         if (problem := storage_problem(error)) is not None:
-            _complain(problem)
+            complain(problem)
             return 2
         raise
     return result if isinstance(result, int) else 0
@@ -143,10 +143,6 @@ def _reader_left() -> bool:
     for descriptor in left:
         lead_nowhere(descriptor)
     return STDOUT in left
-
-
-def _complain(text: str) -> None:
-    tell(f"error: {text}")
 
 
 def _out_of_memory(error: BaseException) -> str:

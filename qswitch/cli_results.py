@@ -67,7 +67,12 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "test",
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Rows decoded together; speed only. Halved when memory runs out.")
+        int,
+        typer.Option(
+            min=1,
+            help="Rows decoded together: speed, and rounding, which in bf16 makes other samples. Halved when memory "
+            "runs out.",
+        ),
     ] = 16,
     precision: Annotated[str, typer.Option(help="Of models that are no run: auto, nf4, int8, bf16, fp32.")] = "auto",
     device: Device = None,

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -17,6 +18,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u
 
 
 STDOUT, STDERR = 1, 2
+ERROR_FILE = "QSWITCH_ERROR_FILE"
+"""Environment variable of `complain`."""
 
 
 def printable(text: str) -> str:
@@ -35,6 +38,15 @@ def tell(text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)
     except BrokenPipeError:
         lead_nowhere(STDERR)
+
+
+def complain(text: str) -> None:
+    """The line on stderr that says why a command ends; also into the file that $QSWITCH_ERROR_FILE names, where it is
+    set by a command that started this one and wants to say it later."""
+    tell(f"error: {text}")
+    if path := os.environ.get(ERROR_FILE):
+        with contextlib.suppress(OSError):  # it has been said
+            Path(path).write_text(printable(text), encoding="utf-8")
 
 
 def lead_nowhere(descriptor: int) -> None:

@@ -72,23 +72,28 @@ def comparison_results(
             }
         if not scores:
             continue
-        baseline = scores.get(comparison.baseline)
+        paired = {
+            name: pairs
+            for name in scores
+            if name != comparison.baseline
+            and (pairs := pairs_of_seeds(by_seed.get(comparison.baseline, {}), by_seed[name], name in controls))
+        }
+        sides = {
+            name: [combine_scores(side) for side in zip(*pairs.values(), strict=True)] for name, pairs in paired.items()
+        }
         seen = content.get("overlaps_with_training", {})
         results["sets"][path.stem] = {
             "records": len(content["ids"]),
             "left_out": content.get("left_out", 0),
             "overlaps_with_training": {n: seen[x] for n, m in labels.items() for x in m.values() if x in seen},
-            "models": {name: one.to_dict() | {"seed_deviation": deviations[name]} for name, one in scores.items()},
-            "differences": {
-                name: compare_scores(one, baseline)
+            "models": {
+                name: one.to_dict()
+                | {"seed_deviation": deviations[name], "seeds": [n for n in by_seed[name] if name not in controls]}
                 for name, one in scores.items()
-                if baseline is not None and name != comparison.baseline
             },
-            "position_differences": {
-                name: compare_positions(one, baseline)
-                for name, one in scores.items()
-                if baseline is not None and name != comparison.baseline
-            },
+            "differences": {name: compare_scores(other, own) for name, (own, other) in sides.items()},
+            "difference_seeds": {name: list(pairs) for name, pairs in paired.items()},
+            "position_differences": {name: compare_positions(other, own) for name, (own, other) in sides.items()},
             "test": []
             if section.test is None
             else declared_test(section.test, comparison.baseline, by_seed, {n: comparison.seeds_of(n) for n in labels}),
@@ -98,6 +103,18 @@ def comparison_results(
 
 def _optional(path: Path, kind: type[Any]) -> dict[str, Any]:
     return read_json(path, kind) if path.is_file() else {}
+
+
+def pairs_of_seeds(
+    baseline: Mapping[int, SetScores], other: Mapping[int, SetScores], is_control: bool
+) -> dict[int, tuple[SetScores, SetScores]]:
+    """Training seed -> (the baseline's figures, the other's), of the seeds that both have.
+
+    A control is one model, which meets every seed of the baseline.
+    """
+    if is_control:
+        return {seed: (own, other[0]) for seed, own in baseline.items()}
+    return {seed: (own, other[seed]) for seed, own in baseline.items() if seed in other}
 
 
 def seed_interval(differences: Sequence[float]) -> tuple[float, float] | None:
@@ -120,8 +137,9 @@ def declared_test(
 ) -> list[dict[str, Any]]:
     """The verdicts of a declared test, one per metric and cell, of the cells that are there.
 
-    The difference other - baseline is paired by record, each model the mean over its training seeds; the interval is at
-    level 1 - 5 % / number of cells tested against. With d signed so that above zero means the baseline is better:
+    The difference other - baseline is paired by record, each model the mean over the training seeds that both have; the
+    interval is at level 1 - 5 % / number of cells tested against. With d signed so that above zero means the baseline
+    is better:
 
     better      the interval is above zero, d at least the margin, and d above zero for every pair of seeds
     worse       the mirror image
@@ -129,7 +147,7 @@ def declared_test(
     undecided   anything else
     unfinished  a training seed that was `declared` for either cell is not there yet
 
-    Pairs of seeds are those that both cells have; a control, which is one model, meets every seed of the baseline.
+    Pairs of seeds are those of `pairs_of_seeds`; where there is none, there is no verdict.
 
     Beside each verdict stands a 95 % t-interval of the mean difference over the pairs of seeds, which says what the
     interval over records cannot: how much another training seed may change it.
@@ -143,15 +161,16 @@ def declared_test(
             theirs = by_seed.get(name)
             if not ours or not theirs or any(metric not in s.metrics for s in (*ours.values(), *theirs.values())):
                 continue
-            mine, other = (combine_scores(list(x.values())).metrics[metric] for x in (ours, theirs))
+            pairs = pairs_of_seeds(ours, theirs, is_control=not declared.get(name)).values()
+            if not pairs:
+                continue
+            mine, other = (combine_scores(side).metrics[metric] for side in zip(*pairs, strict=True))
             ids = sorted(mine.values.keys() & other.values.keys())
             weights = None if other.weights is None else [other.weights[i] for i in ids]
             difference = paired_difference(
                 [other.values[i] for i in ids], [mine.values[i] for i in ids], weights, confidence=level
             )
-            control = not declared.get(name)
-            pairs = [(theirs[0] if control else theirs[n], ours[n]) for n in ours if control or n in theirs]
-            seeds = [other.metrics[metric].overall - own.metrics[metric].overall for other, own in pairs]
+            seeds = [one.metrics[metric].overall - own.metrics[metric].overall for own, one in pairs]
             finished = set(declared.get(baseline, ())) <= ours.keys() and set(declared.get(name, ())) <= theirs.keys()
             verdicts.append(
                 {
@@ -230,12 +249,14 @@ def render_comparison(results: Mapping[str, Any]) -> str:
     evaluation = results["evaluation"]
     if "protocol" in evaluation:
         parts.append(protocol_line(evaluation["protocol"], evaluation.get("departures", ())))
-        parts.append(f"Teacher: {evaluation['teacher']}; its own responses at temperature 1 are the yardstick.\n")
+        if evaluation.get("teacher"):
+            parts.append(f"Teacher: {evaluation['teacher']}; its own responses at temperature 1 are the yardstick.\n")
     for name, one in results["sets"].items():
         models = one["models"]
         present = [m for m in COLUMNS if any(m in v["metrics"] for v in models.values())]
         header = [
             "",
+            "seeds",
             *(COLUMNS[m] for m in present),
             "KL, deviation over seeds",
             "ROUGE-L to teacher, deviation over seeds",
@@ -245,6 +266,7 @@ def render_comparison(results: Mapping[str, Any]) -> str:
         rows = [
             [
                 model,
+                str(len(v["seeds"]) or ""),
                 *(estimate(v["metrics"].get(m, {}).get("all")) for m in present),
                 _figure(v["seed_deviation"].get("kl_nats"), ".3f"),
                 _figure(v["seed_deviation"].get("rouge_l_teacher"), ".2f"),
@@ -259,6 +281,7 @@ def render_comparison(results: Mapping[str, Any]) -> str:
         ]
         parts.append(markdown_table(header, rows))
         parts += filter(None, [own_tables(models)])
+        one = one | _with_number_of_seeds(one)
         buckets = list(dict.fromkeys(b for v in one["differences"].values() for m in v.values() for b in m))
         rows = [
             [
@@ -272,7 +295,9 @@ def render_comparison(results: Mapping[str, Any]) -> str:
         ]
         if rows:
             parts.append(
-                f"Paired differences from {results['baseline']} (below zero: lower than {results['baseline']}):\n\n"
+                f"Paired differences from {results['baseline']} (below zero: lower than {results['baseline']}), over "
+                f"the training seeds that both have, counted in brackets; a control meets each of "
+                f"{results['baseline']}:\n\n"
                 + markdown_table(["", "reference tokens", "records", *(COLUMNS[m] for m in present)], rows)
             )
         parts += filter(None, [own_difference_tables(one, results["baseline"])])
@@ -306,6 +331,15 @@ def render_comparison(results: Mapping[str, Any]) -> str:
     parts.append("## Cost, mean over seeds\n\n" + markdown_table(header, rows))
     parts += [f"{label} is missing: {reason}\n" for label, reason in results["failed"].items()]
     return "\n".join(parts)
+
+
+def _with_number_of_seeds(one: Mapping[str, Any]) -> dict[str, Any]:
+    """The differences of a set under names that say over how many training seeds they are."""
+    counts = {name: len(seeds) for name, seeds in one["difference_seeds"].items()}
+    return {
+        key: {f"{name} ({counts[name]} seed{'s' * (counts[name] > 1)})": v for name, v in one[key].items()}
+        for key in ("differences", "position_differences")
+    }
 
 
 def _test_table(verdicts: Sequence[Mapping[str, Any]], baseline: str) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from qswitch.config import DataSection, RunConfig, Section
 from qswitch.data.sources import reference_path
@@ -18,6 +19,7 @@ from qswitch.evaluate.figures import BETTER
 from qswitch.evaluate.protocol import PROTOCOLS, make_protocol
 from qswitch.layers import build_config, by_section, flatten, stack
 from qswitch.outside import user_path
+from qswitch.plan.vocabulary import have_one_vocabulary
 from qswitch.presets import load_preset
 from qswitch.units import MAX_ROWS, MAX_TOKENS
 from qswitch.yaml_file import read_yaml
@@ -36,6 +38,13 @@ NO_RESULT = ("about", "train.eval_own_prompts", "train.save_steps", "train.save_
 """Settings, or sections, of a run that change no figure."""
 MAX_PROBED = 20_000
 """Records of a test set that are read before the first cell is trained."""
+BUDGET = ("max_steps", "max_tokens", "max_seconds", "num_epochs")
+"""Settings of the train section that the budget stands for."""
+TWO_TOKENIZERS = (
+    "teacher and student have different tokenizers. A comparison measures every cell against the teacher, token by "
+    "token, and beside fine-tuning on the data, both of which need one tokenizer. Train the runs with qswitch distill, "
+    "and score them together: qswitch eval RUN RUN --data FILE"
+)
 MAX_STEPS = 1_000_000
 """train.max_steps where the budget is tokens or seconds."""
 
@@ -121,6 +130,12 @@ class CompareSection(Section):
     test: TestSection | None = None
     """A declared test of the baseline."""
 
+    @field_validator("cells", mode="before")
+    @classmethod
+    def _empty_cells(cls, cells: Any) -> Any:
+        """`switch:` with nothing behind it is a cell that changes nothing."""
+        return {n: {} if c is None else c for n, c in cells.items()} if isinstance(cells, Mapping) else cells
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -145,7 +160,7 @@ class Cell:
         here = json.loads(json.dumps(self.settings))
         written = flatten(self.config.model_dump(mode="json", exclude_defaults=True))
         changed = {key for key, value in saved.items() if key in here and here[key] != value}
-        return sorted(changed | {key for key in written if key not in saved and not _is_cosmetic(key)})
+        return sorted(changed | {key for key in written if key not in saved and not is_cosmetic(key)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +192,8 @@ def read_comparison(path: Path) -> Comparison:
     ranked: list[tuple[int, Cell]] = []
     problems: list[str] = []
     named = dict(section.cells)
+    if any(_has_own_tokenizer(run, cell) for cell in named.values()):
+        raise ConfigError(TWO_TOKENIZERS, str(path))  # before the SFT control, which would be blamed for it
     if not any(_is_sft(cell, run) for cell in named.values()):
         if SFT in named:
             problems.append(f"the cell {SFT} is not the SFT control: set its settings.method to sft, or rename it")
@@ -188,6 +205,10 @@ def read_comparison(path: Path) -> Comparison:
             problems.append(f"cells.{name} is the name of a control, which stands in every table. Rename the cell")
         if len(set(cell.seeds or section.seeds)) < len(cell.seeds or section.seeds):
             problems.append(f"cells.{name}: a seed is named twice; the second run would be the first again")
+        problems += [
+            f"cells.{name}: train.{setting} is the budget's, which is the same for every cell. Leave it out"
+            for setting in _own_budget(cell)
+        ]
         for rank, seed in enumerate(cell.seeds or section.seeds):
             try:
                 config = _cell_config(run, cell, seed, section.budget)
@@ -205,6 +226,11 @@ def read_comparison(path: Path) -> Comparison:
         problems += [f"test.against: there is no cell {n}" for n in section.test.against if n not in known]
         problems += [
             f"test.margins.{m}: choose among {', '.join(BETTER)}" for m in section.test.margins if m not in BETTER
+        ]
+        problems += [
+            f"test.against: {n} is named twice, and the error level of 5 % is shared among all that are named"
+            for n, count in Counter(section.test.against).items()
+            if count > 1
         ]
     problems += _unlike_evaluations(cells, section)
     problems += _bad_evaluation(section)
@@ -227,12 +253,9 @@ def _unlike_evaluations(cells: list[Cell], section: CompareSection) -> Iterator[
     """Cells that could not be scored together, found before one of them has trained for hours."""
     if not cells:
         return
-    evaluate = section.evaluate
-    named = PROTOCOLS.get(evaluate.protocol)  # an unknown one has a problem of its own
-    follows_runs = evaluate.template == "own" or (
-        evaluate.template is None and named is not None and not named.template
-    )
     first = cells[0]
+    if have_one_vocabulary(first.config.teacher, first.config.student) is False:
+        yield TWO_TOKENIZERS
     for cell in {cell.name: cell for cell in cells}.values():  # its seeds differ in nothing else
         if any(getattr(cell.config.teacher, n) != getattr(first.config.teacher, n) for n in TEACHER):
             yield (
@@ -247,14 +270,26 @@ def _unlike_evaluations(cells: list[Cell], section: CompareSection) -> Iterator[
                 f"{', student.'.join(changed)}): a comparison has one start. Set it in settings: for every cell, or "
                 "compare the runs with qswitch eval"
             )
-        shown = ("template", "template_kwargs", "system_prompt")
-        ours, theirs = ([getattr(c.config.data, name) for name in shown] for c in (first, cell))
-        if follows_runs and ours != theirs:
+        ours, theirs = (_asked_with(c.config.data, section.evaluate) for c in (first, cell))
+        unlike = [name for name in ours if ours[name] != theirs[name]]
+        if unlike:
+            named = "Name a template in evaluate.template, or set" if unlike[0] == "template" else "Set"
             yield (
-                f"cells.{cell.name} has another data.template, data.template_kwargs or data.system_prompt than "
-                f"{first.name}, but all answer the same prompts. Name one in evaluate.template, or set it in settings: "
-                "for every cell"
+                f"cells.{cell.name} has another data.{', data.'.join(unlike)} than {first.name}, but all answer the "
+                f"same prompts. {named} it in settings: for every cell"
             )
+
+
+def _asked_with(data: DataSection, evaluate: EvaluateSection) -> dict[str, Any]:
+    """What an evaluation of a run that was trained with `data` makes its prompts with; see `Subject`."""
+    named = PROTOCOLS.get(evaluate.protocol)  # an unknown one has a problem of its own
+    fixed = evaluate.template or (named.template if named is not None else None)
+    template = data.template if fixed in (None, "own") else fixed
+    return {
+        "template": template,
+        "template_kwargs": data.template_kwargs if data.template == template else {},
+        "system_prompt": data.system_prompt,
+    }
 
 
 def _bad_evaluation(section: CompareSection) -> Iterator[str]:
@@ -289,7 +324,7 @@ def _bad_evaluation(section: CompareSection) -> Iterator[str]:
 
 def _cell_config(run: Mapping[str, Any], cell: CellSection, seed: int, budget: BudgetSection) -> RunConfig:
     steps = int(budget.amount) if budget.unit == "steps" else MAX_STEPS
-    train: dict[str, Any] = {"max_steps": steps, "num_epochs": None}
+    train: dict[str, Any] = dict.fromkeys(BUDGET) | {"max_steps": steps}  # null: no limit of a lower layer stays
     if budget.unit == "tokens":
         train["max_tokens"] = int(budget.amount)
     elif budget.unit == "seconds":
@@ -297,12 +332,29 @@ def _cell_config(run: Mapping[str, Any], cell: CellSection, seed: int, budget: B
     return build_config(run, cell.settings, {"seed": seed, "train": train})
 
 
+def _own_budget(cell: CellSection) -> list[str]:
+    """Settings of a cell that say how long it trains."""
+    try:
+        train = by_section(cell.settings).get("train")
+    except ConfigError:
+        return []  # which building its configuration says
+    return [name for name in BUDGET if name in train] if isinstance(train, Mapping) else []
+
+
+def _has_own_tokenizer(run: Mapping[str, Any], cell: CellSection) -> bool:
+    try:
+        student = stack(run, by_section(cell.settings)).get("student")
+    except ConfigError:
+        return False  # likewise
+    return isinstance(student, Mapping) and student.get("tokenizer") == "own"
+
+
 def _is_sft(cell: CellSection, run: Mapping[str, Any]) -> bool:
     return cell.settings.get("method", run.get("method")) == "sft"
 
 
 def _settings(config: RunConfig, section: CompareSection) -> dict[str, Any]:
-    found = {k: v for k, v in flat_settings(config).items() if not _is_cosmetic(k)}
+    found = {k: v for k, v in flat_settings(config).items() if not is_cosmetic(k)}
     for name, values in (
         ("budget", section.budget.model_dump()),
         ("evaluate", section.evaluate.model_dump(exclude={"batch_size", "device"})),
@@ -311,7 +363,8 @@ def _settings(config: RunConfig, section: CompareSection) -> dict[str, Any]:
     return found
 
 
-def _is_cosmetic(key: str) -> bool:
+def is_cosmetic(key: str) -> bool:
+    """Whether a setting changes no figure."""
     return key.partition(".")[0] in NO_RESULT or key in NO_RESULT
 
 

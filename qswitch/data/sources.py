@@ -83,13 +83,26 @@ def source_stamp(reference: str | list[str], split: str) -> list[Any]:
     """
     stamp: list[Any] = []
     for one in [reference] if isinstance(reference, str) else reference:
-        path = reference_path(one)
-        if path is None:
+        files = local_files(one, split)
+        if files is None:
             files = [Path(file["filename"]) for file in _hub_dataset(one, split).cache_files]
-        else:
-            files = sorted(filter(Path.is_file, path.rglob("*"))) if is_saved_dataset(path) else data_files(path, split)
         stamp.append([one, split, *([str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files)])
     return stamp
+
+
+def local_files(reference: str, split: str, *, text_files: bool = False) -> list[Path] | None:
+    """The files behind one reference as `iter_rows` reads it, in order; None for a hub data set.
+
+    Raises:
+        DataError: nothing there.
+    """
+    suffixes = RECORD_SUFFIXES + (TEXT_SUFFIXES if text_files else ())
+    path = reference_path(reference, suffixes)
+    if path is None:
+        return None
+    return (
+        sorted(filter(Path.is_file, path.rglob("*"))) if is_saved_dataset(path) else data_files(path, split, suffixes)
+    )
 
 
 def reference_path(reference: str, suffixes: tuple[str, ...] = RECORD_SUFFIXES) -> Path | None:

@@ -7,7 +7,7 @@ nothing of results.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,13 @@ BLOCK = 2**16
 
 def folder_fingerprint(folder: Path, suffixes: Sequence[str] = HASHED_SUFFIXES) -> str:
     """Hash of the weights, configurations and templates in a folder, wherever it lies; of large files, samples."""
+    return files_fingerprint(sorted(p for p in folder.iterdir() if p.suffix in suffixes and p.is_file()))
+
+
+def files_fingerprint(paths: Iterable[Path]) -> str:
+    """Hash of the names, sizes and content of files; of large ones, samples."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in suffixes and p.is_file()):
+    for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.name}|{size}|".encode())
         with path.open("rb") as handle:

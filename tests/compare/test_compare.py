@@ -1,11 +1,9 @@
-"""`qswitch compare`: cells from one start, one budget, no finished cell twice, verdicts of a declared test."""
+"""`qswitch compare`: cells from one start, one budget, no finished cell twice, no failure that ends the others."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,65 +13,11 @@ import yaml
 
 from qswitch import cli
 from qswitch.compare.cells import CellFailed, compare
-from qswitch.compare.results_table import declared_test
-from qswitch.compare.spec import TestSection, read_comparison
-from qswitch.errors import ConfigError, RunDirError
-from qswitch.evaluate.scores import Metric, SetScores
-from tests.evaluate.runs import WORDS, write_test_set
-from tests.tiny import save_tiny_pair
-
-
-def write_comparison(folder: Path, name: str = "study", **changes: Any) -> Path:
-    """`name`.yaml with a base configuration, data and a tiny pair beside it."""
-    if not (folder / "pair").exists():
-        save_tiny_pair(folder / "pair")
-        lines = [{"prompt": f"tell {w} {i}", "response": f"{w} is it"} for i, w in enumerate(WORDS)]
-        (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        write_test_set(folder / "questions.jsonl")
-    base = {
-        "teacher": {"model": str(folder / "pair/teacher"), "precision": "fp32"},
-        "student": {"model": str(folder / "pair/student"), "precision": "fp32", "lora": {"r": 4, "alpha": 8}},
-        "data": {"train": str(folder / "train.jsonl"), "num_validation": 3},
-        "rollout": {"max_new_tokens": 8, "batch_size": 4},
-        "train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "learning_rate": 5e-3,
-                  "eval_steps": 100, "save_steps": 1, "device": "cpu", "compute_dtype": "fp32"},
-    }  # fmt: skip
-    (folder / "base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
-    values: dict[str, Any] = {
-        "run": "base.yaml",
-        "budget": {"unit": "steps", "amount": 2},
-        "seeds": [1],
-        "cells": {"switch": {}, "gkd": {"settings": {"method": "gkd"}}},
-        "evaluate": {"data": [str(folder / "questions.jsonl")], "max_new_tokens": 8, "limit": 5},
-    }
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values | changes, sort_keys=False), encoding="utf-8")
-    return path
-
-
-class Launcher:
-    """Runs commands in this process and remembers them; stops as Ctrl-C would before the n-th."""
-
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.commands: list[list[str]] = []
-        self.stop_at = stop_at
-
-    def __call__(self, arguments: Sequence[str]) -> int:
-        if len(self.commands) == self.stop_at:
-            raise KeyboardInterrupt
-        self.commands.append(list(arguments))
-        return cli.run(list(arguments))
-
-    def kinds(self) -> list[str]:
-        return [f"{c[0]} {Path(c[1].partition('=')[2] or c[1]).name}" for c in self.commands]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[Path, Path, dict[str, Any]]:
-    """(file, output folder, results) of a comparison that is finished: tests go on from a copy of its output."""
-    folder = tmp_path_factory.mktemp("finished")
-    path = write_comparison(folder)
-    return path, folder / "out", compare(path, folder / "out", launch=Launcher(), say=lambda _: None)
+from qswitch.compare.spec import read_comparison
+from qswitch.errors import RunDirError
+from qswitch.terminal import ERROR_FILE
+from tests.compare.comparisons import Launcher, write_comparison
+from tests.evaluate.runs import WORDS
 
 
 def test_an_interrupted_comparison_goes_on_and_repeats_no_finished_cell(tmp_path: Path, capsys, monkeypatch):
@@ -126,30 +70,6 @@ def test_an_interrupted_comparison_goes_on_and_repeats_no_finished_cell(tmp_path
         compare(write_comparison(tmp_path, budget={"unit": "steps", "amount": 3}), out, say=lambda _: None)
 
 
-def test_one_seed_of_every_cell_comes_before_the_next(tmp_path: Path):
-    cells = {"switch": {}, "gkd": {"settings": {"method": "gkd"}, "seeds": [7]}, "sft": {"settings": {"method": "sft"}}}
-    comparison = read_comparison(write_comparison(tmp_path, seeds=[1, 2], cells=cells))
-    assert [c.label for c in comparison.cells] == [
-        "switch-seed1",
-        "gkd-seed7",
-        "sft-seed1",
-        "switch-seed2",
-        "sft-seed2",
-    ]
-
-
-def test_a_cell_of_another_version_counts_unless_a_value_differs(tmp_path: Path):
-    (cell, *_) = read_comparison(write_comparison(tmp_path)).cells
-    saved = json.loads(json.dumps(cell.settings))
-    assert cell.changed(saved) == []
-    assert cell.changed(saved | {"train.learning_rate": 1.0}) == ["train.learning_rate"], "a default or a file changed"
-    older = {key: value for key, value in saved.items() if key != "train.max_grad_norm"}
-    assert cell.changed(older) == [], "a setting that was new since then, at its default"
-    older = {key: value for key, value in saved.items() if key != "train.learning_rate"}
-    assert cell.changed(older) == ["train.learning_rate"], "one that this cell sets"
-    assert cell.changed(saved | {"train.gone": 3}) == [], "a setting that is no more"
-
-
 @pytest.mark.parametrize(("unit", "amount"), [("tokens", 60), ("seconds", 0.001)])
 def test_budgets_of_tokens_and_seconds_end_a_run(tmp_path: Path, unit: str, amount: float):
     cells = {"sft": {"settings": {"method": "sft"}}, "switch": {}}
@@ -179,133 +99,62 @@ def test_the_declared_test_stands_in_the_table(tmp_path: Path):
     assert any(verdict in row for verdict in ("better", "worse", "equivalent", "undecided"))
 
 
-def test_a_failing_cell_stops_with_what_to_do_and_keeps_the_others(tmp_path: Path, capsys):
-    path = write_comparison(tmp_path, cells={"switch": {}, "broken": {"settings": {"data.train": "nowhere.jsonl"}}})
-    with pytest.raises(CellFailed, match=r"training of broken-seed1 ended with code 2.*qswitch distill --config"):
-        compare(path, tmp_path / "out", launch=Launcher(), say=lambda _: None)
-    assert (tmp_path / "out/cells/switch-seed1.json").is_file()
+def test_a_failing_cell_ends_no_other_and_is_said_at_the_end(tmp_path: Path):
+    cells = {"broken": {"settings": {"data.train": "nowhere.jsonl"}}, "sft": {"settings": {"method": "sft"}}}
+    path, out = write_comparison(tmp_path, cells=cells, baseline="sft"), tmp_path / "out"
+
+    class Full(Launcher):
+        def __call__(self, arguments: Sequence[str]) -> int:
+            code = super().__call__(arguments)
+            return 3 if "broken" in " ".join(arguments) else code  # as a plan that does not fit
+
+    launcher = Full()
+    with pytest.raises(CellFailed, match=r"training of broken-seed1 ended with code 3: .*nowhere.jsonl") as it:
+        compare(path, out, launch=launcher, say=lambda _: None)
+    assert it.value.exit_code == 3 and "out/results.md is without what failed" in str(it.value)
+    assert f"To see it again: qswitch distill --config {out}/cells/broken-seed1.yaml" in str(it.value)
+    assert launcher.kinds()[1:] == [
+        "distill --config",
+        "eval sft-seed1",
+        "eval sft-seed1:teacher",
+        "eval sft-seed1:base",
+    ]
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert list(results["failed"]) == ["broken-seed1"] and "sft" in results["sets"]["questions"]["models"]
+    (row,) = [r for r in (out / "results.md").read_text(encoding="utf-8").splitlines() if "broken-seed1 is" in r]
+    assert "nowhere.jsonl does not exist" in row, "why, although the night's messages are gone"
+    again = Full()
+    with pytest.raises(CellFailed):
+        compare(path, out, launch=again, say=lambda _: None)
+    assert again.kinds() == ["distill --config"], "it alone is tried again"
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"budget": {"unit": "hours", "amount": 2}}, "budget.unit"),
-        ({"cellls": {}}, "cellls is not a setting"),
-        (
-            {"cells": {"gkd": {"seed": 7}}},
-            "cells.gkd.seed is not a setting of a comparison. Known: settings, seeds, about.",
-        ),
-        ({"cells": {"a": {"settings": {"rollout.decay_rat": 1}}}}, "Did you mean rollout.decay_rate"),
-        ({"cells": {"a b!": {}}}, "use letters"),
-        ({"baseline": "c"}, "there is no cell c"),
-        ({"cells": {"sft": {}}}, "not the SFT control"),
-        ({"test": {"against": ["x"], "margins": {"kl_nats": 0.1}}}, "there is no cell x"),
-        ({"test": {"against": ["gkd"], "margins": {"kl": 0.1}}}, "choose among"),
-        # Good where it is as the teacher's: neither way is better.
-        ({"test": {"against": ["gkd"], "margins": {"own_repetition": 0.1}}}, "choose among"),
-        ({"run": "missing.yaml"}, "does not exist"),
-        ({"cells": {"teacher": {}}}, "the name of a control"),
-        ({"seeds": [1, 1]}, "a seed is named twice"),
-        ({"test": {"against": ["switch"], "margins": {"kl_nats": 0.1}}}, "is the baseline itself"),
-        ({"test": {"against": ["gkd"], "margins": {"kl_nats": 0}}}, "must be above 0"),
-        ({"cells": {"-a": {}}}, "a letter or digit first"),
-        (
-            {"cells": {"switch": {}, "gkd": {"seeds": [7]}}, "test": {"against": ["gkd"], "margins": {"kl_nats": 1}}},
-            "has other training seeds than switch",
-        ),
-        (
-            {"cells": {"switch": {}, "b": {"settings": {"student.shrink_to_layers": 1}}}},
-            r"starts from another student than switch \(student.shrink_to_layers\)",
-        ),
-        ({"evaluate": {"data": ["nowhere.jsonl"]}}, "evaluate.data: nowhere.jsonl does not exist"),
-        (
-            {"cells": {"switch": {}, "b": {"settings": {"teacher.precision": "bf16"}}}},
-            "has another teacher than switch",
-        ),
-        ({"cells": {"switch": {}, "b": {"settings": {"data.template": "alpaca"}}}}, "has another data.template"),
-    ],
-)
-def test_mistakes_are_found_before_anything_starts(tmp_path: Path, changes, message):
-    path = write_comparison(tmp_path, **changes)
-    with pytest.raises(ConfigError, match=message):
-        read_comparison(path)
-    assert cli.run(["compare", str(path), "--output-dir", str(tmp_path / "out")]) == 2
-    assert not (tmp_path / "out").exists()
+def test_a_control_that_fails_is_tried_once_and_keeps_the_table(tmp_path: Path, finished):
+    path, out = finished[0], shutil.copytree(finished[1], tmp_path / "out")
+    for name in ("gkd-seed1.json", "sft-seed1.json"):
+        (out / "cells" / name).unlink()
+    shutil.rmtree(out / "eval/models/untrained")
+
+    class NoControl(Launcher):
+        def __call__(self, arguments: Sequence[str]) -> int:
+            failing = arguments[1].startswith("untrained=")
+            return 2 if failing and not self.commands.append(list(arguments)) else super().__call__(arguments)
+
+    launcher = NoControl()
+    with pytest.raises(CellFailed, match="evaluation of the control untrained ended with code 2"):
+        compare(path, out, launch=launcher, say=lambda _: None)
+    assert launcher.kinds() == ["eval gkd-seed1", "eval switch-seed1:base", "eval sft-seed1"]
+    assert set(json.loads((out / "results.json").read_text())["cells"]) == {"switch", "gkd", "sft"}
 
 
-def scores(values: list[float]) -> SetScores:
-    metric = Metric(dict(enumerate(values)), None)
-    return SetScores({"kl_nats": metric, "rouge_l": metric}, {}, None, 1, 1.0, 1.0, 0.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("shift", "verdict"), [(0.5, "better"), (-0.5, "worse"), (0.0, "equivalent"), (0.195, "undecided")]
-)
-def test_verdicts_follow_the_interval_the_margin_and_every_seed(shift: float, verdict: str):
-    noise = [0.02 * (i % 7 - 3) for i in range(70)]
-    base = [2.0 + 0.5 * (i % 5) for i in range(70)]
-    ours = [scores(base), scores(base)]
-    theirs = [scores([b + shift + n for b, n in zip(base, noise, strict=True)])] * 2
-    test = TestSection(against=["gkd", "kd"], margins={"kl_nats": 0.2, "rouge_l": 0.2})
-    seeds = {"switch": [1, 2], "gkd": [1, 2]}
-    cells = {"switch": dict(enumerate(ours, 1)), "gkd": dict(enumerate(theirs, 1))}
-    (kl, rouge) = declared_test(test, "switch", cells, seeds)
-    assert (kl["metric"], kl["against"], kl["level"]) == ("kl_nats", "gkd", 0.975)
-    assert kl["baseline_is"] == verdict and kl["difference"]["mean"] == pytest.approx(shift, abs=1e-9)
-    # More ROUGE-L is better, more KL is worse.
-    mirrored = {"better": "worse", "worse": "better"}
-    assert rouge["baseline_is"] == mirrored.get(verdict, verdict)
-
-
-def test_the_interval_shares_the_level_among_the_rivals_and_weights_records():
-    """Against the normal approximation: 2.2414 standard errors at 97.5 %, where 95 % would have 1.96."""
-    noise = [0.02 * (i % 7 - 3) for i in range(700)]
-    weights = {i: 1.0 + 9.0 * (i % 7 == 6) for i in range(700)}  # the records with the largest difference count tenfold
-
-    def cell(values: list[float]) -> SetScores:
-        metrics = {
-            "kl_nats": Metric(dict(enumerate(values)), weights),
-            "rouge_l": Metric(dict(enumerate(values)), None),
-        }
-        return SetScores(metrics, {}, None, 1, 1.0, 1.0, 0.0, 0.0)
-
-    cells = {"switch": {1: cell([0.0] * 700)}, "gkd": {1: cell(noise)}}
-    test = TestSection(against=["gkd", "kd"], margins={"rouge_l": 0.2, "kl_nats": 0.2})
-    (rouge, kl) = declared_test(test, "switch", cells, {"switch": [1], "gkd": [1]})
-    difference = rouge["difference"]
-    half = 2.2414 * statistics.pstdev(noise) / math.sqrt(700)
-    assert (difference["high"] - difference["low"]) / 2 == pytest.approx(half, rel=0.06)
-    weighted = sum(n * w for n, w in zip(noise, weights.values(), strict=True)) / sum(weights.values())
-    assert kl["difference"]["mean"] == pytest.approx(weighted) and abs(weighted) > 0.02
-    assert rouge["difference"]["mean"] == pytest.approx(0.0, abs=1e-9)
-
-
-def test_one_seed_against_the_rest_leaves_it_undecided():
-    base = [2.0] * 20
-    ours, theirs = [scores(base)] * 2, [scores([4.0] * 20), scores([1.9] * 20)]
-    test = TestSection(against=["gkd"], margins={"kl_nats": 0.2})
-    cells = {"switch": dict(enumerate(ours, 1)), "gkd": dict(enumerate(theirs, 1))}
-    (verdict,) = declared_test(test, "switch", cells, {"switch": [1, 2], "gkd": [1, 2]})
-    assert verdict["difference"]["low"] > 0 and verdict["baseline_is"] == "undecided"
-
-
-def test_no_verdict_before_every_declared_seed_is_there_and_seeds_meet_their_own():
-    test = TestSection(against=["gkd"], margins={"kl_nats": 0.2})
-    cells = {"switch": {1: scores([2.0] * 20), 2: scores([3.0] * 20)}, "gkd": {2: scores([4.0] * 20)}}
-    (verdict,) = declared_test(test, "switch", cells, {"switch": [1, 2], "gkd": [1, 2]})
-    assert verdict["baseline_is"] == "unfinished" and verdict["by_seed"] == [1.0]
-
-
-def test_a_control_meets_every_seed():
-    test = TestSection(against=["untrained"], margins={"kl_nats": 0.01})
-    cells = {
-        "switch": {n: scores([v] * 20) for n, v in ((1, 2.0), (2, 2.45), (3, 2.0))},
-        "untrained": {0: scores([2.4] * 20)},
-    }
-    (verdict,) = declared_test(test, "switch", cells, {"switch": [1, 2, 3], "untrained": []})
-    assert verdict["by_seed"] == pytest.approx([0.4, -0.05, 0.4]) and verdict["baseline_is"] == "undecided"
-    # Student's t with two degrees of freedom: mean 0.25, deviation 0.2598, 4.3027 standard errors.
-    assert verdict["seed_interval"] == pytest.approx((0.25 - 0.6454, 0.25 + 0.6454), abs=1e-3)
+def test_where_only_the_hub_knows_the_tokenizers_the_run_itself_refuses_two(tmp_path: Path):
+    out = tmp_path / "out"
+    path = write_comparison(tmp_path, settings={"method": "seqkd"}, cells={"a": {}})
+    launcher = Launcher(stop_at=1)
+    with pytest.raises(KeyboardInterrupt):
+        compare(path, out, launch=launcher, say=lambda _: None)
+    written = yaml.safe_load((out / "cells/a-seed1.yaml").read_text(encoding="utf-8"))
+    assert written["student"]["tokenizer"] == "shared", "auto would train it from text"
 
 
 def test_what_is_measured_against_another_teacher_or_lost_is_measured_anew(tmp_path: Path, finished):
@@ -387,24 +236,6 @@ def test_data_without_responses_has_no_sft_row_and_other_failures_stop(tmp_path:
         compare(write_comparison(other), tmp_path / "out2", launch=Broken(), say=lambda _: None)
 
 
-def test_a_fine_tuned_teacher_that_is_swapped_can_be_compared(tmp_path: Path):
-    settings = {"teacher.adapter": "runs/teacher", "teacher.residency": "swap", "rollout.steps_at_once": 4}
-    cells = {"switch": {}, "gkd": {"settings": {"method": "gkd"}}}
-    comparison = read_comparison(write_comparison(tmp_path, settings=settings, cells=cells))
-    sft = next(c.config for c in comparison.cells if c.name == "sft")
-    assert sft.teacher.adapter == "runs/teacher", "what RUN:teacher is measured with"
-    assert (sft.teacher.residency, sft.rollout.steps_at_once) == ("resident", 1)
-
-
-def test_a_cell_names_its_method_as_a_file_would(tmp_path: Path):
-    settings = {"method": "switch", "rollout.decay_rate": 0.04, "loss.scope": "all", "rollout.reuse": 2}
-    cells = {"switch": {}, "same": {"settings": {"method": "switch"}}, "gkd": {"settings": {"method": "gkd"}}}
-    comparison = read_comparison(write_comparison(tmp_path, settings=settings, cells=cells))
-    configs = {c.name: c.config for c in comparison.cells}
-    assert configs["same"] == configs["switch"] and configs["same"].rollout.decay_rate == 0.04
-    assert configs["gkd"].rollout.decay_rate == 0.1 and configs["sft"].rollout.reuse == 1, "others forget this one's"
-
-
 def test_two_commands_do_not_write_into_one_folder(tmp_path: Path, capsys):
     from qswitch.run_dir import locked
 
@@ -457,8 +288,10 @@ def test_a_cell_is_a_process_of_its_own(tmp_path: Path, monkeypatch):
     """The default launcher starts `qswitch` itself and hands its exit code back."""
     from qswitch.compare.cells import launch_process
 
-    assert launch_process(["presets", "list"]) == 0
+    monkeypatch.setenv(ERROR_FILE, str(tmp_path / "error.txt"))
+    assert launch_process(["presets", "list"]) == 0 and not (tmp_path / "error.txt").exists()
     assert launch_process(["presets", "show", "nothing"]) == 2
+    assert "nothing" in (tmp_path / "error.txt").read_text(encoding="utf-8"), "why, for compare to say at its end"
 
 
 def test_the_process_that_waits_holds_no_gpu():
