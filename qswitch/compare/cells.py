@@ -25,15 +25,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qswitch.compare.content import CONTENT, changed_content, content_marks
+from qswitch.compare.content import CONTENT, changed_content, content_marks, marks_of_cells
 from qswitch.compare.results_table import comparison_results, render_comparison
-from qswitch.compare.spec import CONTROLS, SFT, Cell, Comparison, flat_settings, is_cosmetic, read_comparison
+from qswitch.compare.spec import (
+    CONTROLS,
+    SFT,
+    TWO_TOKENIZERS,
+    Cell,
+    Comparison,
+    flat_settings,
+    is_cosmetic,
+    read_comparison,
+)
 from qswitch.config import RunConfig
 from qswitch.data.records import training_records
 from qswitch.errors import DataError, QSwitchError, RunDirError
 from qswitch.evaluate.store import EvaluationDir
 from qswitch.layers import dump_config
 from qswitch.outside import read_json, read_text
+from qswitch.plan.vocabulary import have_one_vocabulary
 from qswitch.run_dir import CHANGEABLE, RunDir, locked, make_folder, teacher_share, write_atomically
 from qswitch.state_files import CellFile, SummaryFile
 from qswitch.terminal import ERROR_FILE
@@ -89,7 +99,7 @@ def compare(
 def _compare(
     path: Path, output_dir: Path, comparison: Comparison, launch: Launch, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    marks = {cell.label: content_marks(cell.config) for cell in comparison.cells}
+    marks = marks_of_cells({cell.label: cell.config for cell in comparison.cells})
     _refuse_other_cells(output_dir, comparison, marks)
     write_atomically(output_dir / "compare.yaml", read_text(path))
     total = len(comparison.cells)
@@ -237,6 +247,8 @@ def _run_cell(output_dir: Path, comparison: Comparison, cell: Cell, marks: Mappi
             raise NothingToLearnFrom(
                 f"{cell.label} could not start: {ended.reason} To see it again: qswitch {' '.join(arguments)}"
             )
+        if ended.code == 2 and have_one_vocabulary(cell.config.teacher, cell.config.student) is False:
+            raise CellFailed(f"{cell.label} could not start: {TWO_TOKENIZERS}.")  # the hub's, which are here only now
         _require(ended, cell.label, "training", arguments)
     _evaluate(output_dir, comparison, f"{cell.label}={run_path}", launch, cell)
     run_dir = RunDir.open(run_path)

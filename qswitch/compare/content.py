@@ -29,6 +29,18 @@ def content_marks(config: RunConfig) -> dict[str, str]:
     return {f"{CONTENT}{setting}": mark for setting, mark in _marks(config)}
 
 
+def marks_of_cells(configs: Mapping[str, RunConfig]) -> dict[str, dict[str, str]]:
+    """`content_marks` of each; cells that name the same files have them read once."""
+    known: dict[str, dict[str, str]] = {}
+    marks = {}
+    for label, config in configs.items():
+        named = config.model_dump_json(include={"data", "student", "teacher"})
+        if named not in known:
+            known[named] = content_marks(config)
+        marks[label] = known[named]
+    return marks
+
+
 def changed_content(saved: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
     """The marks of `now` that were others when `saved` was written; what has no mark in one of both does not count."""
     return sorted(key for key, mark in now.items() if saved.get(key, mark) != mark)

@@ -57,3 +57,12 @@ class Launcher:
 
     def kinds(self) -> list[str]:
         return [f"{c[0]} {Path(c[1].partition('=')[2] or c[1]).name}" for c in self.commands]
+
+
+def swap_two_tokens(file: Path) -> None:
+    """Let two ids of a tokenizer.json mean each other's token, so that it is another one."""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = values["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(values), encoding="utf-8")

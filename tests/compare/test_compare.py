@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from qswitch import cli
 from qswitch.compare.cells import CellFailed, compare
 from qswitch.compare.spec import read_comparison
 from qswitch.errors import RunDirError
 from qswitch.terminal import ERROR_FILE
-from tests.compare.comparisons import Launcher, write_comparison
+from tests.compare.comparisons import Launcher, swap_two_tokens, write_comparison
 from tests.evaluate.runs import WORDS
 
 
@@ -148,13 +147,19 @@ def test_a_control_that_fails_is_tried_once_and_keeps_the_table(tmp_path: Path, 
 
 
 def test_where_only_the_hub_knows_the_tokenizers_the_run_itself_refuses_two(tmp_path: Path):
-    out = tmp_path / "out"
+    """As if the student's files came with the run: SeqKD alone would train it from text."""
     path = write_comparison(tmp_path, settings={"method": "seqkd"}, cells={"a": {}})
-    launcher = Launcher(stop_at=1)
-    with pytest.raises(KeyboardInterrupt):
-        compare(path, out, launch=launcher, say=lambda _: None)
-    written = yaml.safe_load((out / "cells/a-seed1.yaml").read_text(encoding="utf-8"))
-    assert written["student"]["tokenizer"] == "shared", "auto would train it from text"
+
+    class Downloads(Launcher):
+        def __call__(self, arguments: Sequence[str]) -> int:
+            if not self.commands:
+                swap_two_tokens(tmp_path / "pair/student/tokenizer.json")
+            return super().__call__(arguments)
+
+    launcher = Downloads()
+    with pytest.raises(CellFailed, match="a-seed1 could not start: teacher and student have different tokenizers"):
+        compare(path, tmp_path / "out", launch=launcher, say=lambda _: None)
+    assert [c[0] for c in launcher.commands] == ["distill"] and not (tmp_path / "out/runs/a-seed1").exists()
 
 
 def test_what_is_measured_against_another_teacher_or_lost_is_measured_anew(tmp_path: Path, finished):

@@ -10,7 +10,7 @@ import pytest
 from qswitch import cli
 from qswitch.compare.spec import MAX_STEPS, read_comparison
 from qswitch.errors import ConfigError
-from tests.compare.comparisons import write_comparison
+from tests.compare.comparisons import swap_two_tokens, write_comparison
 
 
 def test_one_seed_of_every_cell_comes_before_the_next(tmp_path: Path):
@@ -121,12 +121,7 @@ def test_two_tokenizers_are_told_by_the_files_before_anything_is_trained(tmp_pat
     cells = {"a": {}, "b": {"settings": {"train.learning_rate": 1e-4}}}
     path = write_comparison(tmp_path, settings={"method": "seqkd"}, cells=cells)
     read_comparison(path)
-    file = tmp_path / "pair/student/tokenizer.json"
-    values = json.loads(file.read_text(encoding="utf-8"))
-    vocabulary = values["model"]["vocab"]
-    first, second = list(vocabulary)[-2:]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    file.write_text(json.dumps(values), encoding="utf-8")
+    swap_two_tokens(tmp_path / "pair/student/tokenizer.json")
     with pytest.raises(ConfigError, match="teacher and student have different tokenizers"):
         read_comparison(path)
 
