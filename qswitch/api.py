@@ -81,11 +81,12 @@ def plan(config: Source, *, vram: str | None = None, gpu: str | None = None) -> 
             free on this machine.
 
     Raises:
-        ConfigError: the configuration is wrong, or the shape of a model is not known.
+        ConfigError: the configuration is wrong, the shape of a model is not known, or the first records of data on
+            this disk cannot be read or lack what the method learns from.
     """
-    from qswitch.plan.scheduler import plan_for
+    from qswitch.run import preview
 
-    return plan_for(configure(config), vram=vram, gpu=gpu)[0]
+    return preview(configure(config), vram=vram, gpu=gpu).plan
 
 
 def distill(config: Source, output_dir: str | Path | None = None, *, vram: str | None = None) -> Run:

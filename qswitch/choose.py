@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any
 
 from qswitch.config import DataSection, RunConfig, StudentSection, TeacherSection, TrainSection, reader
+from qswitch.data.first_look import SAMPLED_RECORDS, TEMPLATE_TOKENS, estimated_tokens, high, rounded
 from qswitch.data.sources import reference_path
 from qswitch.errors import ConfigError
 from qswitch.layers import Layer, build_config, by_section, flatten
@@ -34,13 +35,9 @@ from qswitch.plan.vocabulary import with_tokenizer
 from qswitch.presets import load_run_config, preset_names
 from qswitch.units import GIB
 
-SAMPLED_RECORDS = 5_000
-"""Records read for the lengths and the number of steps; about 0.2 s."""
-CHARACTERS_PER_TOKEN = 3
-"""Of English text it is about 4, of code and other languages less; too low a figure only reserves more room."""
-TEMPLATE_TOKENS = 32
-"""What a chat template puts around a prompt, roughly."""
 MIN_STEPS, MAX_STEPS, EPOCHS = 50, 1000, 3
+MOST_TOKENS = 1024
+"""Of a prompt, and of a response; where the data has longer ones, the user decides what they may cost."""
 CUT_FROM_TEACHER = re.compile(r"shrink(?::(.*))?", re.DOTALL)
 """`--student shrink` and `--student shrink:N`."""
 NAMED = {"teacher.model": "--teacher", "student.model": "--student", "data.train": "--data"}
@@ -170,11 +167,7 @@ def _of_the_student(student: ModelShape, train: TrainSection) -> Iterator[Choice
     yield Choice("student.lora.r", rank, size)
     yield Choice("student.lora.alpha", float(2 * rank), size)
     yield Choice("train.learning_rate", rate, size)
-    yield Choice("rollout.batch_size", _step_sequences(train), "the sequences of a step; the plan changes it to fit")
-
-
-def _step_sequences(train: TrainSection) -> int:
-    return train.per_device_train_batch_size * train.gradient_accumulation_steps
+    yield Choice("rollout.batch_size", train.sequences_per_step, "the sequences of a step; the plan changes it to fit")
 
 
 def _of_the_data(config: RunConfig, teacher: ModelShape, student: ModelShape) -> Iterator[Choice]:
@@ -187,14 +180,19 @@ def _of_the_data(config: RunConfig, teacher: ModelShape, student: ModelShape) ->
         validation = 64
     else:
         prompts, responses = lengths
-        prompt = _rounded(_high(prompts) + TEMPLATE_TOKENS)
-        response = _rounded(_high(responses)) if responses else 256
+        prompt = min(MOST_TOKENS, rounded(high(prompts) + TEMPLATE_TOKENS))
+        response = min(MOST_TOKENS, rounded(high(responses))) if responses else 256
         count = len(prompts)
         many = f"{'at least ' if count == SAMPLED_RECORDS else ''}{count} records"
-        because = f"{many}, of which 95 % have at most {_high(prompts)} prompt tokens by their characters"
+        because = f"{many}, of which 95 % have at most {high(prompts)} prompt tokens by their characters"
+        if high(prompts) + TEMPLATE_TOKENS > (most := min(MOST_TOKENS, context // 2)):
+            because += f"; at most {most:,} are chosen, and longer prompts are left out"
         validation = max(2, min(64, count // 10))
-        steps = math.ceil(EPOCHS * max(1, count - validation) / _step_sequences(config.train))
+        training = max(1, count - validation)
+        steps = math.ceil(EPOCHS * training / config.train.sequences_per_step)
         steps = max(MIN_STEPS, min(MAX_STEPS, steps)) if count < SAMPLED_RECORDS else MAX_STEPS
+        if config.train.num_epochs is not None:
+            steps = config.train.steps_of_epochs(training, reuse=config.rollout.reuse)
     if "max_steps" in config.train.model_fields_set:
         steps = config.train.max_steps
     yield Choice("data.max_prompt_tokens", min(prompt, context // 2), because)
@@ -215,19 +213,10 @@ def _lengths(data: DataSection) -> tuple[list[int], list[int]] | None:
         return None
     prompts, responses = [], []
     for record in islice(iter_records(data, data.train, limit=SAMPLED_RECORDS), data.limit):
-        prompts.append(math.ceil(len(record.text) / CHARACTERS_PER_TOKEN))
+        prompts.append(estimated_tokens(len(record.text)))
         if record.response is not None:
-            responses.append(math.ceil(len(record.response) / CHARACTERS_PER_TOKEN))
+            responses.append(estimated_tokens(len(record.response)))
     return prompts, responses
-
-
-def _high(values: list[int]) -> int:
-    """The 95th percentile."""
-    return sorted(values)[(len(values) - 1) * 95 // 100]
-
-
-def _rounded(num_tokens: int) -> int:
-    return max(64, min(1024, -(-num_tokens // 64) * 64))
 
 
 def _teacher_precision(config: RunConfig, *, vram: str | None, gpu: str | None) -> Iterator[Choice]:

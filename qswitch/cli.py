@@ -30,6 +30,7 @@ from qswitch.cli_options import (
     Vram,
     load_settings,
     show,
+    show_plan,
 )
 from qswitch.cli_results import results_app
 from qswitch.cli_student import student_app
@@ -187,16 +188,6 @@ def _root(
         raise error
 
 
-def _print_plan(plan: Any, budget_origin: str, as_json: bool, *, shown: bool = True) -> None:
-    """The plan, and where its budget is from; what does not fit ends with its error."""
-    from qswitch.plan.advice import faster, require_fit
-    from qswitch.plan.render import render
-
-    if shown:
-        show(plan.to_dict(), as_json, lambda _: render(plan, faster(plan), budget_origin))
-    require_fit(plan)
-
-
 def _print_run(path: Path, summary: Any, as_json: bool, *, shown: bool) -> None:
     from qswitch.console import print_summary
     from qswitch.run_dir import RunDir
@@ -246,10 +237,10 @@ def distill(
         changes = set_layer(overrides or [])
         if dry_run and resume is not None:
             settings = RunDir.open(resume, changes).config
-            _print_plan(*runs.rehearse(settings, vram=vram, resumes=True), as_json, shown=processes.is_first)
+            show_plan(runs.rehearse(settings, vram=vram, resumes=True), as_json, shown=processes.is_first)
         elif dry_run:
             settings = processes.each(lambda: load_settings(named, vram=vram))
-            _print_plan(*runs.rehearse(settings, vram=vram), as_json, shown=processes.is_first)
+            show_plan(runs.rehearse(settings, vram=vram), as_json, shown=processes.is_first)
         elif resume is not None:
             _print_run(resume, runs.resume(resume, vram=vram, changes=changes), as_json, shown=processes.is_first)
         else:
@@ -290,7 +281,7 @@ def sft(
             lambda: sft_config(load_settings(named, vram=vram, command=f"sft --model {model}"), model)
         )
         if dry_run:
-            _print_plan(*runs.rehearse(settings, vram=vram), as_json, shown=processes.is_first)
+            show_plan(runs.rehearse(settings, vram=vram), as_json, shown=processes.is_first)
             return
         path = processes.from_first(lambda: output_dir or new_run_path(f"{named.label}-sft-{model}"))
         _print_run(path, runs.distill(settings, path, vram=vram), as_json, shown=processes.is_first)
@@ -372,13 +363,15 @@ def plan(
 ) -> None:
     """Say beforehand how much memory a run takes, and whether it fits."""
     from qswitch.plan.render import render_overview
-    from qswitch.plan.scheduler import plan_for, plan_overview
+    from qswitch.plan.scheduler import plan_overview
     from qswitch.presets import load_run_config, preset_names
+    from qswitch.run import preview
 
     named = Named(preset, config, overrides, teacher, student, data, method)
     if not every:
         settings = load_settings(named, vram=vram, gpu=gpu)
-        _print_plan(*plan_for(settings, vram=vram, gpu=gpu, processes=processes), as_json)
+        rehearsal = preview(settings, vram=vram, gpu=gpu, processes=processes)
+        show_plan(rehearsal, as_json, is_whole_card=gpu is not None)
         return
     if named or vram or gpu or processes > 1:
         raise ConfigError("--all plans every preset against fixed budgets; leave the other options out.")

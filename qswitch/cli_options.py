@@ -18,6 +18,7 @@ from qswitch.units import MAX_TOKENS
 
 if TYPE_CHECKING:
     from qswitch.config import RunConfig
+    from qswitch.run import Rehearsal
 
 Preset = Annotated[str | None, typer.Option("--preset", help="Name of a preset; `qswitch presets list` shows them.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file instead of a preset.")]
@@ -113,6 +114,26 @@ def show(result: Any, as_json: bool, render: Callable[[Any], object], *, coloure
     else:
         text = str(render(result))
         print(text if coloured else printable(text))
+
+
+def show_plan(rehearsal: Rehearsal, as_json: bool, *, shown: bool = True, is_whole_card: bool = False) -> None:
+    """The plan, and what is known of the data; what does not fit ends with its error.
+
+    `is_whole_card`: the budget is all that a card leaves free to programs.
+    """
+    from qswitch.plan.advice import beside_a_desktop, faster, require_fit
+    from qswitch.plan.render import render
+
+    plan, budget_origin, look = rehearsal
+    if shown:
+        for_a_program = plan.to_dict() if look is None else plan.to_dict() | {"data": look.to_dict()}
+        show(for_a_program, as_json, lambda _: render(
+            plan, faster(plan), budget_origin,
+            data=None if look is None else look.render(),
+            leaves_hardly_any=look is not None and look.leaves_hardly_any,
+            desktop=beside_a_desktop(plan) if is_whole_card else None,
+        ))  # fmt: skip
+    require_fit(plan)
 
 
 def _plain(part: Any) -> Any:

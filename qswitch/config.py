@@ -405,6 +405,11 @@ class TrainSection(Section):
         """Of all processes together: their number decides who learns from a sequence, never what is learnt."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    def steps_of_epochs(self, num_prompts: int, *, reuse: int = 1) -> int:
+        """Optimizer steps in which num_epochs goes through the prompts, each response training `reuse` times."""
+        assert self.num_epochs is not None
+        return max(1, math.ceil(self.num_epochs * num_prompts * reuse / self.sequences_per_step))
+
 
 class RunConfig(Section):
     """A whole run. `qswitch distill` writes it, resolved, to RUN/config.yaml, which starts the same run again."""

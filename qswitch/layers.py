@@ -9,6 +9,7 @@ layer makes meaningless is not inherited. What a layer itself says without effec
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ ALIASES = {
     "report_to": "train.report_to",
     "gradient_checkpointing": "student.gradient_checkpointing",
     "lora_r": "student.lora.r",
+    "lora_rank": "student.lora.r",
     "lora_alpha": "student.lora.alpha",
     "lora_dropout": "student.lora.dropout",
     "lora_target_modules": "student.lora.target_modules",
@@ -77,8 +79,41 @@ FROM_ELSEWHERE = {
     "output_dir": "it is the option --output-dir",
     "streaming": "data of any size is read from a table on disk, without a setting. Remove it",
     "logging_steps": "every step is logged, in RUN/metrics.jsonl",
+    "packing": "responses of like length share a micro-batch instead. Remove it",
+    "sample_packing": "responses of like length share a micro-batch instead. Remove it",
+    "sequence_len": "set data.max_prompt_tokens and rollout.max_new_tokens",
+    "cutoff_len": "set data.max_prompt_tokens and rollout.max_new_tokens",
+    "model_max_length": "set data.max_prompt_tokens and rollout.max_new_tokens",
+    "val_set_size": "set data.num_validation, a number of prompts",
+    "micro_batch_size": "set train.per_device_train_batch_size",
+    "warmup_ratio": "set train.warmup_steps",
+    "finetuning_type": "set student.adapter=none to train every weight, lora to train an adapter",
+    "full_finetuning": "set student.adapter=none to train every weight",
+    "use_vllm": "teacher and student write together, token by token, in qswitch itself. Remove it",
+    "attn_implementation": "torch's scaled_dot_product_attention is used, which takes the kernel itself. Remove it",
+    "flash_attention": "torch's scaled_dot_product_attention is used, which takes the kernel itself. Remove it",
+    "flash_attn": "torch's scaled_dot_product_attention is used, which takes the kernel itself. Remove it",
+    "neftune_noise_alpha": "there is no noise on embeddings here. Remove it",
+    "use_liger_kernel": "the loss runs over chunks of tokens (loss.chunk_tokens) already. Remove it",
+    "train_on_inputs": "prompts are read and never learnt. Remove it",
+    "dataset_text_field": "set data.columns, for example {prompt: question, response: answer}",
+    "chat_template": "set data.template",
+    "dataset": "set data.train",
+    "datasets": "set data.train",
+    "dataset_path": "set data.train",
+    "rank": "set student.lora.r",
+    "wandb_project": "set train.report_to=wandb; its project is called qswitch",
+    "base_model": "set student.model, and teacher.model for the model that teaches it",
+    "lora_target_linear": "set student.lora.target_modules=all-linear, the default",
+    "push_to_hub": "run qswitch push RUN NAME afterwards",
+    "deepspeed": "start several processes with accelerate launch; docs/scale.md",
+    "fsdp": "start several processes with accelerate launch; docs/scale.md",
 }
 """Settings of other trainers that have no namesake here -> what to do instead."""
+
+
+LIKE_ENOUGH = 0.75
+"""Similarity of two names above which the one is taken for a slip in the other."""
 
 
 def build_config(*layers: Layer, where: str | None = None) -> RunConfig:
@@ -284,25 +319,40 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         unknown = str(error["loc"][-1])  # a user's own, which may look like a type
         path = [*path[: -1 if path[-1:] == [unknown] else None], unknown]
-        return f"{'.'.join(path)} is not a setting{_hint(path)}"
+        return f"{'.'.join(path)} is not a setting{_hint(path, error.get('input'))}"
     dotted = ".".join(path)
     if error["type"] == "missing":
         return f"{dotted} is missing. Set it in the file or with --set {dotted}=..."
     value = error.get("input")
+    if error["type"] == "literal_error" and isinstance(value, str):
+        near = difflib.get_close_matches(value, re.findall(r"'([^']+)'", error["ctx"]["expected"]), n=1)
+        meant = f" Did you mean {near[0]}?" if near else ""
+        return f"{dotted} = {value!r}: {error['msg']}.{meant}"
     if error["type"] in ("int_parsing", "float_parsing") and value in ("true", "false"):
         return f"{dotted} = {value}: expected a number."
     shown = repr(value) if not isinstance(value, dict) else "a mapping"
     return f"{dotted} = {shown}: {error['msg']}."
 
 
-def _hint(path: list[str]) -> str:
-    """What somebody may have meant who wrote a setting that does not exist."""
+def _hint(path: list[str], value: Any) -> str:
+    """What somebody may have meant who wrote a setting that does not exist; rather nothing than something else."""
     *parents, last = path
     if last in FROM_ELSEWHERE:
         return f": {FROM_ELSEWHERE[last]}."
+    inside = "".join(f"{parent}." for parent in parents)
     section = section_at(".".join(parents))
     names = list(section.model_fields) if section is not None else []
-    near = difflib.get_close_matches(last, names if parents else [*names, *ALIASES], n=1, cutoff=0.5)
-    elsewhere = [ALIASES[last]] if last in ALIASES else [k for k in known_keys() if k.rpartition(".")[2] == last]
-    meant = [".".join([*parents, *near])] if near else elsewhere
-    return f". Did you mean {meant[0]}?" if meant else f". Known here: {', '.join(names)}."
+    is_mapping = isinstance(value, dict)  # which settings are too, but a section is never anything else
+    meant = {name: inside + name for name in names if is_mapping or section_at(inside + name) is None}
+    longer = [name for name in meant if name.startswith(f"{last}_")]
+    if not parents and not is_mapping:
+        meant |= {key.rpartition(".")[2]: key for key in known_keys()} | {alias: alias for alias in ALIASES}
+    elif not is_mapping:
+        meant |= {alias: key for alias, key in ALIASES.items() if key.startswith(inside)}
+    near = difflib.get_close_matches(last, meant, n=1, cutoff=LIKE_ENOUGH) or (longer if len(longer) == 1 else [])
+    keys = [key.split(".") for key in known_keys()]
+    elsewhere = [".".join(key[: key.index(last) + 1]) for key in keys if last in key]
+    if not elsewhere and last in ALIASES:
+        elsewhere = [ALIASES[last]]
+    found = elsewhere or [meant[name] for name in near]
+    return f". Did you mean {' or '.join(dict.fromkeys(found))}?" if found else f". Known here: {', '.join(names)}."

@@ -8,6 +8,7 @@ of their own (`data/files.py`), because they may be of any size.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import os
@@ -67,11 +68,21 @@ def read_bytes(path: Path, *, max_bytes: int = MAX_BYTES) -> bytes:
                 raise FileError(f"{path} has {size:,} bytes; at most {max_bytes:,} are read. It is another file.")
             return file.read(max_bytes + 1)
     except FileNotFoundError:
-        raise FileError(f"{path} does not exist.") from None
+        raise FileError(f"{path} does not exist.{instead_of(path)}") from None
     except IsADirectoryError:
         raise FileError(f"{path} is a folder, not a file.") from None
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise FileError(f"{path} cannot be read: {storage_problem(error) or error}") from None
+
+
+def instead_of(path: Path) -> str:
+    """What to say after the name of a file that is not there: one that is called alike, or where it was looked for."""
+    try:
+        names = [file.name for file in path.parent.iterdir()]
+    except OSError:
+        return f" Neither does its folder, {path.parent}."
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)
+    return f" Did you mean {path.parent / near[0]}?" if near else f" It was looked for in {path.parent.absolute()}."
 
 
 def read_json(path: Path, kind: type[T], *, max_bytes: int = MAX_BYTES) -> T:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qswitch.config import RunConfig, StudentSection, TeacherSection
+from qswitch.data.first_look import data_problems, first_records, unreadable_data
 from qswitch.errors import ConfigError, DataError, ModelError, QSwitchError
 from qswitch.hub import has_token
 from qswitch.launch import launched
@@ -83,10 +84,23 @@ def check_settings(config: RunConfig, *, elsewhere: bool = False) -> None:
         raise PreflightError(problems)
 
 
+def check_plannable(config: RunConfig) -> None:
+    """Nothing, or every reason that the models' shapes and the first rows of the data give against a run anywhere.
+
+    A plan may be made where neither the run's adapters nor its data are, so nothing is said of files that are not here.
+
+    Raises:
+        PreflightError: lists them.
+    """
+    problems = [*_shapes_and_context(config, elsewhere=True), *data_problems(config, FIRST_RECORDS)]
+    if problems:
+        raise PreflightError(problems)
+
+
 def settings_problems(config: RunConfig, output_dir: Path | None = None, *, elsewhere: bool = False) -> list[str]:
     """What `check_settings` would raise, as a list, for `prepare` to add to; with room on the disk of `output_dir`."""
     problems = [*_adapters(config), *_shapes_and_context(config, elsewhere), *_files(config)]
-    problems += _unreadable_data(config, FIRST_RECORDS)
+    problems += data_problems(config, FIRST_RECORDS)
     if not elsewhere:
         problems += _machine(config)
     if output_dir is not None:
@@ -322,7 +336,12 @@ def prepare(
         PreflightError: `known` and every problem of models, tokenizers, template and data, in one list.
     """
     from qswitch.data.gather import gather_prompts, make_encoder
-    from qswitch.data.template_checks import end_token_problems, template_problems, warn_of_end_of_turn
+    from qswitch.data.template_checks import (
+        end_token_problems,
+        template_problems,
+        warn_of_applied_template,
+        warn_of_end_of_turn,
+    )
     from qswitch.models.pair import load_pair_tokenizer, teacher_half
     from qswitch.models.runtime import make_runtime
 
@@ -352,12 +371,14 @@ def prepare(
         problems += template_problems(half, pair, encoder)
         warn_of_end_of_turn(pair, encoder)
     if pair is None or encoder is None or problems:
-        found = _unreadable_data(config, PROBED_RECORDS)
+        found = data_problems(config, PROBED_RECORDS)
         problems += [problem for problem in found if problem not in problems]
         raise PreflightError(problems)
     prompts = attempt(gather_prompts, half, encoder, notify)
+    if prompts is not None:
+        warn_of_applied_template(half, pair, first_records(half, FIRST_RECORDS))
     if prompts is None:  # of several sets that cannot be read, it named the first
-        problems = _unreadable_data(config, PROBED_RECORDS) or problems
+        problems = unreadable_data(config, PROBED_RECORDS) or problems
     corpus = attempt(_corpus, half, pair) if half.data.lm_corpus is not None else None
     if problems:
         raise PreflightError(problems)
@@ -440,31 +461,3 @@ def _refuse_another_shape(shape: Mapping[str, Any] | None, config: Any, name: st
         if shape is not None and key in shape and found is not None and shape[key] != found:
             raise ModelError(f"its shape block says {key} {shape[key]}, but config.json of {name} says {found}. "
                              "Remove the block; the model's own file is read then.")  # fmt: skip
-
-
-def _unreadable_data(config: RunConfig, num_records: int) -> list[str]:
-    """The first problem of every data set that lies on this disk, read up to `num_records` records.
-
-    One that is not there has been reported before, a hub that does not answer costs minutes, and what `datasets`
-    saved is read when the libraries are there.
-    """
-    from qswitch.data.fields import check_columns
-    from qswitch.data.records import load_records
-    from qswitch.data.sources import is_saved_dataset
-
-    data = config.data
-    problems: list[str] = []
-    try:
-        check_columns(data)
-    except DataError as error:
-        return [str(error)]
-    named = ((data.train, data.split, data.limit), (data.validation, data.validation_split or data.split, None))
-    for references, split, limit in named:
-        for reference in [references] if isinstance(references, str) else references or []:
-            if not user_path(reference).exists() or is_saved_dataset(user_path(reference)):
-                continue
-            try:
-                load_records(data, reference, limit=min(limit or num_records, num_records), split=split)
-            except DataError as error:
-                problems.append(str(error))
-    return problems

@@ -9,6 +9,7 @@ from typing import Any
 from qswitch.config import RunConfig
 from qswitch.errors import ConfigError
 from qswitch.layers import build_config, by_section, set_layer, stack
+from qswitch.outside import instead_of
 from qswitch.preset_index import presets_folder
 from qswitch.yaml_file import read_yaml
 
@@ -44,6 +45,11 @@ def load_preset(name_or_path: str | Path) -> dict[str, Any]:
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         path = preset_path(str(name_or_path))
+    elif not path.exists():
+        raise ConfigError(
+            f"{path} does not exist.{instead_of(path)} `qswitch presets copy NAME {path}` writes one; `qswitch presets "
+            "list` has the names."
+        )
     return _load(path, seen=())
 
 

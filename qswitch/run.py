@@ -15,9 +15,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qswitch.config import RunConfig, known_keys, reader
+from qswitch.data.first_look import FirstLook, counted_prompts, first_look
 from qswitch.distill.processes import Processes, joined
 from qswitch.errors import ConfigError, Interrupted, QSwitchError, RunDirError, StorageError, storage_problem
 from qswitch.launch import launched
@@ -27,7 +28,7 @@ from qswitch.plan.machine import Budget, Machine, describe_machine, find_budget
 from qswitch.plan.run_plan import Plan
 from qswitch.plan.scheduler import plan_for, plan_run, unequal_shares, with_choices
 from qswitch.plan.vocabulary import with_tokenizer
-from qswitch.preflight import check_settings, prepare, settings_problems
+from qswitch.preflight import check_plannable, check_settings, prepare, settings_problems
 from qswitch.run_dir import RunDir, locked, make_folder
 
 if TYPE_CHECKING:
@@ -36,8 +37,18 @@ if TYPE_CHECKING:
     from qswitch.preflight import Prepared
 
 
-def rehearse(config: RunConfig, *, vram: str | None = None, resumes: bool = False) -> tuple[Plan, str]:
-    """The plan of a run from its settings alone, and where its budget is from; of the data the first rows.
+class Rehearsal(NamedTuple):
+    """What is known of a run before anything is loaded."""
+
+    plan: Plan
+    budget_origin: str
+    """Where the plan's budget is from."""
+    data: FirstLook | None
+    """None where the training data is not on this disk."""
+
+
+def rehearse(config: RunConfig, *, vram: str | None = None, resumes: bool = False) -> Rehearsal:
+    """The plan of a run from its settings alone; of the data the first rows.
 
     Started as several processes it is the plan of so many.
 
@@ -46,7 +57,26 @@ def rehearse(config: RunConfig, *, vram: str | None = None, resumes: bool = Fals
     """
     config = with_tokenizer(config)
     check_settings(config, elsewhere=vram is not None)
-    return plan_for(config, vram=vram, keep_sizes=resumes, processes=launched().count)
+    return _rehearsed(config, vram=vram, keep_sizes=resumes, processes=launched().count)
+
+
+def preview(config: RunConfig, *, vram: str | None = None, gpu: str | None = None, processes: int = 1) -> Rehearsal:
+    """As `rehearse`, of a run on any machine: within `vram`, on the card `gpu`, or in what is free here.
+
+    Raises:
+        PreflightError: what would stop the run anywhere.
+        ConfigError: the shape of a model, the card or the budget is not known, or the processes cannot share a step.
+    """
+    config = with_tokenizer(config)
+    check_plannable(config)
+    return _rehearsed(config, vram=vram, gpu=gpu, processes=processes)
+
+
+def _rehearsed(config: RunConfig, **of_the_plan: Any) -> Rehearsal:
+    look = first_look(config)
+    num_prompts = counted_prompts(look)
+    num_steps = None if num_prompts is None else with_steps(config, num_prompts).train.max_steps
+    return Rehearsal(*plan_for(config, num_steps=num_steps, **of_the_plan), look)
 
 
 def distill(config: RunConfig, path: Path, *, vram: str | None = None) -> Summary:
@@ -260,9 +290,7 @@ def with_steps(config: RunConfig, num_prompts: int) -> RunConfig:
     """The configuration with train.num_epochs turned into steps, so that a resumed run has the same."""
     if config.train.num_epochs is None:
         return config
-    from qswitch.distill.budget import steps_of_epochs
-
-    steps = steps_of_epochs(config.train, num_prompts=num_prompts, reuse=config.rollout.reuse)
+    steps = config.train.steps_of_epochs(num_prompts, reuse=config.rollout.reuse)
     if config.train.warmup_steps >= steps:
         raise ConfigError(
             f"train.num_epochs={config.train.num_epochs:g} is {steps} steps with {num_prompts} training prompts, but "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qswitch.config import RunConfig, reader
+from qswitch.data.first_look import counted_prompts, first_look
 from qswitch.distill.processes import Processes, joined
 from qswitch.errors import ConfigError, Interrupted, RunDirError
 from qswitch.launch import launched
@@ -48,9 +49,12 @@ def rehearse(config: RunConfig, *, vram: str | None = None, spread: bool = False
     config = with_tokenizer(config)
     _require_teachable(config)
     check_settings(_that_stays(config), elsewhere=vram is not None)
+    num_prompts = counted_prompts(first_look(config))
+    if num_prompts is not None:
+        config = with_steps(config, num_prompts)
     with joined() as processes:
         budget = smallest_budget(config, vram, processes)
-        return _plan(config, budget, _machine_before(config, budget, vram), None, spread)
+        return _plan(config, budget, _machine_before(config, budget, vram), num_prompts, spread)
 
 
 def teach(config: RunConfig, path: Path, *, vram: str | None = None, spread: bool = False) -> About:

@@ -357,11 +357,11 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "responses wanted, none there": (
         ("method=kd", "data.train=prompts.jsonl"),
-        ("method=kd", "10 of 10 records have none", "Add them"),
+        ("method=kd", "line 1 has none", "Add them"),
     ),
     "some ground truth, none there": (
         ("data.ground_truth_mix=0.5", "data.train=prompts.jsonl"),
-        ("0.5", "have none", "set data.ground_truth_mix=0"),
+        ("0.5", "has none", "set data.ground_truth_mix=0"),
     ),
     "weights without partners": (("data.weights=[1, 2]",), ("data.weights", "2 entries, but data.train 1", "Give one")),
     "negative weight": (

@@ -65,6 +65,36 @@ def test_an_unknown_key_is_refused_with_the_nearest_spelling(wrong: str, right: 
     assert f"Did you mean {right}?" in problem
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("train.epoch=3", "Did you mean train.num_epochs?"),
+        ("precision=bf16", "Did you mean teacher.precision or student.precision?"),
+        ("lora.r=3", "Did you mean student.lora?"),
+        ("method=gdk", "Did you mean gkd?"),
+        ("teacher.precision=nf3", "Did you mean nf4?"),
+        ("packing=true", "share a micro-batch"),
+        ("sequence_len=512", "set data.max_prompt_tokens and rollout.max_new_tokens"),
+        ("val_set_size=0.1", "set data.num_validation"),
+        ("finetuning_type=full", "student.adapter=none"),
+        ("use_vllm=true", "Remove it"),
+        ("attn_implementation=flash_attention_2", "scaled_dot_product_attention"),
+        ("student.lora.rank=8", "set student.lora.r"),
+    ],
+)
+def test_a_setting_of_another_tool_is_answered(wrong: str, said: str):
+    (problem,) = refused(wrong)
+    assert said in problem
+
+
+@pytest.mark.parametrize(
+    "wrong", ["gamma=1", "quantization=4", "nonsense=1", "train.batch=3", "student.lora.layers_x=1"]
+)
+def test_no_suggestion_is_better_than_a_wrong_one(wrong: str):
+    (problem,) = refused(wrong)
+    assert "Did you mean" not in problem and "Known here: " in problem
+
+
 def test_all_problems_are_reported_at_once():
     problems = refused("train.max_steps=0", "rollout.tau_0=2", "loss.divergence=kl", "nonsense=1")
     for key in ("train.max_steps", "rollout.tau_0", "loss.divergence", "nonsense"):

@@ -8,9 +8,11 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from qswitch import preflight
 from qswitch.config import RunConfig
+from qswitch.data.first_look import counted_prompts, first_look
 from qswitch.layers import build_config
 from qswitch.preflight import PreflightError, check_settings, prepare, settings_problems
 from tests.tiny import CHARACTERS, save_tiny_pair, tiny_tokenizer
@@ -247,7 +249,40 @@ def test_prompts_alone_with_a_method_that_needs_responses(copy):
     (copy / "data.jsonl").write_text("".join(json.dumps({"prompt": f"say {i}"}) + "\n" for i in range(10)))
     (found,) = problems(prepare, settings(copy, method="kd"))
     assert "method=kd" in found and "10 of 10 records have none" in found
+    (before,) = problems(check_settings, settings(copy, method="kd"))  # before tokenizers are read
+    assert "method=kd" in before and "data.jsonl line 1 has none" in before and "such as switch" in before
+    gone = settings(copy, method="kd", student__model=str(copy / "gone"))
+    assert problems(prepare, gone, [before]).count(before) == 1, "said before and found again"
+    (before,) = problems(check_settings, settings(copy, method="gkd"))
+    assert "set data.ground_truth_mix=0" in before
     assert prepare(settings(copy)).prompts.report.without_response == 10
+
+
+def test_a_record_that_is_left_out_for_its_length_needs_no_response(copy):
+    lines = [{"prompt": "say it " * 100}, *({"prompt": f"say {i}", "response": f"it is {i}"} for i in range(10))]
+    (copy / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    short = settings(copy, method="kd", data__max_prompt_tokens=64)
+    check_settings(short)
+    assert prepare(short).prompts.report.too_long == 1
+
+
+def test_prompts_that_are_counted_before_a_tokenizer_is_there_are_those_that_train(copy):
+    for given in ({}, {"data__limit": 7}, {"data__num_validation": 1}):
+        config = settings(copy, **given)
+        assert counted_prompts(first_look(config)) == prepare(config).prompts.report.training_prompts
+
+
+def test_a_prompt_to_which_a_template_was_applied_already_is_said(copy, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(copy / "teacher")
+    marker = max(tokenizer.all_special_tokens, key=len)
+    plain = settings(copy)
+    prepare(plain)
+    assert not any("chat template around it" in r.getMessage() for r in caplog.records)
+    lines = [{"text": f"{marker}say {i}"} for i in range(10)]
+    (copy / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prepare(plain)
+    (said,) = [r.getMessage() for r in caplog.records if "chat template around it" in r.getMessage()]
+    assert "data.jsonl line 1" in said and marker in said and "data.template=plain" in said
 
 
 def test_a_gpu_that_is_not_there(pair, monkeypatch):

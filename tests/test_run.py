@@ -143,7 +143,7 @@ def test_memory_that_is_short_while_models_load_leaves_no_folder(folders, tmp_pa
 def test_what_cannot_fit_is_refused_before_anything_is_read(folders, tmp_path, monkeypatch):  # noqa: F811
     """No data are downloaded and no GGUF file is converted for it; the figures are those of `qswitch plan`."""
     config = settings(folders)
-    shown, _ = rehearse(config, vram="0.1GiB")
+    shown, *_ = rehearse(config, vram="0.1GiB")
     monkeypatch.setattr("qswitch.run.read_inputs", lambda *_: pytest.fail("the data were read"))
     monkeypatch.setattr("qswitch.models.pair.load_pair_tokenizer", lambda *_: pytest.fail("the tokenizer was read"))
     with pytest.raises(PlanError) as refused:

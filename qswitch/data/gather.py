@@ -18,12 +18,12 @@ import numpy as np
 
 from qswitch.config import RunConfig
 from qswitch.data.fields import check_columns
+from qswitch.data.first_look import missing_responses
 from qswitch.data.loader import Mixture
 from qswitch.data.prompt_table import PromptTable, prompt_table
 from qswitch.data.sources import Notify
 from qswitch.data.template import Prompt, PromptEncoder
 from qswitch.errors import DataError
-from qswitch.methods import FIXED
 from qswitch.models.pair import TokenizerPair, template_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -213,16 +213,8 @@ def _longest_row(sets: Sequence[PromptTable], max_prompt_tokens: int) -> int:
 
 
 def _refuse_missing_responses(config: RunConfig, report: DataReport) -> None:
-    mix = config.data.ground_truth_mix
     if config.reads_responses and report.without_response:
-        setting = "data.adaptive_share" if config.data.adaptive_share else f"data.ground_truth_mix={mix:g}"
-        fixed = "data.adaptive_share" if config.data.adaptive_share else "data.ground_truth_mix"
-        removable = 0 < mix < 1 and fixed not in FIXED[config.method]
-        instead = f"set {fixed}=0" if removable else "choose a method that writes its own, such as switch"
-        raise DataError(
-            f"method={config.method} with {setting} learns from the data's responses, but {report.without_response} of "
-            f"{report.records} records have none. Add them, or {instead}."
-        )
+        raise DataError(missing_responses(config, f"{report.without_response} of {report.records} records have none"))
 
 
 def _say(config: RunConfig, report: DataReport, longest: int) -> None:

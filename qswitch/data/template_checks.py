@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from qswitch.config import RunConfig
 from qswitch.data.records import Record
@@ -13,6 +14,8 @@ from qswitch.models.pair import TokenizerPair
 logger = logging.getLogger(__name__)
 
 TEMPLATE_PROBE = "What is 2 + 2? It's four."
+MIN_MARKER_CHARACTERS = 5
+"""Shorter special tokens, such as <s>, may be markup that a prompt is about."""
 
 
 def end_token_problems(config: RunConfig, pair: TokenizerPair) -> list[str]:
@@ -40,6 +43,22 @@ def warn_of_end_of_turn(pair: TokenizerPair, encoder: PromptEncoder) -> None:
         "exported student would run on to their limit. Set data.end_tokens='[\"%s\"]' to stop there.",
         token, ", ".join(ends), token,
     )  # fmt: skip
+
+
+def warn_of_applied_template(config: RunConfig, pair: TokenizerPair, records: Sequence[Record]) -> None:
+    """Says where prompts hold special tokens: a template was applied already, and a second one comes around it."""
+    if config.data.template == "plain":  # then the data's own template is the only one
+        return
+    tokens = [token for token in pair.tokenizer.all_special_tokens if len(token) >= MIN_MARKER_CHARACTERS]
+    for record in records:
+        found = [token for token in tokens if any(token in turn.content for turn in record.messages)]
+        if found:
+            logger.warning(
+                "%s: the prompt holds %s, as text with a chat template around it does; data.template puts a second "
+                "one around it. Give the conversation as messages, or set data.template=plain.",
+                record.source, found[0],
+            )  # fmt: skip
+            return
 
 
 def template_problems(config: RunConfig, pair: TokenizerPair, encoder: PromptEncoder) -> list[str]:

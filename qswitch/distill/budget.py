@@ -17,13 +17,6 @@ def spent_share(train: TrainSection, *, step: int, tokens: int, seconds: float) 
     return max(shares)
 
 
-def steps_of_epochs(train: TrainSection, *, num_prompts: int, reuse: int = 1) -> int:
-    """Optimizer steps in which train.num_epochs goes through the prompts, each response training `reuse` times."""
-    assert train.num_epochs is not None
-    sequences = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return max(1, math.ceil(train.num_epochs * num_prompts * reuse / sequences))
-
-
 def learning_rate_factor(train: TrainSection, *, step: int, share: float) -> float:
     """What train.learning_rate is multiplied with after `step` steps: warm-up by steps, then the shape by the share."""
     if step < train.warmup_steps:

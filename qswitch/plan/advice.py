@@ -12,7 +12,7 @@ from typing import Any
 from qswitch.errors import PlanError
 from qswitch.plan import memory
 from qswitch.plan.cost import step_seconds
-from qswitch.plan.render import shortage
+from qswitch.plan.render import duration, shortage
 from qswitch.plan.run_plan import Plan
 from qswitch.plan.scheduler import WORTH_SAYING, measure, model_shapes, plan_run, with_choices
 from qswitch.units import GIB
@@ -87,6 +87,30 @@ def _remedies(plan: Plan) -> Iterator[str]:
         yield "set student.precision=nf4"
     if config.train.optimizer == "adamw" and machine.device == "cuda" and fits({"train.optimizer": "paged_adamw_8bit"}):
         yield "set train.optimizer=paged_adamw_8bit"
+
+
+DESKTOP_BYTES = GIB
+"""What a desktop takes of the card that drives its screen, at most."""
+WORTH_A_WARNING = 1.25
+"""A desktop is named where the run takes at least so many times as long with it."""
+
+
+def beside_a_desktop(plan: Plan) -> str | None:
+    """What a desktop on the same card would change about a plan for a whole card; None where that is little."""
+    if not plan.fits or plan.budget_bytes is None or not plan.machine.gpu.drives_screens:
+        return None
+    left = plan.budget_bytes - DESKTOP_BYTES
+    config = with_choices(plan.config, {"data.max_prompt_tokens": plan.prompt_tokens})
+    with_it = plan_run(
+        config, budget_bytes=left, machine=plan.machine, processes=plan.processes, num_steps=plan.num_steps
+    )
+    now, then = plan.seconds or plan.step_seconds or 0, with_it.seconds or with_it.step_seconds or 0
+    if with_it.fits and then < WORTH_A_WARNING * now:
+        return None
+    time = f"about {duration(then)}{'' if with_it.seconds else ' a step'}" if with_it.fits else "the run does not fit"
+    # Rounded down, for the sum of the two must not be more than there is.
+    budget = f"--vram {math.floor(10 * left / GIB) / 10:.1f}GiB"
+    return f"A desktop on the same card takes up to 1 GiB of it. With it: {time} ({budget} plans for that)."
 
 
 def faster(plan: Plan) -> list[str]:

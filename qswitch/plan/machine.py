@@ -43,6 +43,7 @@ class Gpu:
     num_multiprocessors: int
     capability: tuple[int, int]
     """CUDA compute capability."""
+    drives_screens: bool = True
 
     @property
     def free_bytes(self) -> int:
@@ -54,21 +55,41 @@ class Gpu:
 # papers. A T4's memory is that with its error correction, which notebook services leave on.
 GPUS = {
     "rtx2060-6gb": Gpu(6, 336e9, 25.8e12, 30, (7, 5)),
+    "rtx2060-12gb": Gpu(12, 336e9, 28.7e12, 34, (7, 5)),
+    "rtx2060super-8gb": Gpu(8, 448e9, 28.7e12, 34, (7, 5)),
+    "rtx2070super-8gb": Gpu(8, 448e9, 36.2e12, 40, (7, 5)),
+    "rtx2080super-8gb": Gpu(8, 496e9, 44.6e12, 48, (7, 5)),
     "rtx2070-8gb": Gpu(8, 448e9, 29.9e12, 36, (7, 5)),
     "rtx2080-8gb": Gpu(8, 448e9, 40.3e12, 46, (7, 5)),
     "rtx2080ti-11gb": Gpu(11, 616e9, 53.8e12, 68, (7, 5)),
-    "tesla-t4-15gb": Gpu(15, 320e9, 65.0e12, 40, (7, 5)),
+    "tesla-t4-15gb": Gpu(15, 320e9, 65.0e12, 40, (7, 5), drives_screens=False),
     "rtx3050-6gb": Gpu(6, 168e9, 13.6e12, 18, (8, 6)),
+    "rtx3050-8gb": Gpu(8, 224e9, 18.2e12, 20, (8, 6)),
     "rtx4050-laptop-6gb": Gpu(6, 192e9, 18.0e12, 20, (8, 9)),
     "rtx3060ti-8gb": Gpu(8, 448e9, 32.4e12, 38, (8, 6)),
     "rtx3070-8gb": Gpu(8, 448e9, 40.6e12, 46, (8, 6)),
+    "rtx3070ti-8gb": Gpu(8, 608e9, 43.5e12, 48, (8, 6)),
     "rtx4060-8gb": Gpu(8, 272e9, 30.2e12, 24, (8, 9)),
+    "rtx4060ti-8gb": Gpu(8, 288e9, 44.2e12, 34, (8, 9)),
+    "rtx5060ti-8gb": Gpu(8, 448e9, 47.4e12, 36, (12, 0)),
+    "rtx5060-8gb": Gpu(8, 448e9, 38.4e12, 30, (12, 0)),
+    "rtx3080-10gb": Gpu(10, 760e9, 59.5e12, 68, (8, 6)),
     "rtx3060-12gb": Gpu(12, 360e9, 25.4e12, 28, (8, 6)),
+    "rtx3080-12gb": Gpu(12, 912e9, 61.3e12, 70, (8, 6)),
+    "rtx3080ti-12gb": Gpu(12, 912e9, 68.2e12, 80, (8, 6)),
     "rtx4070-12gb": Gpu(12, 504e9, 58.2e12, 46, (8, 9)),
+    "rtx4070super-12gb": Gpu(12, 504e9, 71.0e12, 56, (8, 9)),
+    "rtx4070ti-12gb": Gpu(12, 504e9, 80.2e12, 60, (8, 9)),
+    "rtx5070-12gb": Gpu(12, 672e9, 61.7e12, 48, (12, 0)),
     "rtx4060ti-16gb": Gpu(16, 288e9, 44.2e12, 34, (8, 9)),
     "rtx5060ti-16gb": Gpu(16, 448e9, 47.4e12, 36, (12, 0)),
     "rtx4080-16gb": Gpu(16, 717e9, 97.4e12, 76, (8, 9)),
+    "rtx4070tisuper-16gb": Gpu(16, 672e9, 88.2e12, 66, (8, 9)),
+    "rtx4080super-16gb": Gpu(16, 736e9, 104.4e12, 80, (8, 9)),
+    "rtx5070ti-16gb": Gpu(16, 896e9, 87.9e12, 70, (12, 0)),
+    "rtx5080-16gb": Gpu(16, 960e9, 112.6e12, 84, (12, 0)),
     "rtx3090-24gb": Gpu(24, 936e9, 71.2e12, 82, (8, 6)),
+    "rtx3090ti-24gb": Gpu(24, 1008e9, 80.0e12, 84, (8, 6)),
     "rtx4090-24gb": Gpu(24, 1008e9, 165.2e12, 128, (8, 9)),
     "rtx5090-32gb": Gpu(32, 1792e9, 209.6e12, 170, (12, 0)),
 }
@@ -151,15 +172,44 @@ def find_budget(train: TrainSection, *, vram: str | None = None, gpu: str | None
     if gpu is not None:
         card = GPUS.get(gpu.lower())
         if card is None:
-            near = difflib.get_close_matches(gpu.lower(), GPUS, n=1, cutoff=0.4)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"--gpu {gpu} is not in the table.{hint} Known: {', '.join(GPUS)}. Or give --vram.")
+            near = _cards_like(gpu)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(
+                f"--gpu {gpu} is not in the table.{hint} Known: {', '.join(GPUS)}. Or give --vram; the hours are then "
+                "those of an RTX 3060."
+            )
         free = f"{card.free_bytes / GIB:.1f} of {card.nominal_gib} GiB are free to a program on {gpu}"
         return Budget(card.free_bytes, free, "cuda", card)
     if vram is not None:
         return Budget(parse_size(vram), f"--vram {vram}", None if train.device == "cpu" else "cuda")
     size, origin = detect_budget_bytes(train.device, num_gpus)
     return Budget(size, origin)
+
+
+LIKE_ENOUGH = 0.85
+"""Similarity of two models with one number, above which one may be meant by the other's name: a 3060 laptop is no 3060.
+"""
+
+
+def _cards_like(name: str) -> list[str]:
+    """The cards of the table that a name may mean: those with its model number whose model resembles it most; of
+    several memories that which it says, else all. Another model number is another card."""
+    written = _model(name.lower().replace("gb", ""))
+    said = re.fullmatch(r"([a-z]*)(\d{4}|(?<=t)4)([a-z]*)(\d*)", written)
+    if said is None:
+        return []
+    before, number, after, memory = said.groups()
+
+    def unlike(card: str) -> float:
+        return -difflib.SequenceMatcher(None, _model(card.rpartition("-")[0]), before + number + after).ratio()
+
+    cards = sorted((card for card in GPUS if re.search(rf"(rtx|t){number}(?!\d)", card)), key=unlike)
+    nearest = [card for card in cards if unlike(card) == unlike(cards[0]) < -LIKE_ENOUGH]
+    return [card for card in nearest if card.endswith(f"-{memory}gb")] or nearest
+
+
+def _model(name: str) -> str:
+    return re.sub(r"nvidia|geforce|tesla|rtx|[^a-z0-9]", "", name)
 
 
 def detect_budget_bytes(device: Literal["auto", "cuda", "cpu"] = "auto", num_gpus: int = 1) -> tuple[int, str]:
@@ -387,4 +437,6 @@ def _card_called(label: str) -> Gpu | None:
     """The card of the table that nvidia-smi's name means; of two with one name the smaller."""
     name = re.sub(r"[^a-z0-9]", "", label.lower())
     fits = [card for card in GPUS if card.rpartition("-")[0].replace("-", "") in name]
-    return GPUS[max(fits, key=len)] if fits else None
+    if not fits:
+        return None
+    return GPUS[max(fits, key=lambda card: (len(card.rpartition("-")[0]), -GPUS[card].nominal_gib))]

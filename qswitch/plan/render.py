@@ -55,13 +55,28 @@ PART_TEXTS = {
 """Name of a part in a plan's JSON -> what it is, for people."""
 
 
-def render(plan: Plan, advice: Sequence[str], budget_origin: str) -> str:
-    """A plan for people: the verdict, the time, what would be faster, the sizes, then the parts that take memory."""
-    lines = [_verdict(plan, budget_origin)]
-    if plan.fits:
-        lines.append(_time(plan))
-    if advice:
-        lines += ["", "What would be faster, or better", *(f"  {line}" for line in advice)]
+def render(
+    plan: Plan,
+    advice: Sequence[str],
+    budget_origin: str,
+    *,
+    data: str | None = None,
+    leaves_hardly_any: bool = False,
+    desktop: str | None = None,
+) -> str:
+    """A plan for people: the verdict, the time, what would be faster, the sizes, then the parts that take memory.
+
+    Args:
+        data: what is to be said of the data; with `leaves_hardly_any` it is the verdict.
+        desktop: what changes where the card drives a screen.
+    """
+    if leaves_hardly_any:
+        lines = [*([] if data is None else [data]), _verdict(plan, budget_origin, "Memory alone would do")]
+    else:
+        lines = [_verdict(plan, budget_origin, "Fits"), *([_time(plan)] if plan.fits else [])]
+        lines += [line for line in (data, desktop) if line is not None]
+        if advice:
+            lines += ["", "What would be faster, or better", *(f"  {line}" for line in advice)]
     lines += ["", "Sizes, chosen for the budget (--set changes them)"]
     lines += _table({name: str(value) for name, value in plan.choices.items()})
     breakdown = plan.breakdown
@@ -87,12 +102,12 @@ def render(plan: Plan, advice: Sequence[str], budget_origin: str) -> str:
     return "\n".join([*lines, "", *(f"- {note}" for note in plan.notes)])
 
 
-def _verdict(plan: Plan, budget_origin: str) -> str:
+def _verdict(plan: Plan, budget_origin: str, fits: str) -> str:
     phase, _, where = _fullest(plan)
     needed = f"{plan.total_gib:.2f} GiB at the peak, {PHASE_TEXTS[phase]}{where}"
     if plan.budget_bytes is None:
         return f"Needs {needed}{' in each process' if plan.processes > 1 else ''}."
-    verdict = "Fits" if plan.fits else "Does not fit"
+    verdict = fits if plan.fits else "Does not fit"
     if plan.processes > 1:
         verdict += f" each of {plan.processes} {'cards' if plan.machine.device == 'cuda' else 'processes'}"
     return f"{verdict}: {needed}; the budget is {plan.budget_bytes / GIB:.2f} ({budget_origin})."
@@ -107,16 +122,24 @@ def _fullest(plan: Plan) -> tuple[str, Mapping[str, int], str]:
 
 
 def _time(plan: Plan) -> str:
-    if plan.seconds is None:
+    if plan.step_seconds is None:
         return "Time: not known for a CPU beforehand. A run says after its first step how long is left."
     card = next(name for name, gpu in GPUS.items() if gpu == plan.machine.gpu)
     train = plan.config.train
-    epochs = "" if train.num_epochs is None else " (train.num_epochs sets how many, once the data is read)"
     cards = f"{plan.processes} x {card}" if plan.processes > 1 else card
-    return (
-        f"Time: about {duration(plan.seconds)} for {train.max_steps} steps{epochs} at the speed of {cards}, by "
-        "arithmetic from its published figures (not measured; --gpu names another card)."
+    origin = (
+        f"at the speed of {cards}, by arithmetic from its published figures (not measured; --gpu names another card)."
     )
+    if plan.seconds is None:
+        per_thousand = train.steps_of_epochs(1000, reuse=plan.config.rollout.reuse)
+        return (
+            f"Time: about {duration(plan.step_seconds)} a step {origin} With train.num_epochs={train.num_epochs:g} "
+            f"1,000 training prompts are {per_thousand} steps, {duration(per_thousand * plan.step_seconds)}."
+        )
+    steps = f"{plan.num_steps} steps"
+    if train.num_epochs is not None:
+        steps = f"about {steps} (train.num_epochs={train.num_epochs:g} of the prompts that were counted)"
+    return f"Time: about {duration(plan.seconds)} for {steps} {origin}"
 
 
 def duration(seconds: float) -> str:

@@ -29,8 +29,13 @@ class Plan:
     machine: Machine
     next_better: tuple[int, float] | None = None
     """Bytes of the next budget at which a step is faster, and the share of this plan's time it takes there."""
+    num_steps: int | None = None
+    """Of the run; None where train.num_epochs counts prompts that nobody has counted."""
     seconds: float | None = None
-    """Of the whole run on `machine.gpu`, by arithmetic; None for a CPU, whose speed the plan does not know."""
+    """Of the whole run on `machine.gpu`, by arithmetic; None for a CPU, whose speed the plan does not know, and for
+    steps that nobody knows."""
+    step_seconds: float | None = None
+    """Of one step on `machine.gpu`; None for a CPU."""
     processes: int = 1
     """Processes that share the work, each with a device of its own; bytes are those of one of them."""
 

@@ -81,6 +81,7 @@ def plan_run(
     longest_prompt_tokens: int | None = None,
     keep_sizes: bool = False,
     processes: int = 1,
+    num_steps: int | None = None,
 ) -> Plan:
     """The fastest plan within `budget_bytes`; without a budget the configuration as it is.
 
@@ -93,13 +94,18 @@ def plan_run(
         longest_prompt_tokens: of the data, where it is known; else prompts are planned as long as they may be.
         keep_sizes: measures the configuration's own sizes against the budget, for a run that has begun.
         processes: share the sequences of a step; the budget is that of each.
+        num_steps: that train.num_epochs stands for, where somebody has counted the prompts.
 
     Raises:
         ConfigError: the shape of a model is not known, or the teacher cannot leave the device as it is asked to.
     """
-    allowed = config.data
-    if longest_prompt_tokens is not None and longest_prompt_tokens < allowed.max_prompt_tokens:
+    asked_for = config
+    if longest_prompt_tokens is not None and longest_prompt_tokens < config.data.max_prompt_tokens:
         config = with_choices(config, {"data.max_prompt_tokens": longest_prompt_tokens})
+    if config.train.num_epochs is None:
+        num_steps = config.train.max_steps
+    elif num_steps is not None:
+        config = with_choices(config, {"train.max_steps": num_steps})
     teacher, student = model_shapes(config)
     fixed = unmovable(teacher.stored, config.teacher.precision)
     if fixed is not None and config.teacher.residency == "swap":
@@ -107,10 +113,10 @@ def plan_run(
     machine = machine or describe_machine(config.train, device, gpu)
     asked = measure(config, teacher, student, machine, processes)
     best, better, notes = asked, None, _notes(config, machine, teacher, student)
-    if config.data != allowed:
+    if config.data != asked_for.data:
         notes.append(
             f"For the data's longest prompt, {longest_prompt_tokens} tokens; data.max_prompt_tokens allows "
-            f"{allowed.max_prompt_tokens}."
+            f"{asked_for.data.max_prompt_tokens}."
         )
     if processes > 1:
         total = config.train.sequences_per_step
@@ -126,15 +132,18 @@ def plan_run(
         if best.total_bytes <= budget_bytes and changes:
             why = "for speed" if asked.total_bytes <= budget_bytes else "to fit"
             notes.append(f"As written it needs {asked.total_gib:.2f} GiB; changed {why}: {changes}.")
+    is_timed = machine.device == "cuda"
     return replace(
         best,
-        config=best.config.model_copy(update={"data": allowed}),
+        config=with_choices(asked_for, best.choices),
         prompt_tokens=config.data.max_prompt_tokens,
         budget_bytes=budget_bytes,
         fits=budget_bytes is None or best.total_bytes <= budget_bytes,
         notes=tuple(notes),
         next_better=better,
-        seconds=run_seconds(best.config, teacher, student, machine, processes) if machine.device == "cuda" else None,
+        num_steps=num_steps,
+        seconds=run_seconds(best.config, teacher, student, machine, processes) if is_timed and num_steps else None,
+        step_seconds=step_seconds(share_of(best.config, processes), teacher, student, machine) if is_timed else None,
     )
 
 
@@ -157,6 +166,7 @@ def plan_for(
     gpu: str | None = None,
     keep_sizes: bool = False,
     processes: int = 1,
+    num_steps: int | None = None,
 ) -> tuple[Plan, str]:
     """The plan of a configuration on this machine, within `vram`, or on the card `gpu`; and where the budget is from.
 
@@ -174,6 +184,7 @@ def plan_for(
         gpu=budget.gpu,
         keep_sizes=keep_sizes,
         processes=processes,
+        num_steps=num_steps,
     )
     return plan, budget.origin
 

@@ -44,6 +44,8 @@ class TeachingPlan:
     """That share the sequences; sizes in memory are those of each, disk and time of all together."""
     teacher_layers: tuple[int, ...] = ()
     """Layers on each of the process's GPUs."""
+    for_prompts: int | None = None
+    """Training prompts for which sequences, disk and time are counted, where train.num_epochs makes more of more."""
     further: tuple[Card, ...] = ()
     """The GPUs after the first, of a teacher that lies on several."""
 
@@ -68,6 +70,7 @@ class TeachingPlan:
             "disk_gib": in_gib(self.disk_bytes),
             "sequences": self.num_sequences,
             "seconds": self.seconds,
+            "for_prompts": self.for_prompts,
             "processes": self.processes,
             "teacher_layers": list(self.teacher_layers),
             "further_gpus_gib": [in_gib(card.total_bytes) for card in self.further],
@@ -80,7 +83,8 @@ class TeachingPlan:
             f"The teacher alone needs {self.total_bytes / GIB:.2f} GiB{each} with {self.rows} sequences at a time; the "
             f"budget is {self.budget.num_bytes / GIB:.2f} ({self.budget.origin}).",
             f"The store takes up to {self.disk_bytes / GIB:.2f} GiB of disk, for {self.num_sequences:,} sequences at "
-            "most.",
+            "most"
+            + ("." if self.for_prompts is None else f", where the data has {self.for_prompts:,} prompts to train on."),
         ]
         if self.further:
             layers = ", ".join(map(str, self.teacher_layers))
@@ -183,7 +187,11 @@ def _measured(
         host = max(0, weights - max(0, room - largest))
         weights = min(weights, weights - host + largest)
     parts = {**fixed, "teacher_weights": weights, **working}
-    drawn = config.train.max_steps * config.train.sequences_per_step
+    steps, for_prompts = config.train.max_steps, None
+    if config.train.num_epochs is not None:
+        num_prompts = for_prompts = 1000
+        steps = config.train.steps_of_epochs(num_prompts, reuse=config.rollout.reuse)
+    drawn = steps * config.train.sequences_per_step
     if num_prompts is not None and config.data.ground_truth_mix == 1:
         drawn = min(drawn, num_prompts)
     held_out = config.data.num_validation
@@ -200,4 +208,6 @@ def _measured(
     further = further_cards(
         config, teacher, machine, layers, rows=rows, slots=slots, pass_tokens=rows * tokens, drafts=False
     )
-    return TeachingPlan(rows, parts, host, disk, drawn + held_out, seconds, budget, processes, layers, further)
+    return TeachingPlan(
+        rows, parts, host, disk, drawn + held_out, seconds, budget, processes, layers, for_prompts, further
+    )

@@ -278,7 +278,7 @@ def _stop(*_args: object, **_kwargs: object) -> None:
 def test_the_plan_has_the_teacher_alone_then_the_student_alone_and_the_dry_run_agrees(pair):
     config = settings(pair, **{"train.compute_dtype": "fp32"})
     plan, _ = plan_for(config, vram="4GiB")
-    rehearsed, _ = run.rehearse(config, vram="4GiB")
+    rehearsed, *_ = run.rehearse(config, vram="4GiB")
     assert plan.to_dict() == rehearsed.to_dict() and plan.config.passes_text
     assert {"write", "load", "train", "validate"} <= set(plan.phases)
     alone = settings(pair, "sft", **{"train.compute_dtype": "fp32", "teacher.model": str(pair / "student")})

@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers import get_scheduler
 
 from qswitch.config import TrainSection
-from qswitch.distill.budget import learning_rate_factor, spent_share, steps_of_epochs
+from qswitch.distill.budget import learning_rate_factor, spent_share
 from qswitch.distill.progress import Progress, total_steps
 
 
@@ -61,4 +61,4 @@ def test_progress_tells_the_time_left_by_the_share_of_the_budget(monkeypatch):
 )
 def test_epochs_are_counted_in_sequences(epochs: float, num_prompts: int, reuse: int, steps: int):
     train = TrainSection(num_epochs=epochs, per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    assert steps_of_epochs(train, num_prompts=num_prompts, reuse=reuse) == steps
+    assert train.steps_of_epochs(num_prompts, reuse=reuse) == steps

@@ -11,14 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qswitch import doctor
+from qswitch.config import TrainSection
 from qswitch.errors import ConfigError, PlanError
 from qswitch.layers import build_config
 from qswitch.plan import machine, scheduler
-from qswitch.plan.advice import explain_no_fit, faster, require_fit
+from qswitch.plan.advice import beside_a_desktop, explain_no_fit, faster, require_fit
 from qswitch.plan.cost import step_seconds
-from qswitch.plan.machine import describe_machine, detect_budget_bytes, parse_size
-from qswitch.plan.render import PART_TEXTS, PHASE_TEXTS, render
-from qswitch.plan.scheduler import model_shapes, plan_run
+from qswitch.plan.machine import GPUS, describe_machine, detect_budget_bytes, find_budget, parse_size
+from qswitch.plan.render import PART_TEXTS, PHASE_TEXTS, duration, render
+from qswitch.plan.scheduler import model_shapes, plan_for, plan_run
+from qswitch.presets import load_run_config
 from qswitch.units import GIB
 
 TEACHER = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
@@ -248,11 +250,71 @@ def test_memory_that_would_be_enough_is():
 def test_a_card_is_known_by_the_name_that_nvidia_smi_gives_it():
     from qswitch.plan.machine import GPUS, _card_called
 
-    named = {"NVIDIA GeForce RTX 3060": "rtx3060-12gb", "GPU 0, NVIDIA GeForce RTX 4060 Ti": "rtx4060ti-16gb",
+    named = {"NVIDIA GeForce RTX 3060": "rtx3060-12gb", "GPU 0, NVIDIA GeForce RTX 4060 Ti": "rtx4060ti-8gb",
+             "NVIDIA GeForce RTX 4070 Ti SUPER": "rtx4070tisuper-16gb", "NVIDIA GeForce RTX 3080": "rtx3080-10gb",
              "NVIDIA GeForce RTX 4050 Laptop GPU": "rtx4050-laptop-6gb", "the first GPU, NVIDIA GeForce RTX 4090":
              "rtx4090-24gb"}  # fmt: skip
     assert {label: _card_called(label) for label in named} == {label: GPUS[card] for label, card in named.items()}
     assert _card_called("Tesla V100-SXM2-16GB") is None and _card_called("NVIDIA T400") is None
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("rtx3080", "rtx3080-10gb or rtx3080-12gb"),
+        ("RTX 3080 12GB", "rtx3080-12gb"),
+        ("rtx4070-ti-super", "rtx4070tisuper-16gb"),
+        ("NVIDIA GeForce RTX 5070 Ti", "rtx5070ti-16gb"),
+        ("4060ti-16gb", "rtx4060ti-16gb"),
+        ("t4", "tesla-t4-15gb"),
+        ("rtx3060-laptop-6gb", None),
+        ("gtx1080", None),
+        ("a100", None),
+    ],
+)
+def test_a_card_that_is_not_in_the_table_is_answered_with_the_right_one_or_none(written: str, meant: str | None):
+    with pytest.raises(ConfigError, match="is not in the table") as caught:
+        find_budget(TrainSection(), gpu=written)
+    said = str(caught.value)
+    assert (f"Did you mean {meant}?" in said) if meant else ("Did you mean" not in said)
+    assert "Or give --vram; the hours are then those of an RTX 3060" in said
+
+
+def test_every_card_is_found_without_its_memory():
+    for card in GPUS:
+        model = card.rpartition("-")[0]
+        with pytest.raises(ConfigError) as caught:
+            find_budget(TrainSection(), gpu=model)
+        meant = re.search(r"Did you mean (.*?)\?", str(caught.value))[1].split(" or ")
+        assert meant == [name for name in GPUS if name.rpartition("-")[0] == model]
+
+
+def test_the_published_figures_of_a_card_agree_with_each_other():
+    """128 fp32 lanes a multiprocessor from Ampere on (64 on Turing), 2 operations each; consumer cards boost to 1.4 to
+    2.9 GHz. Tensor products run at twice that rate, on Turing at four times, on a T4 at eight."""
+    for name, gpu in GPUS.items():
+        lanes, times = (64, 8 if name.startswith("tesla") else 4) if gpu.capability == (7, 5) else (128, 2)
+        boost = gpu.flops / times / (2 * lanes * gpu.num_multiprocessors)
+        assert 1.4e9 < boost < 2.9e9, name
+        assert name.endswith(f"-{gpu.nominal_gib}gb")
+    boosts = {"rtx3080-10gb": 1.71, "rtx3080-12gb": 1.71, "rtx3080ti-12gb": 1.665, "rtx3070ti-8gb": 1.77,
+              "rtx3090ti-24gb": 1.86, "rtx4070super-12gb": 2.475, "rtx4070ti-12gb": 2.61, "rtx4070tisuper-16gb": 2.61,
+              "rtx4080super-16gb": 2.55, "rtx5070-12gb": 2.512, "rtx5070ti-16gb": 2.452, "rtx5080-16gb": 2.617,
+              }  # fmt: skip
+    for name, ghz in boosts.items():  # the clocks of the same pages
+        assert GPUS[name].flops == pytest.approx(2 * 2 * 128 * GPUS[name].num_multiprocessors * ghz * 1e9, rel=5e-3)
+
+
+def test_a_desktop_that_would_cost_much_of_the_time_is_named():
+    """Against the plan of a budget that is a GiB smaller, as --vram makes it."""
+    tight = load_run_config("qwen2.5-7b-to-1.5b")
+    whole, _ = plan_for(tight, gpu="rtx3060-12gb")
+    less, _ = plan_for(tight, vram=f"{(whole.budget_bytes - GIB) / GIB:.6f}GiB")
+    assert less.seconds > 1.25 * whole.seconds
+    assert f"With it: about {duration(less.seconds)} (--vram 10.6GiB plans for that)" in beside_a_desktop(whole)
+    assert beside_a_desktop(plan_for(tight, gpu="rtx4090-24gb")[0]) is None
+    small = load_run_config("qwen3-4b-to-1.7b-t4")
+    assert beside_a_desktop(plan_for(small, gpu="tesla-t4-15gb")[0]) is None, "no screen hangs on a T4"
 
 
 def test_full_training_costs_weights_gradients_and_moments():

@@ -1,0 +1,204 @@
+"""What data on this disk says of a run before a tokenizer is there, from its first records.
+
+Which records cannot be read, whether responses are missing that the method learns from, how many prompts are too long,
+and how many prompts there are where the records end soon. Knows no tokens: it estimates them by characters, and so
+carefully that what it calls too long is. Of data on the hub, and of what only `datasets` can read, it says nothing.
+Cold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qswitch.config import RunConfig
+from qswitch.data.fields import check_columns
+from qswitch.data.records import Record, iter_records, load_records
+from qswitch.data.sources import is_saved_dataset, reference_path
+from qswitch.errors import DataError
+from qswitch.methods import FIXED
+
+SAMPLED_RECORDS = 5_000
+"""Records read of the training data for lengths and numbers; about 0.2 s."""
+CHARACTERS_PER_TOKEN = 3
+"""Of English text it is about 4, of code and other languages less; too low a figure only reserves more room."""
+MOST_CHARACTERS_PER_TOKEN = 6
+"""Few texts have as many: a prompt that is too long by this figure is too long."""
+TEMPLATE_TOKENS = 32
+"""What a chat template puts around a prompt, roughly."""
+HARDLY_ANY = 0.1
+"""Where at most this share of the prompts is left, a run is not what somebody wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstLook:
+    """How many prompts the training data has, and how many of them are too long."""
+
+    num_records: int
+    num_too_long: int
+    """Longer than data.max_prompt_tokens by their characters; they are left out."""
+    is_whole: bool
+    """Whether these are all records, rather than the first."""
+    max_prompt_tokens: int
+    enough_tokens: int
+    """data.max_prompt_tokens with which 95 % of the prompts are kept, by a careful estimate."""
+    num_training: int
+    """Prompts left to train on, without those that are held out; at most, since some may be too long by their tokens
+    alone or repeat a held-out one."""
+
+    @property
+    def leaves_hardly_any(self) -> bool:
+        """Whether nearly all prompts are too long."""
+        return self.num_records - self.num_too_long <= HARDLY_ANY * self.num_records
+
+    def to_dict(self) -> dict[str, int | bool]:
+        """For `qswitch plan --json`, in records."""
+        return {"records": self.num_records, "too_long": self.num_too_long, "is_whole": self.is_whole}
+
+    def render(self) -> str | None:
+        """A sentence about prompts that are left out; None where none is."""
+        if not self.num_too_long:
+            return None
+        which = "" if self.is_whole else "first "
+        counted = f"{self.num_too_long} of the {which}{self.num_records} prompts"
+        left = self.num_records - self.num_too_long
+        start = f"{'Hardly anything' if left else 'Nothing'} to train on" if self.leaves_hardly_any else "Left out"
+        return (
+            f"{start}: {counted} are longer than data.max_prompt_tokens={self.max_prompt_tokens}, by their characters. "
+            f"For nearly all of them: --set data.max_prompt_tokens={self.enough_tokens}."
+        )
+
+
+def first_look(config: RunConfig) -> FirstLook | None:
+    """What the first records of the training data say; None where they are not on this disk.
+
+    Raises:
+        DataError: one of them cannot be read.
+    """
+    data = config.data
+    references = [data.train] if isinstance(data.train, str) else data.train
+    if not all(map(_is_here, references)):
+        return None
+    groups: list[str | list[str]] = [data.train] if data.weights is None else [*references]
+    sample = SAMPLED_RECORDS // len(groups)
+    lengths: list[int] = []
+    is_whole = True
+    for group in groups:
+        most = min(sample, data.limit or sample)
+        found = [len(record.text) for record in iter_records(data, group, limit=most)]
+        is_whole &= len(found) < sample or len(found) == data.limit
+        lengths += found
+    if not lengths:
+        return None
+    limit = data.max_prompt_tokens
+    too_long = sum(length > limit * MOST_CHARACTERS_PER_TOKEN for length in lengths)
+    kept = len(lengths) - too_long
+    held_out = min(data.num_validation, max(1, kept // 5)) if data.validation is None else 0
+    return FirstLook(
+        num_records=len(lengths),
+        num_too_long=too_long,
+        is_whole=is_whole,
+        max_prompt_tokens=limit,
+        enough_tokens=rounded(estimated_tokens(high(lengths)) + TEMPLATE_TOKENS),
+        num_training=max(0, kept - held_out),
+    )
+
+
+def counted_prompts(look: FirstLook | None) -> int | None:
+    """The prompts to train on, at most; None where they are not all counted, or hardly any is left."""
+    return None if look is None or not look.is_whole or look.leaves_hardly_any else look.num_training
+
+
+def estimated_tokens(num_characters: int) -> int:
+    """Tokens of a text, rather too many than too few."""
+    return -(-num_characters // CHARACTERS_PER_TOKEN)
+
+
+def high(values: list[int]) -> int:
+    """The 95th percentile."""
+    return sorted(values)[(len(values) - 1) * 95 // 100]
+
+
+def rounded(num_tokens: int) -> int:
+    """A limit for so many tokens: a multiple of 64."""
+    return max(64, -(-num_tokens // 64) * 64)
+
+
+def data_problems(config: RunConfig, num_records: int) -> list[str]:
+    """Why the data that lies on this disk is not for this run, by its first `num_records` records of each set."""
+    problems, missing = _read(config, num_records)
+    if missing is not None:
+        problems.append(missing_responses(config, f"{missing.source} has none"))
+    return problems
+
+
+def unreadable_data(config: RunConfig, num_records: int) -> list[str]:
+    """The first problem of every data set that lies on this disk, read up to `num_records` records."""
+    return _read(config, num_records)[0]
+
+
+def first_records(config: RunConfig, num_records: int) -> list[Record]:
+    """The first records to train on of every set that lies on this disk.
+
+    Raises:
+        DataError: one of them cannot be read.
+    """
+    data = config.data
+    references = filter(_is_here, [data.train] if isinstance(data.train, str) else data.train)
+    return [record for one in references for record in iter_records(data, one, limit=num_records)]
+
+
+def _read(config: RunConfig, num_records: int) -> tuple[list[str], Record | None]:
+    """What cannot be read, and the first record to train on that has no response where the method needs one.
+
+    A set that is not there has been reported before, a hub that does not answer costs minutes, and what `datasets`
+    saved is read when the libraries are there.
+    """
+    data = config.data
+    try:
+        check_columns(data)
+    except DataError as error:
+        return [str(error)], None
+    problems: list[str] = []
+    missing = None
+    named = ((data.train, data.split, data.limit), (data.validation, data.validation_split or data.split, None))
+    for references, split, limit in named:
+        for reference in [references] if isinstance(references, str) else references or []:
+            if not _is_here(reference):
+                continue
+            most = min(limit or num_records, num_records)
+            try:
+                records = load_records(data, reference, limit=most, split=split)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            if references is data.train and missing is None:
+                missing = next(_without_response(config, records), None)
+    return problems, missing
+
+
+def missing_responses(config: RunConfig, found: str) -> str:
+    """What to say where the method learns from responses that the data does not have; `found` says which."""
+    mix = config.data.ground_truth_mix
+    setting = "data.adaptive_share" if config.data.adaptive_share else f"data.ground_truth_mix={mix:g}"
+    fixed = "data.adaptive_share" if config.data.adaptive_share else "data.ground_truth_mix"
+    removable = 0 < mix < 1 and fixed not in FIXED[config.method]
+    instead = f"set {fixed}=0" if removable else "choose a method that writes its own, such as switch"
+    return (
+        f"method={config.method} with {setting} learns from the data's responses, but {found}. Add them, or {instead}."
+    )
+
+
+def _without_response(config: RunConfig, records: list[Record]) -> Iterator[Record]:
+    """Those that would be trained on and have none; one that is likely too long is left out before anybody asks."""
+    if config.reads_responses:
+        limit = config.data.max_prompt_tokens * CHARACTERS_PER_TOKEN
+        yield from (record for record in records if not record.has_response and len(record.text) <= limit)
+
+
+def _is_here(reference: str) -> bool:
+    try:
+        path = reference_path(reference)
+    except DataError:  # reported with the files
+        return False
+    return path is not None and not is_saved_dataset(path)
