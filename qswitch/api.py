@@ -139,7 +139,7 @@ class Run:
         return RunDir(self.path, self.config).read_metrics()
 
     def resume(self, *, settings: Mapping[str, Any] | None = None, vram: str | None = None) -> Run:
-        """Go on from the newest checkpoint; `settings` may change rates, lengths, and when the run looks and saves.
+        """Go on from the newest checkpoint; `settings` may change learning rates, limits, and when it looks and saves.
 
         Raises:
             ConfigError: a setting may not change in a run that has begun.

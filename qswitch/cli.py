@@ -232,7 +232,7 @@ def distill(
         if resume is not None and (preset or config or teacher or student or data or method or output_dir):
             raise ConfigError(
                 "--resume goes on with the run's own config.yaml; leave --preset, --config, --teacher, --student, "
-                "--data, --method and --output-dir out. --set changes rates, lengths, and when it looks and saves."
+                "--data, --method and --output-dir out. --set changes learning rates, limits, and when it saves."
             )
         changes = set_layer(overrides or [])
         if dry_run and resume is not None:

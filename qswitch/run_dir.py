@@ -43,8 +43,8 @@ CHANGEABLE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "max_steps", "max_tokens", "max_seconds",
     "eval_steps", "eval_own_prompts", "save_steps", "save_total_limit", "report_to",
 )  # fmt: skip
-"""Settings of the train section that a run may go on with otherwise than it began: rates, lengths, and when it looks,
-saves and reports."""
+"""Settings of the train section that a run may go on with otherwise than it began: learning rates, limits, and when it
+looks, saves and reports."""
 
 
 class RunDir:

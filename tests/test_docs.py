@@ -132,7 +132,14 @@ def workplace(tmp_path_factory) -> Path:
     records = [
         {"prompt": f"tell me about {'abcdefghij'[i % 10] * (1 + i % 7)}", "response": f"it is {i}"} for i in range(30)
     ]
-    for name in ("my_prompts.jsonl", "questions.jsonl", "dolly_eval.jsonl", "vicuna_eval.jsonl", "task.jsonl"):
+    for name in (
+        "my_prompts.jsonl",
+        "my_answers.jsonl",
+        "questions.jsonl",
+        "dolly_eval.jsonl",
+        "vicuna_eval.jsonl",
+        "task.jsonl",
+    ):
         (folder / name).write_text(
             "".join(json.dumps(r) + "\n" for r in (records if "eval" not in name else records[:3]))
         )
