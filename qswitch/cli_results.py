@@ -29,9 +29,7 @@ from qswitch.units import MAX_TOKENS
 results_app = typer.Typer()
 
 
-@results_app.command(
-    "eval", epilog="Example: qswitch eval runs/my-run runs/my-run:base --data dolly_eval.jsonl --protocol paper"
-)
+@results_app.command("eval", epilog="Example: qswitch eval runs/my-run runs/my-run:base --data questions.jsonl")
 def evaluate(
     models: Annotated[
         list[str],

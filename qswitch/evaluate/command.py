@@ -62,6 +62,7 @@ def run_eval(request: EvalRequest, *, say: Callable[[str], None]) -> tuple[dict[
         find_subject(m, precision=request.precision, trust_remote_code=request.trust_remote_code)
         for m in request.models
     ]
+    _warn_of_template(protocol, subjects, say)
     teacher = _teacher(request, subjects, say)
     folder = request.output_dir or _default_folder(subjects[0], protocol.name)
     settings = EvaluationSettings(
@@ -125,6 +126,19 @@ def _protocol(request: EvalRequest) -> tuple[Protocol, list[str]]:
         departures.append(f"template is that of the first model instead of {protocol.template}")
         protocol = replace(protocol, template=None)
     return protocol, departures
+
+
+def _warn_of_template(protocol: Protocol, subjects: list[Subject], say: Callable[[str], None]) -> None:
+    """Says where a run is asked in another template than it was trained in: it looks worse than it is."""
+    run = next((subject for subject in subjects if subject.run_dir is not None), None)
+    if run is None or run.run_dir is None or protocol.template is None:
+        return
+    trained = run.run_dir.config.data.template
+    if trained != protocol.template:
+        say(
+            f"{run.name} was trained in the template {trained} (data.template) and is asked in {protocol.template}, "
+            "which may make it look worse than it is. --template own asks as it was trained."
+        )
 
 
 def _columns(pairs: list[str]) -> dict[str, str]:

@@ -26,7 +26,7 @@ from qswitch.data.gather import load_prompts
 from qswitch.distill.recovery import BatchRows, keep_to_free_memory
 from qswitch.distill.teacher_distance import CHUNK_TOKENS, detached_head, head_on
 from qswitch.divergence import divergence, jsd_bits
-from qswitch.errors import ConfigError, ModelError, is_out_of_memory
+from qswitch.errors import ConfigError, ModelError, PlanError, is_out_of_memory
 from qswitch.evaluate.intervals import Estimate, mean_interval
 from qswitch.evaluate.marks import TrainedWeights, weights_text
 from qswitch.evaluate.score_table import markdown_table
@@ -41,6 +41,7 @@ from qswitch.models.shrink import shrink_to_folder
 from qswitch.models.student import load_adapter, load_student
 from qswitch.plan import memory
 from qswitch.plan.adapters import find_adapter
+from qswitch.plan.machine import detect_budget_bytes
 from qswitch.plan.model_files import shape_for
 from qswitch.plan.shapes import ModelShape
 from qswitch.rollout.adaptive_threshold import threshold_of_run
@@ -125,6 +126,7 @@ def fidelity(
         ConfigError: unknown precision; responses that the context of the models does not hold.
         ModelError: the bf16 teacher or the student cannot be loaded, or does not fit the GPU. A precision that cannot
             is reported and left out.
+        PlanError: host memory does not hold the weights, on a CPU; nothing was read.
     """
     unknown = [p for p in precisions if p not in PRECISIONS]
     if unknown:
@@ -150,6 +152,7 @@ def fidelity(
         )
     requests = [RolloutRequest(p.example_id, 0, p.prompt_ids, limit) for p in prompts]
 
+    _refuse_what_the_host_lacks(config, runtime)
     weights_gib = partial(_weights_gib, config.teacher, shape_for(config.teacher), runtime)
     trained = None if run_dir is None else TrainedWeights.of(run_dir, run_dir.trained_weights())
     say(f"loading the teacher ({REFERENCE}) and the student")
@@ -287,6 +290,25 @@ def _read(model: LanguageModel, written: Sequence[Rollout], pair: TokenizerPair,
     sequences = [(r.prompt_ids, r.response_ids) for r in written]
     score = partial(score_responses, model, sequences, pad_id=pair.pad_id, keep_on_host=True)
     return rows.attempt(model.device, score)
+
+
+def _refuse_what_the_host_lacks(config: RunConfig, runtime: Runtime) -> None:
+    """A host that runs out of memory ends the process without a word, so what it lacks for the weights is said before.
+
+    Raises:
+        PlanError: with the figures.
+    """
+    if runtime.device.type != "cpu":
+        return
+    width = runtime.compute_dtype.itemsize  # a CPU without native bf16 keeps bf16 weights in fp32
+    sizes = [memory.weight_bytes(shape_for(section), REFERENCE, width) for section in (config.teacher, config.student)]
+    available, source = detect_budget_bytes("cpu")
+    if sum(sizes) > available:
+        raise PlanError(
+            f"The teacher in {REFERENCE}, the yardstick, takes {sizes[0] / GIB:.1f} GiB of host memory and the student "
+            f"{sizes[1] / GIB:.1f}, {width} bytes a weight, and {available / GIB:.1f} are free ({source}). Close other "
+            "programs, or measure on a machine with more memory: the run directory is all it needs."
+        )
 
 
 def _weights_gib(teacher: TeacherSection, shape: ModelShape, runtime: Runtime, precision: str) -> float:

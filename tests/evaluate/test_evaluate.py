@@ -52,6 +52,15 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def test_another_template_than_the_one_of_training_is_said(made, tmp_path):
+    said: list[str] = []
+    run_eval(request(made, tmp_path / "a", template=None, seeds="10", limit=1), say=said.append)
+    assert any("is asked in alpaca" in line and "--template own" in line for line in said)
+    said.clear()
+    run_eval(request(made, tmp_path / "b", seeds="10", limit=1), say=said.append)
+    assert not any("--template own" in line for line in said)
+
+
 def test_figures_are_those_of_a_direct_computation(made, tmp_path):
     run_path, data = made
     models = [str(run_path), f"{run_path}:base", f"{run_path}:teacher"]

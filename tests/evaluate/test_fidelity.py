@@ -11,7 +11,7 @@ import torch
 
 import qswitch.evaluate.fidelity as module
 from qswitch.cli import run
-from qswitch.errors import ModelError
+from qswitch.errors import ModelError, PlanError
 from qswitch.evaluate.fidelity import Decisions, Tokens, fidelity, origin_note, render, summarise
 from tests.evaluate.runs import make_run
 
@@ -210,6 +210,29 @@ def test_a_precision_that_does_not_run_is_named_and_left_out(made, monkeypatch):
     result = fidelity(run_dir.config, run_dir=run_dir, work_dir=made, precisions=["int8", "nf4"], num_prompts=2)
     assert result["failed"] == {"int8": "no int8 here"} and len(result["precisions"]) == 1
     assert "int8 does not run here: no int8 here" in render(result)
+
+
+def test_a_teacher_that_host_memory_does_not_hold_is_refused_before_it_is_read(made, monkeypatch):
+    from qswitch.models.pair import load_pair_tokenizer
+    from qswitch.models.runtime import make_runtime
+    from qswitch.run_dir import RunDir
+
+    run_dir = RunDir.open(made)
+    runtime = make_runtime(run_dir.config.train)
+    assert runtime.compute_dtype == torch.float32
+    pair = load_pair_tokenizer(run_dir.config)
+    teacher = module._teacher(run_dir.config, runtime, pair, "bf16")
+    student = module._student(run_dir.config, runtime, pair, None, made, None)
+    held = sum(  # without what is added to the student
+        4 * p.numel() for model in (teacher, student) for n, p in model.hf.named_parameters() if "lora_" not in n
+    )
+    monkeypatch.setattr(module, "_teacher", lambda *_: pytest.fail("the teacher was read"))
+    monkeypatch.setattr(module, "detect_budget_bytes", lambda _: (held - 1, "free memory"))
+    with pytest.raises(PlanError, match=r"the yardstick, takes .* 4 bytes a weight, and .* are free \(free memory\)"):
+        fidelity(run_dir.config, run_dir=run_dir, work_dir=made, precisions=["nf4"], num_prompts=2, device="cpu")
+    monkeypatch.setattr(module, "detect_budget_bytes", lambda _: (held, "free memory"))
+    with pytest.raises(pytest.fail.Exception, match="the teacher was read"):
+        fidelity(run_dir.config, run_dir=run_dir, work_dir=made, precisions=["nf4"], num_prompts=2, device="cpu")
 
 
 def test_host_memory_that_runs_out_is_no_gpu_that_is_full(made, monkeypatch):
