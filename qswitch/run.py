@@ -29,7 +29,7 @@ from qswitch.plan.run_plan import Plan
 from qswitch.plan.scheduler import plan_for, plan_run, unequal_shares, with_choices
 from qswitch.plan.vocabulary import with_tokenizer
 from qswitch.preflight import check_plannable, check_settings, prepare, settings_problems
-from qswitch.run_dir import RunDir, locked, make_folder
+from qswitch.run_dir import Command, RunDir, locked, make_folder
 
 if TYPE_CHECKING:
     from qswitch.distill.phase_peaks import PhasePeaks
@@ -151,9 +151,9 @@ def locked_by_first(path: Path, processes: Processes) -> Iterator[None]:
         yield
 
 
-def free_path(path: Path) -> Path:
-    """The path, where nothing of an earlier run is."""
-    RunDir.refuse_existing(path)
+def free_path(path: Path, command: Command = "distill") -> Path:
+    """The path, where nothing is of an earlier run, or of what else `command` makes."""
+    RunDir.refuse_existing(path, command)
     return path
 
 

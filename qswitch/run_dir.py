@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qswitch.aside import PARTIAL, append_text, file_aside, made_folder
 from qswitch.config import RunConfig
@@ -28,17 +28,24 @@ from qswitch.yaml_file import read_yaml
 logger = logging.getLogger(__name__)
 
 UNLEARNT = (
-    "about", "teacher.model", "teacher.adapter", "teacher.residency", "teacher.shape", "student.model",
-    "student.init_adapter", "student.gradient_checkpointing", "student.shape", "data.train", "data.validation",
-    "data.lm_corpus", "rollout.batch_size", "rollout.block_tokens", "rollout.student_graphs", "loss.chunk_tokens",
-    "cache.device_budget_gib", "cache.host_budget_gib", "train.device",
+    "about", "teacher.model", "teacher.adapter", "teacher.residency", "teacher.responses", "teacher.num_gpus",
+    "teacher.shape", "student.model", "student.init_adapter", "student.gradient_checkpointing", "student.shape",
+    "data.train", "data.validation", "data.lm_corpus", "rollout.batch_size", "rollout.block_tokens",
+    "rollout.student_graphs", "rollout.teacher_graphs", "loss.chunk_tokens", "cache.device_budget_gib",
+    "cache.host_budget_gib", "train.device",
 )  # fmt: skip
-"""Settings and sections that say where something lies, or change speed and memory only; the data has a check of its
-own."""
-KEPT_FILES = ("metrics.jsonl", "rollouts.jsonl", "held_out.json", "pass_times.json", "student_graphs.json")
+"""Settings and sections that say where something lies, or change speed and memory only; the data and a store of the
+teacher's work have checks of their own."""
+KEPT_FILES = (
+    "metrics.jsonl", "rollouts.jsonl", "held_out.json", "pass_times.json", "student_graphs.json", "teacher_graphs.json",
+)  # fmt: skip
 """What a run goes on with beside its checkpoints, and does not write anew."""
 LOCK = ".lock"
 """File whose lock the command that writes to a folder holds."""
+STORE = "store.json"
+"""What a store of a teacher's work says of itself, and where it says so."""
+Command = Literal["distill", "teach"]
+"""What makes a folder with a config.yaml."""
 CHANGEABLE = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "max_steps", "max_tokens", "max_seconds",
     "eval_steps", "eval_own_prompts", "save_steps", "save_total_limit", "report_to",
@@ -66,21 +73,21 @@ class RunDir:
         """Settings that differ from RUN/config.yaml: [there, here]."""
 
     @classmethod
-    def create(cls, path: Path, config: RunConfig) -> RunDir:
-        """Start a run directory; its config.yaml is written first.
+    def create(cls, path: Path, config: RunConfig, command: Command = "distill") -> RunDir:
+        """Start a run directory, or the folder of a store; its config.yaml is written first.
 
         Raises:
             RunDirError: the folder holds something already, or cannot be made.
         """
         make_folder(path)
-        cls.refuse_existing(path)
+        cls.refuse_existing(path, command)
         run = cls(path, config)
         write_atomically(run.config_path, dump_config(config))
         return run
 
     @staticmethod
-    def refuse_existing(path: Path) -> None:
-        """Nothing, or an error where a new run must not write.
+    def refuse_existing(path: Path, command: Command = "distill") -> None:
+        """Nothing, or an error where a new run, or the store that `command` makes, must not be written.
 
         Raises:
             RunDirError: the path is a file, or a folder that holds something.
@@ -88,9 +95,9 @@ class RunDir:
         if path.is_file():
             raise RunDirError(f"{path} is a file. Choose another --output-dir.")
         if holds_something(path):
-            remedy = (
-                f"Resume it with `qswitch distill --resume {path}`" if (path / "config.yaml").exists() else "Empty it"
-            )
+            maker = maker_of(path) or command  # a folder that only has settings is of the command that is repeated
+            remedy = f"Resume it with `qswitch {maker} --resume {path}`"
+            remedy = remedy if (path / "config.yaml").exists() else "Empty it"
             raise RunDirError(f"{path} is not empty. {remedy}, or choose another --output-dir.")
 
     def discard_unstarted(self) -> None:
@@ -110,6 +117,11 @@ class RunDir:
         if not config_path.is_file():
             reason = "holds no config.yaml, so it is no run directory" if path.is_dir() else "does not exist"
             raise RunDirError(f"{path} {reason}. Name the folder that `qswitch distill` printed.")
+        if maker_of(path) == "teach":
+            raise RunDirError(
+                f"{path} is a store of a teacher's work, no run. A run learns from it with --set teacher.responses="
+                f"{path}; what is missing of it is written by `qswitch teach --resume {path}`."
+            )
         written = reopened(read_yaml(config_path), str(config_path))
         config = build_config(written, where=str(config_path))
         if not changes:
@@ -318,6 +330,13 @@ def new_run_path(label: str = "") -> Path:
     name = f"{label}-" * bool(label) + time.strftime("%Y%m%d-%H%M%S")
     names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
     return next(path for path in (Path("runs") / name for name in names) if not path.exists())
+
+
+def maker_of(path: Path) -> Command | None:
+    """The command whose work a folder holds; None where it holds none of either."""
+    if any((path / name).exists() for name in ("data.json", "metrics.jsonl", "checkpoints", "adapter")):
+        return "distill"
+    return "teach" if (path / STORE).exists() or any(path.glob("part-*")) else None
 
 
 def holds_something(path: Path) -> bool:

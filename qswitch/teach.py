@@ -32,7 +32,7 @@ from qswitch.run import (
     smallest_budget,
     with_steps,
 )
-from qswitch.run_dir import RunDir
+from qswitch.run_dir import RunDir, maker_of
 from qswitch.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def teach(config: RunConfig, path: Path, *, vram: str | None = None, spread: boo
         Interrupted: stopped; `resume` goes on. Its arguments are the folder and the command.
     """
     with joined() as processes:
-        path = processes.from_first(lambda: free_path(path))
+        path = processes.from_first(lambda: free_path(path, "teach"))
         problems = settings_problems(_that_stays(config), path) if processes.is_first else []
-        return _work(config, path, vram, spread, problems, processes)
+        return _work(config, path, vram, spread, problems, processes, is_new=True)
 
 
 def resume(path: Path, *, vram: str | None = None, spread: bool = False) -> About:
@@ -82,19 +82,30 @@ def resume(path: Path, *, vram: str | None = None, spread: bool = False) -> Abou
     """
     with joined() as processes:
         path = processes.from_first(lambda: path)
-        return _work(processes.each(lambda: _own_config(path)), path, vram, spread, [], processes)
+        return _work(processes.each(lambda: _own_config(path)), path, vram, spread, [], processes, is_new=False)
 
 
 def _own_config(path: Path) -> RunConfig:
     settings = path / "config.yaml"
     if not settings.is_file():
         raise RunDirError(f"{path} holds no config.yaml, so it is no store. Name the folder that `qswitch teach` made.")
+    if maker_of(path) == "distill":
+        raise RunDirError(
+            f"{path} is a run, no store of a teacher's work. It goes on with `qswitch distill --resume {path}`."
+        )
     where = str(settings)
     return build_config(reopened(read_yaml(settings), where), where=where)
 
 
 def _work(
-    config: RunConfig, path: Path, vram: str | None, spread: bool, problems: list[str], processes: Processes
+    config: RunConfig,
+    path: Path,
+    vram: str | None,
+    spread: bool,
+    problems: list[str],
+    processes: Processes,
+    *,
+    is_new: bool,
 ) -> About:
     _require_teachable(config)
     # Before the data, and in one process before torch, take their share of a CPU's memory.
@@ -115,11 +126,10 @@ def _work(
     from qswitch.distill.teaching import write_store
     from qswitch.models.runtime import make_runtime
 
-    began = processes.from_first(lambda: not (path / "config.yaml").exists())
-    try:
-        with locked_by_first(path, processes):
-            if began:
-                processes.from_first(lambda: str(RunDir.create(path, config).path))
+    with locked_by_first(path, processes):  # first, so that of two starts on one folder the second finds the first
+        if is_new:
+            processes.from_first(lambda: str(RunDir.create(path, config, "teach").path))
+        try:
             processes.everyone(lambda: require_folder(path, processes))
             device = processes.each(lambda: make_runtime(config.train)).device
             with device_memory_bounded(device, len(plan.teacher_layers), plan.budget.num_bytes):
@@ -127,12 +137,12 @@ def _work(
                     path, config, prepared, rows=plan.rows, spread=plan.weights_room_bytes if spread else 0,
                     layers=plan.teacher_layers, processes=processes,
                 )  # fmt: skip
-    except KeyboardInterrupt:
-        raise Interrupted(str(path), "teach") from None
-    except Exception:
-        if began and processes.is_first and not any(path.glob("part-*")):
-            RunDir(path, config).discard_unstarted()
-        raise
+        except KeyboardInterrupt:
+            raise Interrupted(str(path), "teach") from None
+        except Exception:
+            if is_new and processes.is_first and not any(path.glob("part-*")):
+                RunDir(path, config).discard_unstarted()
+            raise
 
 
 def _that_stays(config: RunConfig) -> RunConfig:

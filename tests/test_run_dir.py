@@ -199,3 +199,42 @@ def test_a_run_without_a_name_never_takes_the_folder_of_one_that_began_in_the_sa
         assert path == Path("runs") / name
         path.mkdir(parents=True)
     assert run_dir.new_run_path() == Path("runs/20261129-120000")
+
+
+def test_a_store_is_resumed_as_one_and_a_run_as_a_run(tmp_path: Path, config):
+    """Whatever command is repeated on a folder, the advice is for what lies there, and the other command refuses it."""
+    store = RunDir.create(tmp_path / "store", config, "teach").path
+    with pytest.raises(RunDirError, match=f"Resume it with `qswitch teach --resume {store}`"):
+        RunDir.refuse_existing(store, "teach")  # killed before it wrote anything
+    (store / "part-000000").mkdir()
+    for command in ("distill", "teach"):
+        with pytest.raises(RunDirError, match=f"Resume it with `qswitch teach --resume {store}`"):
+            RunDir.refuse_existing(store, command)
+    with pytest.raises(RunDirError, match=f"store of a teacher's work.*teacher.responses={store}.*qswitch teach"):
+        RunDir.open(store)
+    assert _own_config(store) == config
+
+    run = RunDir.create(tmp_path / "run", config)
+    run.write_json("data.json", {})
+    for command in ("distill", "teach"):
+        with pytest.raises(RunDirError, match=f"Resume it with `qswitch distill --resume {run.path}`"):
+            RunDir.refuse_existing(run.path, command)
+    with pytest.raises(RunDirError, match=f"is a run.*qswitch distill --resume {run.path}"):
+        _own_config(run.path)
+    run.write_json("store.json", {})  # an earlier version trained into a store: what it trained stays readable
+    assert RunDir.open(run.path).config == config
+
+
+def test_what_only_says_where_something_lies_may_be_edited(tmp_path: Path, config):
+    run = RunDir.create(tmp_path / "run", config)
+    run.write_json("teacher_graphs.json", {"used": True})
+    written = json.loads(json.dumps(run.as_written()))
+    assert "teacher_graphs.json" in written["kept_files"]
+    moved = {"method": "kd", "teacher": {"responses": "/elsewhere/store"}}
+    before = RunDir(run.path, build_config(PAIR, {"method": "kd", "teacher": {"responses": "/mnt/store"}})).as_written()
+    (said,) = RunDir(run.path, build_config(PAIR, moved)).changed_since(json.loads(json.dumps(before)))
+    assert "teacher.responses is /elsewhere/store now, it was /mnt/store" in said
+    for edited in ({"rollout.teacher_graphs": "off"}, {"teacher.num_gpus": 2}):
+        assert len(RunDir(run.path, build_config(PAIR, edited)).changed_since(written)) == 1
+    with pytest.raises(RunDirError, match="teacher.precision is bf16"):
+        RunDir(run.path, build_config(PAIR, {"teacher.precision": "bf16"})).changed_since(written)

@@ -84,8 +84,7 @@ def first_look(config: RunConfig) -> FirstLook | None:
     lengths: list[int] = []
     is_whole = True
     for group in groups:
-        most = min(sample, data.limit or sample)
-        found = [len(record.text) for record in iter_records(data, group, limit=most)]
+        found = [len(record.text) for record in iter_records(data, group, limit=data.limit, sample=sample)]
         is_whole &= len(found) < sample or len(found) == data.limit
         lengths += found
     if not lengths:
@@ -145,7 +144,7 @@ def first_records(config: RunConfig, num_records: int) -> list[Record]:
     """
     data = config.data
     references = filter(_is_here, [data.train] if isinstance(data.train, str) else data.train)
-    return [record for one in references for record in iter_records(data, one, limit=num_records)]
+    return [record for one in references for record in iter_records(data, one, sample=num_records, is_part=True)]
 
 
 def _read(config: RunConfig, num_records: int) -> tuple[list[str], Record | None]:
@@ -163,12 +162,13 @@ def _read(config: RunConfig, num_records: int) -> tuple[list[str], Record | None
     missing = None
     named = ((data.train, data.split, data.limit), (data.validation, data.validation_split or data.split, None))
     for references, split, limit in named:
-        for reference in [references] if isinstance(references, str) else references or []:
+        listed = [references] if isinstance(references, str) else references or []
+        is_part = len(listed) > 1 and (references is not data.train or data.weights is None)
+        for reference in listed:
             if not _is_here(reference):
                 continue
-            most = min(limit or num_records, num_records)
             try:
-                records = load_records(data, reference, limit=most, split=split)
+                records = load_records(data, reference, limit=limit, sample=num_records, is_part=is_part, split=split)
             except DataError as error:
                 problems.append(str(error))
                 continue

@@ -65,31 +65,40 @@ class Record:
 
 
 def iter_records(
-    data: DataSection, reference: str | list[str], *, limit: int | None = None, split: str | None = None
+    data: DataSection,
+    reference: str | list[str],
+    *,
+    limit: int | None = None,
+    sample: int | None = None,
+    is_part: bool = False,
+    split: str | None = None,
 ) -> Iterator[Record]:
     """Records of `reference` (data.train, data.validation or an evaluation file), at most `limit`, ids from 0.
 
-    `split` defaults to data.split.
+    `sample` ends the reading of what has more records, and `is_part` says that others belong to it: a column that is
+    not there may come later, since JSON lines leave out what is empty. `split` defaults to data.split.
 
     Raises:
         DataError: nothing there, a line that cannot be read, no known format, a wrong type, an empty prompt; names
-            file, line, reason and remedy. After the last record: a column of data.columns that no row had.
+            file, line, reason and remedy. After the last record of all: a column of data.columns that no row had.
     """
     check_columns(data)
     columns: dict[str, None] = {}
-    for index, row in enumerate(itertools.islice(iter_rows(reference, split=split or data.split), limit)):
+    most = min((number for number in (limit, sample) if number is not None), default=None)
+    number = 0
+    for number, row in enumerate(itertools.islice(iter_rows(reference, split=split or data.split), most), start=1):
         columns.update(dict.fromkeys(row.fields))
-        yield record_of_row(row, index, data)
+        yield record_of_row(row, number - 1, data)
+    if is_part or (number == sample and sample != limit):
+        return
     for ours, column in data.columns.items():
         if column not in columns:
             raise DataError(unknown_column(ours, column, columns, str(reference)))
 
 
-def load_records(
-    data: DataSection, reference: str | list[str], *, limit: int | None = None, split: str | None = None
-) -> list[Record]:
+def load_records(data: DataSection, reference: str | list[str], **which: Any) -> list[Record]:
     """The records of `iter_records` as a list."""
-    return list(iter_records(data, reference, limit=limit, split=split))
+    return list(iter_records(data, reference, **which))
 
 
 def training_records(data: DataSection) -> Iterator[Record]:

@@ -31,12 +31,12 @@ from qswitch.errors import ModelError, RunDirError
 from qswitch.manifest import find_damage, write_manifest
 from qswitch.models.language_model import Head
 from qswitch.rollout.policy import TEACHER
-from qswitch.run_dir import write_atomically
+from qswitch.run_dir import STORE, write_atomically
 
 FORMAT = 1
 """Raised whenever a store of before could not be read as it was meant."""
 Kind = Literal["given", "written", "held_out"]
-_ABOUT, _HEAD, _ROWS, _SEQUENCES = "store.json", "head.safetensors", "rows.safetensors", "sequences.json"
+_ABOUT, _HEAD, _ROWS, _SEQUENCES = STORE, "head.safetensors", "rows.safetensors", "sequences.json"
 
 
 @dataclass(frozen=True, slots=True)

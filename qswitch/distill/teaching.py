@@ -51,6 +51,7 @@ from qswitch.models.runtime import make_runtime
 from qswitch.models.weight_files import weights_fingerprint
 from qswitch.rollout.decode import RolloutRequest, rollout, score_responses
 from qswitch.rollout.policy import TeacherPolicy
+from qswitch.run_dir import STORE
 
 if TYPE_CHECKING:
     from qswitch.models.pair import TokenizerPair
@@ -196,7 +197,7 @@ def _opened(folder: Path, about: About, progress: Progress) -> About:
     Raises:
         RunDirError: the folder is a store for another run.
     """
-    if (folder / "store.json").exists():
+    if (folder / STORE).exists():
         written = read_about(folder)
         if (difference := differs(about, written)) is not None:
             raise RunDirError(f"{folder} is a store for another run: it has {difference}. Choose another --output-dir.")

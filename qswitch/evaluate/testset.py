@@ -56,7 +56,7 @@ def load_test_set(data: DataSection, reference: str, *, limit: int | None = None
     Raises:
         DataError: as `load_records`; or `references` is no list of texts.
     """
-    records = load_records(data, reference, limit=limit)
+    records = load_records(data, reference, sample=limit)
     rows = list(islice(iter_rows(reference, split=data.split), records[-1].id + 1))
     items = []
     for record in records:

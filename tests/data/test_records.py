@@ -7,9 +7,11 @@ import sys
 import pytest
 
 from qswitch.config import DataSection
-from qswitch.data.records import load_records
+from qswitch.data.first_look import data_problems
+from qswitch.data.records import load_records, training_records
 from qswitch.data.turns import Message
 from qswitch.errors import DataError
+from qswitch.layers import build_config
 
 
 def load(path, *, limit=None, **settings):
@@ -307,3 +309,25 @@ def test_unknown_columns_list_what_is_there(tmp_path):
         load(file, columns={"response": "replie"})
     with pytest.raises(DataError, match=r"data\.columns\.promt is not a field.*data\.columns\.prompt"):
         load(file, columns={"promt": "question"})
+
+
+def test_a_column_that_comes_late_is_no_misspelt_one(tmp_path):
+    """JSON lines leave out what is empty, so only the end of the data says that a column is nowhere."""
+    rows = [{"prompt": f"q{i}"} | ({"ctx": "be short"} if i >= 40 else {}) for i in range(60)]
+    late, early = write_lines(tmp_path / "late.jsonl", *rows), write_lines(tmp_path / "early.jsonl", *rows[:9])
+    data = DataSection(train=str(late), columns={"system": "ctx"})
+    assert len(load_records(data, str(late), sample=32)) == 32 and len(load_records(data, str(late))) == 60
+    for refused in ({"columns": {"system": "ctxt"}}, {"columns": {"system": "ctx"}, "limit": 40}):
+        with pytest.raises(DataError, match="names the column ctx"):
+            list(training_records(DataSection(train=str(late), **refused)))
+
+    def pair_of(**settings):
+        return build_config({"teacher": {"model": "t"}, "student": {"model": "s"}, "data": settings})
+
+    both = pair_of(train=[str(early), str(late)], columns={"system": "ctx"})
+    assert data_problems(both, 32) == [] and len(list(training_records(both.data))) == 69
+    (problem,) = data_problems(pair_of(train=str(early), columns={"system": "ctx"}), 32)
+    assert "names the column ctx, but the columns are prompt" in problem
+    assert (
+        len(data_problems(pair_of(train=[str(early), str(late)], weights=[1, 1], columns={"system": "ctx"}), 32)) == 1
+    )
