@@ -236,5 +236,5 @@ def test_what_only_says_where_something_lies_may_be_edited(tmp_path: Path, confi
     assert "teacher.responses is /elsewhere/store now, it was /mnt/store" in said
     for edited in ({"rollout.teacher_graphs": "off"}, {"teacher.num_gpus": 2}):
         assert len(RunDir(run.path, build_config(PAIR, edited)).changed_since(written)) == 1
-    with pytest.raises(RunDirError, match="teacher.precision is bf16"):
+    with pytest.raises(RunDirError, match=r"teacher\.precision is bf16"):
         RunDir(run.path, build_config(PAIR, {"teacher.precision": "bf16"})).changed_since(written)
