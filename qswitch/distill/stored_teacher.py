@@ -30,6 +30,7 @@ from qswitch.distill.sequence import TrainingSequence
 from qswitch.errors import ModelError, RunDirError
 from qswitch.manifest import find_damage, write_manifest
 from qswitch.models.language_model import Head
+from qswitch.outside import user_path
 from qswitch.rollout.policy import TEACHER
 from qswitch.run_dir import STORE, write_atomically
 
@@ -46,8 +47,9 @@ class About:
     teacher: str
     """For people."""
     weights: str | None
-    """Fingerprint of the teacher's weight files; None where they were not a folder."""
+    """Fingerprint of the teacher's weight files; None where they were not all on the machine."""
     adapter: str | None
+    """Where teacher.adapter lay, for people."""
     precision: str
     vocab_size: int
     eos_ids: list[int]
@@ -59,6 +61,12 @@ class About:
     head: dict[str, Any] | None
     """Scale, soft-cap and vocabulary of the teacher's head, for stored hidden states."""
     max_new_tokens: int
+    hub_id: str | None = None
+    """Of a teacher from the hub; None of another, and in stores of before."""
+    revision: str | None = None
+    """Of `hub_id`, where one was named."""
+    adapter_weights: str | None = None
+    """Fingerprint of the files of teacher.adapter; None without one, and in stores of before."""
     seconds: float = 0.0
     """That writing it took."""
     complete: bool = False
@@ -295,19 +303,46 @@ def _read_head(folder: Path, about: About, device: torch.device, dtype: torch.dt
 
 
 def differs(ours: About, theirs: About) -> str | None:
-    """In what a run (`ours`) is another one than its store was written for; None where they belong together."""
+    """In what a run (`ours`) is another one than its store was written for; None where they belong together.
+
+    What one of them does not know is no difference: a run needs no weights of the teacher, and older stores say less.
+    """
     for name, what in (
         ("vocab_size", "another vocabulary"),
         ("eos_ids", "other end tokens"),
         ("pad_id", "another tokenizer"),
-        ("weights", "other weights of the teacher"),
-        ("adapter", "another teacher.adapter"),
+        *_of_the_model(ours, theirs),
+        ("precision", "another teacher.precision"),
+        *_of_the_adapter(ours, theirs),
         ("data", "other data, another template or other limits of length"),
     ):
         mine, written = getattr(ours, name), getattr(theirs, name)
-        if mine != written and not (name == "weights" and None in (mine, written)):
+        if mine != written:
             return f"{what} ({name}: {_short(written)} there, {_short(mine)} here)"
     return None
+
+
+def _of_the_model(ours: About, theirs: About) -> list[tuple[str, str]]:
+    """By its weights where both know them, else by its names on the hub."""
+    if None not in (ours.weights, theirs.weights):
+        return [("weights", "other weights of the teacher")]
+    hub_ids = [ours.hub_id, theirs.hub_id]
+    if theirs.hub_id is None and theirs.weights is None:  # of a hub model, as stores of before said it
+        hub_ids[1] = theirs.teacher
+    if None in hub_ids or (hub_ids[0] == hub_ids[1] and None in (ours.revision, theirs.revision)):
+        return []
+    return [("teacher", "another teacher"), ("revision", "another teacher.revision")]
+
+
+def _of_the_adapter(ours: About, theirs: About) -> list[tuple[str, str]]:
+    """By its files, wherever they lie; of stores of before by its place."""
+    what = "another teacher.adapter"
+    if (ours.adapter is None) != (theirs.adapter is None):
+        return [("adapter", what)]
+    if None not in (ours.adapter_weights, theirs.adapter_weights):
+        return [("adapter_weights", f"{what}, or one that was trained again")]
+    places = [str(user_path(one.adapter).resolve()) for one in (ours, theirs) if one.adapter is not None]
+    return [("adapter", what)] if len(set(places)) > 1 else []
 
 
 def _short(value: Any) -> str:

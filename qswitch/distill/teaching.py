@@ -7,6 +7,7 @@ it goes on with the first part that is missing. Knows no student's weights.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import shutil
 import time
@@ -44,11 +45,14 @@ from qswitch.distill.stored_teacher import (
 from qswitch.distill.supply import ground_truth_coin
 from qswitch.distill.validation import teacher_answers
 from qswitch.errors import RunDirError
+from qswitch.manifest import entry_of
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import load_teacher
 from qswitch.models.references import resolve_reference
 from qswitch.models.runtime import make_runtime
 from qswitch.models.weight_files import weights_fingerprint
+from qswitch.outside import user_path
+from qswitch.plan.adapters import ADAPTER_CONFIG, find_adapter
 from qswitch.rollout.decode import RolloutRequest, rollout, score_responses
 from qswitch.rollout.policy import TeacherPolicy
 from qswitch.run_dir import STORE
@@ -80,6 +84,7 @@ def items_of_a_run(config: RunConfig, prompts: Prompts) -> Iterator[tuple[Kind, 
 def about_run(config: RunConfig, pair: TokenizerPair, prompts: Prompts, held_out: Sequence[Prompt]) -> About:
     """Whose work a store for this run is, as it is before anything is written."""
     resolved = resolve_reference(config.teacher.model, config.teacher.revision)
+    is_of_hub = not Path(resolved.path).is_dir()
     sets = PromptLoader(prompts, config.seed).state_dict()["sets"]
     texts = repr([(p.example_id, p.prompt_ids) for p in held_out]).encode()
     return About(
@@ -94,7 +99,19 @@ def about_run(config: RunConfig, pair: TokenizerPair, prompts: Prompts, held_out
         rows=config.cache.format,
         head=None,
         max_new_tokens=config.rollout.max_new_tokens,
+        hub_id=resolved.path if is_of_hub else None,
+        revision=resolved.revision if is_of_hub else None,
+        adapter_weights=adapter_fingerprint(config),
     )
+
+
+def adapter_fingerprint(config: RunConfig) -> str | None:
+    """Tells what teacher.adapter names from another adapter; None where nothing is named."""
+    if config.teacher.adapter is None:
+        return None
+    folder = find_adapter(config.teacher.adapter, "teacher.adapter")
+    files = [folder / name for name in (ADAPTER_CONFIG, "adapter_model.safetensors")]
+    return hashlib.sha256("".join(entry_of(file)["sha256"] for file in files).encode()).hexdigest()[:32]
 
 
 def require_store(config: RunConfig, prepared: Prepared) -> None:
@@ -104,14 +121,14 @@ def require_store(config: RunConfig, prepared: Prepared) -> None:
         RunDirError: with the reason and the remedy.
     """
     assert config.teacher.responses is not None
-    folder = Path(config.teacher.responses).expanduser()
+    folder = user_path(config.teacher.responses)
     stored = StoredTeacher(folder, device=torch.device("cpu"), dtype=torch.float32)
     prompts = prepared.prompts
     ours = about_run(config, prepared.pair, prompts.train, prompts.held_out)
     if (difference := differs(ours, stored.about)) is not None:
         raise RunDirError(
-            f"teacher.responses={folder} is for another run: it has {difference}. Write one with these settings: "
-            "qswitch teach, or set back what was changed."
+            f"teacher.responses={folder} is for another run: it has {difference}. Name what is there, or write one "
+            "with these settings: qswitch teach."
         )
     imitates = config.loss.objective == "divergence"
     if stored.about.rows == "topk" and imitates and config.loss.temperature != 1:
@@ -156,6 +173,8 @@ def write_store(
     teacher = processes.each(
         lambda: load_teacher(config.teacher, runtime, vocab_size=pair.vocab_size, spread=spread, layers=layers)
     )
+    resolved = resolve_reference(config.teacher.model, config.teacher.revision)
+    about = replace(about, weights=processes.from_first(lambda: weights_fingerprint(resolved)))  # downloaded by now
     writer = _Writer(config, pair, teacher, rows, progress)
     if about.rows == "hidden":
         head = processes.from_first(lambda: write_head(folder, writer.teacher.head))

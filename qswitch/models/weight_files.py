@@ -102,6 +102,14 @@ def download_shown(resolved: ResolvedModel) -> Iterator[None]:
             disable_progress_bars()
 
 
+def _in_cache(resolved: ResolvedModel, name: str) -> Path | None:
+    """A file of a hub model that is in the cache."""
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(resolved.path, name, revision=resolved.revision)
+    return Path(found) if isinstance(found, str) else None
+
+
 def bytes_to_download(resolved: ResolvedModel) -> int:
     """Of a hub model's weights, the bytes that are not in the cache yet; 0 where the hub does not say.
 
@@ -110,25 +118,21 @@ def bytes_to_download(resolved: ResolvedModel) -> int:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
-    def here(name: str) -> str | None:
-        found = huggingface_hub.try_to_load_from_cache(resolved.path, name, revision=resolved.revision)
-        return found if isinstance(found, str) else None
-
     def size(name: str) -> int:
         url = huggingface_hub.hf_hub_url(resolved.path, name, revision=resolved.revision)
         return huggingface_hub.get_hf_file_metadata(url).size or 0
 
-    if here(SINGLE):
+    if _in_cache(resolved, SINGLE):
         return 0
     try:
-        index: Any = here(INDEX)
+        index: Any = _in_cache(resolved, INDEX)
         if index is None:
             try:
                 return size(SINGLE)
             except EntryNotFoundError:  # in parts, then
                 index = huggingface_hub.hf_hub_download(resolved.path, INDEX, revision=resolved.revision)
         parts = sorted(set(read_json(Path(index), IndexFile)["weight_map"].values()))
-        return sum(size(part) for part in parts if not here(part))
+        return sum(size(part) for part in parts if not _in_cache(resolved, part))
     except Exception:  # httpx, OSError and the hub's own; the model is read next, and what fails there is explained
         return 0
 
@@ -157,9 +161,10 @@ def check_whole(file: Path) -> None:
 
 
 def weights_fingerprint(resolved: ResolvedModel) -> str | None:
-    """Tells one local folder's weights from another's: names, sizes, first and last bytes; None without such files."""
+    """Tells one model's weights from another's by names, sizes, first and last bytes of its files, in a folder or in
+    the hub's cache; None where they are not all here."""
     folder = Path(resolved.path)
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else _cached_weights(resolved)
     if not files:
         return None
     digest = hashlib.sha256()
@@ -171,3 +176,17 @@ def weights_fingerprint(resolved: ResolvedModel) -> str | None:
             handle.seek(max(0, size - _SAMPLED_BYTES))
             digest.update(handle.read())
     return digest.hexdigest()[:32]
+
+
+def _cached_weights(resolved: ResolvedModel) -> list[Path]:
+    """The weight files of a hub model, sorted by name; none where one of them is not in the cache."""
+    if (single := _in_cache(resolved, SINGLE)) is not None:
+        return [single]
+    if (index := _in_cache(resolved, INDEX)) is None:
+        return []
+    try:
+        parts = sorted(set(read_json(index, IndexFile)["weight_map"].values()))
+    except FileError:
+        return []  # whoever reads the model says it
+    found = [_in_cache(resolved, part) for part in parts]
+    return [path for path in found if path is not None] if None not in found else []

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from qswitch import run, teach
 from qswitch.distill import session, teaching
+from qswitch.distill.stored_teacher import About, differs
 from qswitch.distill.teaching import PART_SEQUENCES, items_of_a_run
 from qswitch.errors import ConfigError, RunDirError
 from qswitch.layers import build_config
 from qswitch.models import load
-from qswitch.run_dir import RunDir
+from qswitch.run_dir import RunDir, locked, make_folder
 from qswitch.units import GIB
 from tests.distill.test_trainer import folders
 from tests.distill.test_training_by_method import with_method
@@ -245,3 +246,54 @@ def test_what_a_part_waits_with_lies_in_host_memory(folders, tmp_path, monkeypat
     assert len(files) == (4 if cache == "hidden" else 3)
     for file in files:
         assert (tmp_path / "gpu" / file).read_bytes() == (tmp_path / "cpu" / file).read_bytes(), file
+
+
+def about(**values: Any) -> About:
+    return About(**{"teacher": "Qwen/Qwen2.5-7B-Instruct", "weights": None, "adapter": None, "precision": "nf4",
+                    "vocab_size": 10, "eos_ids": [1], "pad_id": 0, "data": [], "rows": "hidden", "head": None,
+                    "max_new_tokens": 8, **values})  # fmt: skip
+
+
+SEVEN, FOURTEEN = "Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-14B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        ({"hub_id": SEVEN}, {}, None),  # as a store of before says it
+        ({"hub_id": FOURTEEN, "teacher": FOURTEEN}, {}, "another teacher (teacher"),
+        ({"hub_id": FOURTEEN, "teacher": FOURTEEN}, {"hub_id": SEVEN, "weights": "a"}, "another teacher (teacher"),
+        ({"hub_id": SEVEN, "weights": "b"}, {"hub_id": SEVEN, "weights": "a"}, "other weights of the teacher"),
+        ({"hub_id": SEVEN, "revision": "v2"}, {"hub_id": SEVEN, "revision": "v1"}, "another teacher.revision"),
+        ({"hub_id": SEVEN, "revision": "v2"}, {"hub_id": SEVEN}, None),
+        ({"teacher": "my-copy", "weights": "a"}, {"hub_id": SEVEN, "weights": "a"}, None),
+        ({"teacher": "tokenizer-alone"}, {"hub_id": SEVEN, "weights": "a"}, None),
+        ({"hub_id": SEVEN, "precision": "bf16"}, {}, "another teacher.precision (precision: nf4 there, bf16 here)"),
+        ({"adapter": "runs/t"}, {}, "another teacher.adapter"),
+        ({"adapter": "runs/t", "adapter_weights": "a"}, {"adapter": str(Path("runs/t").absolute())}, None),
+        ({"adapter": "runs/t", "adapter_weights": "a"}, {"adapter": "runs/u"}, "another teacher.adapter (adapter:"),
+        ({"adapter": "u", "adapter_weights": "a"}, {"adapter": "t", "adapter_weights": "a"}, None),
+        ({"adapter": "t", "adapter_weights": "b"}, {"adapter": "t", "adapter_weights": "a"}, "or one that was trained"),
+    ],
+)
+def test_a_store_of_another_teacher_is_told_by_its_marks_and_a_missing_mark_is_no_difference(ours, theirs, said):
+    found = differs(about(**ours), about(**theirs))
+    assert found is None if said is None else said in str(found)
+
+
+def test_an_adapter_is_known_by_its_files_wherever_they_lie(folders, tmp_path):
+    marks = []
+    for name, weights in (("a", b"one"), ("b", b"one"), ("a", b"trained again")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(weights)
+        marks.append(teaching.adapter_fingerprint(with_method(folders, "kd", teacher__adapter=str(tmp_path / name))))
+    assert marks[0] == marks[1] != marks[2] and teaching.adapter_fingerprint(with_method(folders, "kd")) is None
+
+
+def test_a_folder_that_another_command_is_filling_stays(folders, tmp_path):
+    config = with_method(folders, "kd", **STEPS)
+    with locked(make_folder(tmp_path / "store")):
+        with pytest.raises(RunDirError, match="Another qswitch command is writing to"):
+            teach.teach(config, tmp_path / "store")
+        assert (tmp_path / "store").is_dir()

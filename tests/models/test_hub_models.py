@@ -21,7 +21,7 @@ from qswitch.models.messages import explained
 from qswitch.models.pair import _generation_eos
 from qswitch.models.references import resolve_reference, sentencepiece_files
 from qswitch.models.runtime import Runtime
-from qswitch.models.weight_files import bytes_to_download
+from qswitch.models.weight_files import bytes_to_download, weights_fingerprint
 from qswitch.units import GIB
 from tests.hub import NAME, ModelHub, serving
 from tests.tiny import save_tiny
@@ -85,6 +85,17 @@ def test_of_weights_in_parts_only_those_that_are_not_here_are_counted(hub):
     load_teacher(TEACHER, FP32)
     hub.asked.clear()
     assert bytes_to_download(resolved) == 0 and hub.asked == [], "the cache says it all"
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_weights_in_the_cache_are_known_as_those_of_a_folder_once_they_are_all_there(hub, in_parts):
+    names = [part.name for part in publish_in_parts(hub)] if in_parts else ["model.safetensors"]
+    resolved = resolve_reference(NAME)
+    for name in [weight_files.INDEX] * in_parts + names:
+        assert weights_fingerprint(resolved) is None
+        huggingface_hub.hf_hub_download(NAME, name)
+    of_the_folder = weights_fingerprint(resolve_reference(str(hub.folder)))
+    assert weights_fingerprint(resolved) == of_the_folder is not None
 
 
 @pytest.mark.parametrize("num_lacking", [1, 2])
