@@ -11,12 +11,12 @@ import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from qswitch.config import DataSection, RunConfig, StudentSection, TeacherSection, TrainSection, reader
-from qswitch.data.first_look import SAMPLED_RECORDS, TEMPLATE_TOKENS, estimated_tokens, high, rounded
+from qswitch.data.first_look import TEMPLATE_TOKENS, estimated_tokens, high, rounded, sampled
 from qswitch.data.sources import reference_path
 from qswitch.errors import ConfigError
 from qswitch.layers import Layer, build_config, by_section, flatten
@@ -34,6 +34,7 @@ from qswitch.plan.stored import (
 from qswitch.plan.vocabulary import with_tokenizer
 from qswitch.presets import load_run_config, preset_names
 from qswitch.units import GIB
+from qswitch.yaml_file import parse_yaml
 
 MIN_STEPS, MAX_STEPS, EPOCHS = 50, 1000, 3
 MOST_TOKENS = 1024
@@ -65,12 +66,14 @@ class Chosen:
         """A line per reason, then the command that repeats this run with every choice written out."""
         by_reason: dict[str, list[str]] = {}
         for choice in self.choices:
-            by_reason.setdefault(choice.because, []).append(f"{choice.setting}={_text(choice.value)}")
+            by_reason.setdefault(choice.because, []).append(f"{choice.setting}={_as_yaml(choice.value)}")
         lines = [f"  {', '.join(settings)}: {because}" for because, settings in by_reason.items()]
-        rest = [f"{key}={_text(value)}" for key, value in self.said.items() if key not in NAMED]
-        rest += [f"{choice.setting}={_text(choice.value)}" for choice in self.choices]
-        names = [f"{NAMED[key]} {shlex.quote(_text(self.said[key]))}" for key in NAMED if key in self.said]
-        again = " ".join([f"qswitch {command}", *names, *(f"--set {shlex.quote(setting)}" for setting in rest)])
+        named = {key: names for key in NAMED if (names := _names(key, self.said.get(key)))}
+        options = [f"{NAMED[key]} {shlex.quote(name)}" for key, names in named.items() for name in names]
+        values = {key: value for key, value in self.said.items() if key not in named}
+        values |= {choice.setting: choice.value for choice in self.choices}
+        options += [f"--set {shlex.quote(f'{key}={_as_yaml(value)}')}" for key, value in values.items()]
+        again = " ".join([f"qswitch {command}", *options])
         return "\n".join(["Chosen for this pair; --set changes any of it:", *lines, f"The same again: {again}"])
 
 
@@ -172,51 +175,68 @@ def _of_the_student(student: ModelShape, train: TrainSection) -> Iterator[Choice
 
 def _of_the_data(config: RunConfig, teacher: ModelShape, student: ModelShape) -> Iterator[Choice]:
     lengths = _lengths(config.data)
-    contexts = [shape.max_positions for shape in (teacher, student) if shape.max_positions]
-    context = min(contexts, default=4096)
+    most_prompt, most_response = _room(config, teacher, student)
+    limit, num_sets = config.data.limit, len(config.data.train_sets)
     if lengths is None:
         prompt, response, because = 256, 256, "data on the hub is not read before the run"
-        steps = MAX_STEPS
-        validation = 64
+        count, is_whole = None if limit is None else limit * num_sets, True
+        if count is not None:
+            because += f"; data.limit leaves at most {count} records"
     else:
-        prompts, responses = lengths
+        prompts, responses, is_whole = lengths
+        count = len(prompts)
         prompt = min(MOST_TOKENS, rounded(high(prompts) + TEMPLATE_TOKENS))
         response = min(MOST_TOKENS, rounded(high(responses))) if responses else 256
-        count = len(prompts)
-        many = f"{'at least ' if count == SAMPLED_RECORDS else ''}{count} records"
-        because = f"{many}, of which 95 % have at most {high(prompts)} prompt tokens by their characters"
-        if high(prompts) + TEMPLATE_TOKENS > (most := min(MOST_TOKENS, context // 2)):
+        many = f"{'' if is_whole else 'at least '}{count} records"
+        because = f"{many}, of which 95 % have at most {high(prompts)} prompt tokens by their bytes"
+        if high(prompts) + TEMPLATE_TOKENS > (most := min(MOST_TOKENS, most_prompt)):
             because += f"; at most {most:,} are chosen, and longer prompts are left out"
-        validation = max(2, min(64, count // 10))
-        training = max(1, count - validation)
-        steps = math.ceil(EPOCHS * training / config.train.sequences_per_step)
-        steps = max(MIN_STEPS, min(MAX_STEPS, steps)) if count < SAMPLED_RECORDS else MAX_STEPS
-        if config.train.num_epochs is not None:
-            steps = config.train.steps_of_epochs(training, reuse=config.rollout.reuse)
-    if "max_steps" in config.train.model_fields_set:
-        steps = config.train.max_steps
-    yield Choice("data.max_prompt_tokens", min(prompt, context // 2), because)
-    yield Choice("rollout.max_new_tokens", min(response, context // 2), because)
+    validation = 64 if count is None else max(2, min(64, count // 10))
+    training = None if count is None else max(1, count - validation)
+    yield Choice("data.max_prompt_tokens", min(prompt, most_prompt), because)
+    yield Choice("rollout.max_new_tokens", min(response, most_response), because)
     yield Choice("data.num_validation", validation, because)
+    yield from _of_the_steps(config, training, because, is_whole=is_whole)
+
+
+def _of_the_steps(config: RunConfig, training: int | None, because: str, *, is_whole: bool) -> Iterator[Choice]:
+    """For so many prompts to train on, as far as that is known: all of them, or the first."""
+    train = config.train
+    if "max_steps" in train.model_fields_set:
+        steps = train.max_steps
+    elif train.num_epochs is not None and training is None:
+        yield Choice("train.warmup_steps", 0, "nobody knows yet how many steps train.num_epochs makes")
+        return
+    elif train.num_epochs is not None:
+        steps = train.steps_of_epochs(training or 1, reuse=config.rollout.reuse)
+    elif training is None or not is_whole:
+        steps = MAX_STEPS
+    else:
+        steps = max(MIN_STEPS, min(MAX_STEPS, math.ceil(EPOCHS * training / train.sequences_per_step)))
     yield Choice("train.max_steps", steps, because)
     yield Choice("train.warmup_steps", steps // 20, "a twentieth of the steps")
     for setting in ("train.eval_steps", "train.save_steps"):
         yield Choice(setting, max(1, steps // 10), "a tenth of the steps")
 
 
-def _lengths(data: DataSection) -> tuple[list[int], list[int]] | None:
-    """Tokens of the sampled prompts and responses, estimated by their characters; None for data on the hub."""
-    from qswitch.data.records import iter_records  # no preset needs it
+def _room(config: RunConfig, teacher: ModelShape, student: ModelShape) -> tuple[int, int]:
+    """The most tokens for prompts and for responses: half of the context, or what a length that was said leaves."""
+    context = min((shape.max_positions for shape in (teacher, student) if shape.max_positions), default=4096)
+    data, rollout = config.data, config.rollout
+    said_prompt = data.max_prompt_tokens if "max_prompt_tokens" in data.model_fields_set else context - context // 2
+    said_response = rollout.max_new_tokens if "max_new_tokens" in rollout.model_fields_set else context - context // 2
+    return max(1, context - said_response), max(1, context - said_prompt)
 
+
+def _lengths(data: DataSection) -> tuple[list[int], list[int], bool] | None:
+    """Tokens of the sampled prompts and responses, estimated by their bytes, and whether they are all; None for data on
+    the hub."""
     references = [data.train] if isinstance(data.train, str) else data.train
     if any(reference_path(reference) is None for reference in references):
         return None
-    prompts, responses = [], []
-    for record in islice(iter_records(data, data.train, limit=SAMPLED_RECORDS), data.limit):
-        prompts.append(estimated_tokens(len(record.text)))
-        if record.response is not None:
-            responses.append(estimated_tokens(len(record.response)))
-    return prompts, responses
+    records, is_whole = sampled(data)
+    responses = [estimated_tokens(record.response) for record in records if record.response is not None]
+    return [estimated_tokens(record.text) for record in records], responses, is_whole
 
 
 def _teacher_precision(config: RunConfig, *, vram: str | None, gpu: str | None) -> Iterator[Choice]:
@@ -299,7 +319,22 @@ def _smaller(teacher: TeacherSection, shape: ModelShape) -> Iterator[tuple[str, 
             yield preset, named[1][0]
 
 
-def _text(value: Any) -> str:
+def _names(setting: str, value: Any) -> list[str]:
+    """What the option of a setting is given, once or several times; nothing where it cannot say the value."""
+    if isinstance(value, str):
+        return [value]
+    return list(value) if setting == "data.train" and isinstance(value, list) else []
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as `--set` reads it: texts without quotes, where YAML takes them for themselves."""
     import json
 
-    return value if isinstance(value, str) else json.dumps(value)
+    import yaml
+
+    if not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    with suppress(ValueError):
+        if parse_yaml(value) == value:
+            return value
+    return yaml.safe_dump(value, default_style='"', allow_unicode=True, width=math.inf).rstrip("\n")

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from qswitch.choose import choose
+from qswitch.choose import Chosen, choose
 from qswitch.cli import run
 from qswitch.cli_options import Named, load_settings
 from qswitch.config import known_keys, reader
 from qswitch.errors import ConfigError
-from qswitch.layers import by_section
+from qswitch.layers import by_section, flatten
 from qswitch.plan.render import duration
 from qswitch.presets import load_run_config
 from qswitch.run import preview
@@ -74,6 +74,81 @@ def test_the_printed_command_repeats_the_run_on_another_budget(pair: Path, metho
               data=options["--data"]), vram="80GiB",
     )  # fmt: skip
     assert all(reader(again)(key) == reader(chosen.config)(key) for key in known_keys())
+
+
+def again(chosen: Chosen) -> list[str]:
+    return shlex.split(chosen.render("plan").rpartition("The same again: qswitch ")[2])
+
+
+AWKWARD = [
+    "You are helpful: be short.", "a # b", "yes", "007", "- x", "", " two  spaces ", "[a", "{not: a mapping}", "null",
+    "größer\n\u2028 'x' \"y\"", "1e-4", "😀: " + "long " * 50,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_a_text_is_printed_so_that_yaml_reads_it_again(pair: Path, text: str, capsys: pytest.CaptureFixture[str]):
+    said = named(**{"data.system_prompt": text, "teacher.revision": "1234567", "teacher.model": ["nowhere", "teacher"],
+                    "student.revision": "1e5"})  # fmt: skip
+    arguments = again(choose(said, vram="12GiB"))
+    assert run([*arguments, "--vram", "80GiB"]) == 0
+    assert "Chosen for this pair; --set changes any of it:\nThe same again" in capsys.readouterr().err
+    options = list(zip(arguments[1::2], arguments[2::2], strict=True))
+    config = load_settings(
+        Named(overrides=[value for option, value in options if option == "--set"], student="student", data=["faq.csv"])
+    )
+    assert config.data.system_prompt == text and config.teacher.model == ["nowhere", "teacher"]
+    assert (config.teacher.revision, config.student.revision) == ("1234567", "1e5")
+
+
+def test_several_files_are_named_again_one_by_one(pair: Path):
+    (pair / "two files.csv").write_text((pair / "faq.csv").read_text())
+    chosen = choose(named(**{"data.train": ["faq.csv", "two files.csv"]}), vram="12GiB")
+    arguments = again(chosen)
+    assert [arguments[i + 1] for i, word in enumerate(arguments) if word == "--data"] == ["faq.csv", "two files.csv"]
+    assert run([*arguments, "--vram", "80GiB"]) == 0
+
+
+CHINESE = "请用三句话解释为什么天空是蓝色的,并且给出一个简单的例子。谢谢"  # 50 tokens of SmolLM2, 20 of Qwen
+HINDI = "आसमान नीला क्यों है, तीन वाक्यों में समझाइए"  # 49 of SmolLM2
+RUSSIAN = "Объясни, почему небо голубое, в трёх предложениях"  # 42 of SmolLM2
+
+
+@pytest.mark.parametrize(("text", "tokens"), [(CHINESE, 50), (HINDI, 49), (RUSSIAN, 42)])
+def test_lengths_of_every_script_have_nearly_the_room_that_they_take(pair: Path, text: str, tokens: int):
+    (pair / "p.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i} {text * 8}"}) for i in range(300)))
+    config = choose(named(**{"data.train": "p.jsonl"}), vram="24GiB").config
+    assert 0.6 * tokens * 8 <= config.data.max_prompt_tokens <= 1.5 * tokens * 8
+
+
+def test_a_long_second_file_counts_for_the_lengths(pair: Path):
+    for name, words, number in (("short", 1, 6000), ("long", 300, 700)):
+        lines = [json.dumps({"prompt": f"{i} " + "why " * words}) for i in range(number)]
+        (pair / f"{name}.jsonl").write_text("\n".join(lines))
+    config = choose(named(**{"data.train": ["short.jsonl", "long.jsonl"]}), vram="24GiB").config
+    assert config.data.max_prompt_tokens == 448 and config.train.max_steps == 1000
+    first = choose(named(**{"data.train": ["short.jsonl", "long.jsonl"], "data.limit": 300}), vram="24GiB").config
+    assert first.data.max_prompt_tokens == 64 and first.train.max_steps == 51, "the first file alone is trained on"
+
+
+def test_what_is_said_of_the_data_bounds_what_is_chosen_for_it(pair: Path, monkeypatch: pytest.MonkeyPatch):
+    def hub(**said: object) -> dict:
+        values = flatten(named(**{"data.train": "owner/data", **said}))
+        return {choice.setting: choice.value for choice in choose(values, vram="24GiB").choices}
+
+    assert hub()["train.max_steps"] == 1000 and hub()["train.warmup_steps"] == 50
+    few = hub(**{"data.limit": 300})
+    assert (few["data.num_validation"], few["train.max_steps"], few["train.eval_steps"]) == (30, 51, 5)
+    epochs = hub(**{"data.limit": 300, "train.num_epochs": 1})  # 270 prompts are 17 steps
+    assert (epochs["train.warmup_steps"], epochs["train.eval_steps"], epochs["train.save_steps"]) == (0, 1, 1)
+    unknown = hub(**{"train.num_epochs": 1})
+    assert unknown["train.warmup_steps"] == 0 and "train.eval_steps" not in unknown
+
+    for said, chosen in (("data.max_prompt_tokens", "rollout.max_new_tokens"),
+                         ("rollout.max_new_tokens", "data.max_prompt_tokens")):  # fmt: skip
+        assert hub(**{said: 1900})[chosen] == 148, "of a context of 2048"
+    config = choose(named(**{"rollout.max_new_tokens": 64}), vram="24GiB").config
+    assert config.data.max_prompt_tokens == 128, "what the data needs"
 
 
 def test_names_and_sets_are_the_same_words(pair: Path, capsys: pytest.CaptureFixture[str]):

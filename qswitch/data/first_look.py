@@ -1,9 +1,9 @@
 """What data on this disk says of a run before a tokenizer is there, from its first records.
 
 Which records cannot be read, whether responses are missing that the method learns from, how many prompts are too long,
-and how many prompts there are where the records end soon. Knows no tokens: it estimates them by characters, and so
-carefully that what it calls too long is. Of data on the hub, and of what only `datasets` can read, it says nothing.
-Cold.
+and how many prompts there are where the records end soon. Knows no tokens: it estimates them by bytes and characters,
+and so carefully that what it calls too long is. Of data on the hub, and of what only `datasets` can read, it says
+nothing. Cold.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qswitch.config import RunConfig
+from qswitch.config import DataSection, RunConfig
 from qswitch.data.fields import check_columns
 from qswitch.data.records import Record, iter_records, load_records
 from qswitch.data.sources import is_saved_dataset, reference_path
@@ -20,8 +20,9 @@ from qswitch.methods import FIXED
 
 SAMPLED_RECORDS = 5_000
 """Records read of the training data for lengths and numbers; about 0.2 s."""
-CHARACTERS_PER_TOKEN = 3
-"""Of English text it is about 4, of code and other languages less; too low a figure only reserves more room."""
+BYTES_PER_TOKEN = 3
+"""Of UTF-8. Of English text it is about 4, of code less, and a character of Chinese, Japanese or Hindi, three bytes, is
+about a token; too low a figure only reserves more room."""
 MOST_CHARACTERS_PER_TOKEN = 6
 """Few texts have as many: a prompt that is too long by this figure is too long."""
 TEMPLATE_TOKENS = 32
@@ -79,28 +80,43 @@ def first_look(config: RunConfig) -> FirstLook | None:
     references = [data.train] if isinstance(data.train, str) else data.train
     if not all(map(_is_here, references)):
         return None
-    groups: list[str | list[str]] = [data.train] if data.weights is None else [*references]
-    sample = SAMPLED_RECORDS // len(groups)
-    lengths: list[int] = []
-    is_whole = True
-    for group in groups:
-        found = [len(record.text) for record in iter_records(data, group, limit=data.limit, sample=sample)]
-        is_whole &= len(found) < sample or len(found) == data.limit
-        lengths += found
-    if not lengths:
+    records, is_whole = sampled(data)
+    texts = [record.text for record in records]
+    if not texts:
         return None
     limit = data.max_prompt_tokens
-    too_long = sum(length > limit * MOST_CHARACTERS_PER_TOKEN for length in lengths)
-    kept = len(lengths) - too_long
+    too_long = sum(len(text) > limit * MOST_CHARACTERS_PER_TOKEN for text in texts)
+    kept = len(texts) - too_long
     held_out = min(data.num_validation, max(1, kept // 5)) if data.validation is None else 0
     return FirstLook(
-        num_records=len(lengths),
+        num_records=len(texts),
         num_too_long=too_long,
         is_whole=is_whole,
         max_prompt_tokens=limit,
-        enough_tokens=rounded(estimated_tokens(high(lengths)) + TEMPLATE_TOKENS),
+        enough_tokens=rounded(high([estimated_tokens(text) for text in texts]) + TEMPLATE_TOKENS),
         num_training=max(0, kept - held_out),
     )
+
+
+def sampled(data: DataSection) -> tuple[list[Record], bool]:
+    """The first records to train on, of every entry of data.train as many; and whether they are all.
+
+    Raises:
+        DataError: one of them cannot be read.
+    """
+    entries = [data.train] if isinstance(data.train, str) else data.train
+    is_part = len(entries) > 1 and data.weights is None  # of one set, which has one limit and one look at its columns
+    records: list[Record] = []
+    is_whole = True
+    left = data.limit
+    for number, entry in enumerate(entries):
+        sample = (SAMPLED_RECORDS - len(records)) // (len(entries) - number)
+        found = list(iter_records(data, entry, limit=left, sample=sample, is_part=is_part))
+        is_whole &= len(found) < sample or len(found) == left
+        records += found
+        if is_part and left is not None:
+            left -= len(found)
+    return records, is_whole
 
 
 def counted_prompts(look: FirstLook | None) -> int | None:
@@ -108,9 +124,9 @@ def counted_prompts(look: FirstLook | None) -> int | None:
     return None if look is None or not look.is_whole or look.leaves_hardly_any else look.num_training
 
 
-def estimated_tokens(num_characters: int) -> int:
+def estimated_tokens(text: str) -> int:
     """Tokens of a text, rather too many than too few."""
-    return -(-num_characters // CHARACTERS_PER_TOKEN)
+    return -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
 
 
 def high(values: list[int]) -> int:
@@ -192,8 +208,8 @@ def missing_responses(config: RunConfig, found: str) -> str:
 def _without_response(config: RunConfig, records: list[Record]) -> Iterator[Record]:
     """Those that would be trained on and have none; one that is likely too long is left out before anybody asks."""
     if config.reads_responses:
-        limit = config.data.max_prompt_tokens * CHARACTERS_PER_TOKEN
-        yield from (record for record in records if not record.has_response and len(record.text) <= limit)
+        limit = config.data.max_prompt_tokens
+        yield from (r for r in records if not r.has_response and estimated_tokens(r.text) <= limit)
 
 
 def _is_here(reference: str) -> bool:
