@@ -234,7 +234,8 @@ def _lengths(data: DataSection) -> tuple[list[int], list[int], bool] | None:
     references = [data.train] if isinstance(data.train, str) else data.train
     if any(reference_path(reference) is None for reference in references):
         return None
-    records, is_whole = sampled(data)
+    by_entry, is_whole = sampled(data)
+    records = [record for some in by_entry for record in some]
     responses = [estimated_tokens(record.response) for record in records if record.response is not None]
     return [estimated_tokens(record.text) for record in records], responses, is_whole
 

@@ -181,7 +181,7 @@ class DataSection(Section):
     weights: list[float] | None = None
     """Share of the training examples that comes from each entry of data.train; None: as many as each has."""
     validation: str | list[str] | None = None
-    """Held-out prompts, same formats. None: num_validation records are taken out of train."""
+    """Held-out prompts, same formats; all of them are left out of training. None: they are drawn from train."""
     split: str = "train"
     """Split of a hub data set, of a saved one, or of a folder whose file names tell splits apart."""
     validation_split: str | None = None
@@ -204,7 +204,8 @@ class DataSection(Section):
     limit: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     """Use only the first N training records; with data.weights, of each entry."""
     num_validation: int = Field(default=32, ge=1, le=100_000)
-    """Number of held-out prompts that are scored."""
+    """Number of held-out prompts that are scored, drawn by their text; without data.validation at most a fifth of
+    each training set, and of a weighted one its share."""
     ground_truth_mix: float = Field(default=0.0, ge=0, le=1)
     """Probability that a batch is ground truth instead of a rollout (0.5 in the paper)."""
     adaptive_share: bool = False
@@ -380,7 +381,7 @@ class TrainSection(Section):
     """paged_adamw_8bit: bitsandbytes, GPU only, a quarter of the state. The driver may move it to the host when memory
     is short, but not after a resume, when it is read into the GPU's own memory; the plan counts all of it there."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay."""
+    """Decoupled weight decay of matrices; biases and the scales of norms do not decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradient norm clip."""
     eval_steps: int = Field(default=50, ge=1, le=MAX_COUNT)

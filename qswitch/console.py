@@ -32,26 +32,44 @@ def print_summary(run_dir: RunDir, summary: Summary) -> None:
         print(f"\nA rollout of step {last['step']}, coloured by writer:")
         print(coloured([(token["text"], token["writer"]) for token in last["tokens"]]))
     what = f"KL(teacher || student) on {summary.validation_prompts} held-out prompts, teacher-written responses"
-    before, after = summary.kl_before_nats, summary.kl_after_nats
+    before, after, last_nats = summary.kl_before_nats, summary.kl_after_nats, summary.kl_last_nats
     if before is None or after is None:
         what = f"Loss on the responses of {summary.validation_prompts} held-out prompts"
         if run_dir.config.passes_text:
             what = f"Loss on what the teacher wrote to {summary.validation_prompts} held-out prompts, as text"
         before, after = summary.response_loss_before_nats, summary.response_loss_after_nats
+        last_nats = summary.response_loss_last_nats
     assert before is not None and after is not None, "a finished run has validated"
-    fall = 1 - after / before if before else 0.0
+    change = abs(1 - after / before) if before else 0.0
+    direction = "higher" if after > before else "lower"
     print(
         f"\n{what} ({summary.validation_tokens} tokens):\n"
-        f"  before {before:.3f}   after {after:.3f} nats/token ({fall:.0%} lower)\n"
+        f"  before {before:.3f}   after {after:.3f} nats/token ({change:.0%} {direction})\n"
         f"{_by_byte(run_dir, summary)}"
         f"  {summary.steps} steps, {summary.rollout_tokens} rollout tokens, {summary.trained_tokens} trained tokens, "
         f"{_time(summary)} of training\n"
+        f"{_writers(run_dir, summary)}"
         f"  memory: {summary.peak_gib:.2f} GiB measured, {summary.planned_gib:.2f} GiB planned\n"
-        f"  adapter: {run_dir.adapter_path}\n"
+        f"  adapter: {run_dir.adapter_path}{_of_step(summary, last_nats)}\n"
         f"  report:  {run_dir.report_path}\n"
         f"  next:    qswitch chat {run_dir.path}\n"
         f"           qswitch merge {run_dir.path}"
     )
+
+
+def _of_step(summary: Summary, last_nats: float | None) -> str:
+    """Of which step the adapter is, where it is not the last one."""
+    if summary.best_step == summary.steps or last_nats is None:
+        return ""
+    best, steps = summary.best_step, summary.steps
+    return f"\n           of step {best}, the best validation; after step {steps} it was {last_nats:.3f}"
+
+
+def _writers(run_dir: RunDir, summary: Summary) -> str:
+    """How many batches the student wrote, where the run decides that itself."""
+    if not run_dir.config.data.adaptive_share:
+        return ""
+    return f"  the student wrote {summary.rollout_batches} of {summary.steps} batches, the data the others\n"
 
 
 def _by_byte(run_dir: RunDir, summary: Summary) -> str:

@@ -79,6 +79,7 @@ class SummaryFile(TypedDict, total=False):
     best_step: int
     steps: Count
     steps_without_loss: Count
+    rollout_batches: Count
     validation_prompts: Count
     rollout_tokens: Count
     trained_tokens: Count

@@ -267,7 +267,11 @@ def test_a_record_that_is_left_out_for_its_length_needs_no_response(copy):
 
 
 def test_prompts_that_are_counted_before_a_tokenizer_is_there_are_those_that_train(copy):
-    for given in ({}, {"data__limit": 7}, {"data__num_validation": 1}):
+    sets = [str(copy / "data.jsonl"), str(copy / "more.jsonl")]
+    more = [json.dumps({"prompt": f"more of {i}"}) for i in range(30)]
+    (copy / "more.jsonl").write_text("\n".join(more) + "\n")
+    weighted = {"data__train": sets, "data__weights": [3, 1], "data__num_validation": 16}
+    for given in ({}, {"data__limit": 7}, {"data__num_validation": 1}, weighted):
         config = settings(copy, **given)
         assert counted_prompts(first_look(config)) == prepare(config).prompts.report.training_prompts
 

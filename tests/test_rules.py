@@ -101,6 +101,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_pair(path)
     rows = [{"prompt": f"say {'abcdefghij'[i % 10] * (1 + i % 7)}", "response": f"it is {i}"} for i in range(12)]
     (path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "held.jsonl").write_text("".join(json.dumps({**row, "prompt": row["prompt"] + "?"}) + "\n" for row in rows))
     (path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
     return path
 
@@ -117,7 +118,7 @@ def consumers(method: str, folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
         "method": method,
         "teacher": {"model": str(folder / "teacher"), "precision": "fp32"},
         "student": {"model": str(folder / "student"), "precision": "fp32", "lora": {"r": 2}},
-        "data": {"train": str(folder / "data.jsonl"), "validation": str(folder / "data.jsonl"), "num_validation": 2,
+        "data": {"train": str(folder / "data.jsonl"), "validation": str(folder / "held.jsonl"), "num_validation": 2,
                  "lm_corpus": str(folder / "corpus.txt")},
         # The teacher writes much of SWITCH's few tokens, so that there is a loss.
         "rollout": {"max_new_tokens": 6, "batch_size": 2} | ({"decay_rate": 5.0} if method == "switch" else {}),

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from qswitch.config import DataSection, RunConfig
 from qswitch.data.fields import check_columns
 from qswitch.data.records import Record, iter_records, load_records
+from qswitch.data.shares import most_held_out, shares_of
 from qswitch.data.sources import is_saved_dataset, reference_path
 from qswitch.errors import DataError
 from qswitch.methods import FIXED
@@ -80,43 +82,44 @@ def first_look(config: RunConfig) -> FirstLook | None:
     references = [data.train] if isinstance(data.train, str) else data.train
     if not all(map(_is_here, references)):
         return None
-    records, is_whole = sampled(data)
-    texts = [record.text for record in records]
+    entries, is_whole = sampled(data)
+    sets = entries if data.weights is not None else [list(chain.from_iterable(entries))]
+    texts = [record.text for records in sets for record in records]
     if not texts:
         return None
     limit = data.max_prompt_tokens
-    too_long = sum(len(text) > limit * MOST_CHARACTERS_PER_TOKEN for text in texts)
-    kept = len(texts) - too_long
-    held_out = min(data.num_validation, max(1, kept // 5)) if data.validation is None else 0
+    kept = [sum(len(one.text) <= limit * MOST_CHARACTERS_PER_TOKEN for one in records) for records in sets]
+    shares = shares_of(data.num_validation, data.weights or [1.0]) if data.validation is None else [0] * len(sets)
+    held_out = sum(min(share, most_held_out(num)) for share, num in zip(shares, kept, strict=True))
     return FirstLook(
         num_records=len(texts),
-        num_too_long=too_long,
+        num_too_long=len(texts) - sum(kept),
         is_whole=is_whole,
         max_prompt_tokens=limit,
         enough_tokens=rounded(high([estimated_tokens(text) for text in texts]) + TEMPLATE_TOKENS),
-        num_training=max(0, kept - held_out),
+        num_training=sum(kept) - held_out,
     )
 
 
-def sampled(data: DataSection) -> tuple[list[Record], bool]:
-    """The first records to train on, of every entry of data.train as many; and whether they are all.
+def sampled(data: DataSection) -> tuple[list[list[Record]], bool]:
+    """The first records to train on, by entry of data.train, of each as many; and whether they are all.
 
     Raises:
         DataError: one of them cannot be read.
     """
     entries = [data.train] if isinstance(data.train, str) else data.train
     is_part = len(entries) > 1 and data.weights is None  # of one set, which has one limit and one look at its columns
-    records: list[Record] = []
+    by_entry: list[list[Record]] = []
     is_whole = True
     left = data.limit
     for number, entry in enumerate(entries):
-        sample = (SAMPLED_RECORDS - len(records)) // (len(entries) - number)
+        sample = (SAMPLED_RECORDS - sum(map(len, by_entry))) // (len(entries) - number)
         found = list(iter_records(data, entry, limit=left, sample=sample, is_part=is_part))
         is_whole &= len(found) < sample or len(found) == left
-        records += found
+        by_entry.append(found)
         if is_part and left is not None:
             left -= len(found)
-    return records, is_whole
+    return by_entry, is_whole
 
 
 def counted_prompts(look: FirstLook | None) -> int | None:

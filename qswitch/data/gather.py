@@ -21,6 +21,7 @@ from qswitch.data.fields import check_columns
 from qswitch.data.first_look import missing_responses
 from qswitch.data.loader import Mixture
 from qswitch.data.prompt_table import PromptTable, prompt_table
+from qswitch.data.shares import most_held_out, shares_of
 from qswitch.data.sources import Notify
 from qswitch.data.template import Prompt, PromptEncoder
 from qswitch.errors import DataError
@@ -29,6 +30,8 @@ from qswitch.models.pair import TokenizerPair, template_tokenizer
 logger = logging.getLogger(__name__)
 
 Prompts = Sequence[Prompt] | Mixture
+_DRAW = 42
+"""Which draw of held-out prompts: that of the default seed, by which earlier versions drew."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class DataReport:
     capped_limits: int
     """The record's own max_new_tokens lowered to rollout.max_new_tokens."""
     also_held_out: int
-    """Left out of training because data.validation has the same prompt."""
+    """Left out of training because data.validation has the same prompt, scored or not."""
     longest_prompt_tokens: int
     """Of the prompts that are trained on or held out."""
     unused_fields: dict[str, int]
@@ -114,15 +117,15 @@ def gather_prompts(config: RunConfig, encoder: PromptEncoder, notify: Notify | N
     counts = _count(sets, config.rollout.max_new_tokens)
     total = sum(map(len, sets))
 
-    ranks = [s.text_ranks(lambda text: held_out_rank(text, config.seed)) for s in sets]
+    ranks = [s.text_ranks(held_out_rank) for s in sets]
     if given is None:
-        # A small file gives at most a fifth of its prompts away.
-        held = lowest_ranks(np.concatenate(ranks), min(data.num_validation, max(1, total // 5)))
-        held_out = _first_of_each(sets, ranks, held)
+        by_set = ranks_to_hold_out(ranks, data.weights or [1.0], data.num_validation)
+        held_out, left_out = _first_of_each(sets, ranks, by_set), np.concatenate(by_set)
     else:
-        held_out = given[: data.num_validation]
-        held = np.array([held_out_rank(p.text, config.seed) for p in held_out], np.uint64)
-    sets = [s.select(~np.isin(own, held)) for s, own in zip(sets, ranks, strict=True)]
+        own = given.text_ranks(held_out_rank)
+        left_out = np.unique(own)
+        held_out = _first_of_each([given], [own], [left_out[: data.num_validation]])
+    sets = [s.select(~np.isin(own, left_out)) for s, own in zip(sets, ranks, strict=True)]
     num_training = sum(map(len, sets))
     if not num_training:
         raise DataError("Every training prompt is also in data.validation. Name another file for one of them.")
@@ -164,37 +167,50 @@ def _count(sets: Sequence[PromptTable], max_response_tokens: int) -> dict[str, A
     }
 
 
-def held_out_rank(text: str, seed: int) -> int:
-    """64 bits; prompts of the lowest ranks are held out: a draw that depends on the text and the seed alone."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=16).digest()[:8], "big")
+def held_out_rank(text: str) -> int:
+    """64 bits, by which prompts are drawn to be held out, those of the lowest ranks: a function of the text alone.
+
+    So runs with other seeds are scored on the same prompts, a warm start has not seen what a later run holds out, and
+    the draw hardly moves when data is added.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{_DRAW}:{text}".encode(), digest_size=16).digest()[:8], "big")
 
 
-def lowest_ranks(ranks: np.ndarray, num: int) -> np.ndarray:
-    """The `num` lowest ranks, uint64 [num], of prompts whose ranks are `ranks`, uint64 [prompts].
+def ranks_to_hold_out(ranks: Sequence[np.ndarray], weights: Sequence[float], num: int) -> list[np.ndarray]:
+    """The lowest ranks of each set, uint64 [at most its share of `num`]; no rank is given twice.
 
-    They name the held-out texts. Which these are is a pure function of (seed, text), so the split hardly moves when
-    data is added; every record that repeats a held-out text leaves training too.
+    `ranks`, uint64 [prompts] a set, name the texts; every record that repeats a held-out text leaves training too. A
+    set loses at most a fifth of its different prompts, also to a set before it that has the same ones.
 
     Raises:
-        DataError: fewer than num + 1 distinct prompts.
+        DataError: no set has two different prompts.
     """
-    distinct = np.unique(ranks)
-    if len(distinct) <= num:
+    distinct = [np.unique(own) for own in ranks]
+    given: list[np.ndarray] = []
+    for own, share in zip(distinct, shares_of(num, weights), strict=True):
+        is_held = np.isin(own, np.concatenate([own[:0], *given]))
+        room = max(0, most_held_out(len(own)) - int(is_held.sum()))
+        given.append(own[~is_held][: min(share, room)])
+    if not any(map(len, given)):
+        counted = " and ".join(str(len(own)) for own in distinct)
         raise DataError(
-            f"data.num_validation={num} leaves nothing to train on: the data has {len(distinct)} distinct prompts. "
-            + (f"Set data.num_validation={max(1, len(distinct) // 8)}, or name" if len(distinct) > 1 else "Name")
-            + " a held-out file in data.validation."
+            f"data.num_validation={num} finds nothing to hold out: the data has {counted} distinct prompts, and one of "
+            "each entry stays to be trained on. Name a held-out file in data.validation."
         )
-    return distinct[:num]
+    return given
 
 
-def _first_of_each(sets: Sequence[PromptTable], ranks: Sequence[np.ndarray], held: np.ndarray) -> list[Prompt]:
-    """The first prompt of every held-out text, in the order of the data."""
+def _first_of_each(
+    sets: Sequence[PromptTable], ranks: Sequence[np.ndarray], given: Sequence[np.ndarray]
+) -> list[Prompt]:
+    """Of every rank that a set has `given`, its first prompt; by rank, so that the first few are a sample too."""
     found: dict[int, Prompt] = {}
-    for prompts, own in zip(sets, ranks, strict=True):
-        for index in np.flatnonzero(np.isin(own, held)):
-            found.setdefault(int(own[index]), prompts[int(index)])
-    return list(found.values())
+    for prompts, own, chosen in zip(sets, ranks, given, strict=True):
+        for index in np.flatnonzero(np.isin(own, chosen)):
+            rank = int(own[index])
+            if rank not in found:
+                found[rank] = prompts[int(index)]
+    return [found[rank] for rank in sorted(found)]
 
 
 def _longest_row(sets: Sequence[PromptTable], max_prompt_tokens: int) -> int:
@@ -228,7 +244,7 @@ def _say(config: RunConfig, report: DataReport, longest: int) -> None:
             report.capped_limits,
         f"%d of {report.records} records repeat the prompt and response of another one; they are kept.":
             report.duplicates,
-        "Left out %d training prompts that are held out for validation.": report.also_held_out,
+        "Left out %d training prompts that data.validation has too.": report.also_held_out,
     }  # fmt: skip
     for text, number in found.items():
         if number:

@@ -1,7 +1,7 @@
 """Which prompts come next: a seeded order that a checkpoint can resume exactly.
 
-The order of an epoch is a pure function of (seed, epoch); no global random state is read. Knows nothing of batches'
-padding, devices or models.
+The order of an epoch is a pure function of (seed, set, epoch); no global random state is read. Knows nothing of
+batches' padding, devices or models.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qswitch.data.prompt_table import PromptTable
+from qswitch.data.shares import furthest_behind
 from qswitch.data.sources import iter_rows
 from qswitch.data.template import Prompt
 from qswitch.errors import DataError
@@ -24,16 +25,18 @@ if TYPE_CHECKING:
 
 
 class _EpochOrder:
-    """Endless indices 0..size-1, each once an epoch, in an order drawn from (seed, epoch)."""
+    """Endless indices 0..size-1, each once an epoch, in an order drawn from (seed, epoch) and the set's number, so that
+    of parallel sets of one size a step does not get the same rows twice."""
 
-    def __init__(self, size: int, seed: int, fingerprint: int) -> None:
+    def __init__(self, size: int, seed: int, fingerprint: int, *, set_number: int = 0) -> None:
         self.size, self.seed, self.fingerprint = size, seed, fingerprint
+        self._set = f"{set_number}:" if set_number else ""
         self._start(epoch=0, cursor=0)
 
     def _start(self, epoch: int, cursor: int) -> None:
         self.epoch, self.cursor = epoch, cursor
         self.order = array.array("q", range(self.size))
-        random.Random(f"{self.seed}:{epoch}").shuffle(self.order)  # type: ignore[arg-type]
+        random.Random(f"{self.seed}:{self._set}{epoch}").shuffle(self.order)  # type: ignore[arg-type]
 
     def next(self, n: int) -> list[tuple[int, int]]:
         """The next n (index, epoch) pairs."""
@@ -102,10 +105,9 @@ class PromptLoader:
         if not len(prompts):
             raise DataError("There is no prompt to train on. Name more data, or lower data.num_validation.")
         mixture = prompts if isinstance(prompts, Mixture) else Mixture([prompts], [1.0])
-        self._sets, weights = list(mixture.sets), mixture.weights
-        self._shares = [w / sum(weights) for w in weights]
+        self._sets, self._weights = list(mixture.sets), mixture.weights
         self._taken = [0] * len(self._sets)
-        self._orders = [_EpochOrder(len(s), seed, _fingerprint(s)) for s in self._sets]
+        self._orders = [_EpochOrder(len(s), seed, _fingerprint(s), set_number=i) for i, s in enumerate(self._sets)]
 
     @property
     def epoch(self) -> int:
@@ -119,8 +121,7 @@ class PromptLoader:
         return [self._next() for _ in range(n)]
 
     def _next(self) -> tuple[Prompt, int]:
-        total = sum(self._taken) + 1
-        chosen = max(range(len(self._sets)), key=lambda i: (total * self._shares[i] - self._taken[i], -i))
+        chosen = furthest_behind(self._weights, self._taken)
         self._taken[chosen] += 1
         ((index, epoch),) = self._orders[chosen].next(1)
         return self._sets[chosen][index], epoch

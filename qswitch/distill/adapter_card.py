@@ -16,23 +16,35 @@ from qswitch.outside import user_path
 from qswitch.preset_index import read_index
 
 UNKNOWN = "licence not known; check it before sharing"
+WORSE = "**Training made it worse by this figure: no validation was below the one before the first step.**"
 OWN = "a local file or folder; say here whose it is and how it may be used"
 
 
-def how_trained(config: RunConfig) -> str:
-    """The method, who wrote the responses, and the loss, in a line of Markdown."""
-    rollout, loss = config.rollout, config.loss
-    schedule = f" (schedule `{rollout.schedule}`)" if rollout.policy == "switch" else ""
-    responses = f"responses by the policy `{rollout.policy}`{schedule}, " if config.writes_rollouts else ""
+def how_trained(config: RunConfig, summary: Mapping[str, Any]) -> str:
+    """The method, who wrote the responses, the loss, the steps, and of which of them the weights are, as Markdown."""
+    rollout, loss, steps = config.rollout, config.loss, summary.get("steps")
+    responses = ""
+    if config.writes_rollouts:
+        schedule = f" (schedule `{rollout.schedule}`)" if rollout.policy == "switch" else ""
+        written = summary.get("rollout_batches", steps)
+        some = f" in {written} of {steps} batches" if written != steps else ""
+        responses = f"responses by the policy `{rollout.policy}`{schedule}{some}, "
     imitates = loss.objective == "divergence"
     learnt = f"`{loss.divergence}` over `{loss.scope}`" if imitates else "`cross_entropy`"
-    return f"method `{config.method}`, {responses}loss {learnt}"
+    how = f"method `{config.method}`, {responses}loss {learnt}"
+    if steps is None:
+        return how
+    best, processes = summary.get("best_step", steps), summary.get("processes", 1)
+    by = f" in {processes} processes" if processes > 1 else ""
+    which = f"; these are the weights of step {best}, whose validation was the best" if best != steps else ""
+    return f"{how}, {steps} steps{by}{which}"
 
 
-def by_processes(summary: Mapping[str, Any]) -> str:
-    """Continues a sentence about the training with the number of its processes, where there were several."""
-    count = summary.get("processes", 1)
-    return f" in {count} processes" if count > 1 else ""
+def got_worse(summary: Mapping[str, Any]) -> bool:
+    """Whether the run's figure is higher after training than before."""
+    pairs = (("kl_before_nats", "kl_after_nats"), ("response_loss_before_nats", "response_loss_after_nats"))
+    found = [(summary.get(before), summary.get(after)) for before, after in pairs]
+    return any(before is not None and after is not None and after > before for before, after in found)
 
 
 def licence_lines(config: RunConfig) -> list[str]:
@@ -101,14 +113,14 @@ def adapter_card(config: RunConfig, summary: Mapping[str, Any]) -> str:
         "---",
         f"# {summary['student']}, {made}",
         "",
-        f"Trained with qswitch (preset `{config.about.name}`): {how_trained(config)}, "
-        f"{summary['steps']} steps{by_processes(summary)}.{credit}",
+        f"Trained with qswitch (preset `{config.about.name}`): {how_trained(config, summary)}.{credit}",
         "",
         f"| {figure}, nats per token, {summary['validation_prompts']} held-out prompts | |",
         "|---|---|",
         f"| before | {before:.4f} |",
         f"| after | {after:.4f} |",
         "",
+        *([WORSE, ""] if got_worse(summary) else []),
         f"Trained on {summary['device']} with {summary['peak_gib']:.2f} GiB of memory at its peak "
         f"({summary['planned_gib']:.2f} planned).",
         "",

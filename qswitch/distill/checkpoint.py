@@ -22,7 +22,7 @@ from qswitch.manifest import find_damage, read_manifest, write_manifest
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.student import load_adapter, save_adapter
 
-FORMAT = 4
+FORMAT = 5
 """Raised whenever a checkpoint of before could not be read as it was meant."""
 _STATE = "state.pt"
 

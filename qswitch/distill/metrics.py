@@ -29,6 +29,8 @@ class Counters:
     response_tokens: int = 0
     """Generated, or read from the data where a batch was ground truth."""
     steps_without_loss: int = 0
+    rollout_batches: int = 0
+    """Steps that learnt from rollouts, fresh or replayed, rather than from the data's own responses."""
     overflows: int = 0
     """Attempts at a step that moved no weight, because gradients left the range of fp16; they count as no step."""
     best_nats: float = math.inf
@@ -53,6 +55,7 @@ class Counters:
         self.trained_tokens += report.loss_tokens
         self.response_tokens += report.loss_tokens if report.batch == "ground_truth" else report.written_tokens
         self.steps_without_loss += report.loss is None
+        self.rollout_batches += report.batch != "ground_truth"
         self.overflows += report.overflows
 
     def state_dict(self) -> dict[str, Any]:

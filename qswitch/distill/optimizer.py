@@ -70,15 +70,21 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 def make_optimizer(train: TrainSection, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of train.optimizer; AdamW's state is there from the start, the other's from its first step.
 
+    Weight decay is for matrices: biases and the scales of norms, which have one dimension, keep theirs, as in the
+    trainers of Hugging Face and DistiLLM.
+
     The paged optimizer's state is paged where bitsandbytes allocates it: its load_state_dict moves what a checkpoint
     holds to the GPU as it is.
     """
+    decays = [p for p in parameters if p.ndim >= 2], train.weight_decay
+    stays = [p for p in parameters if p.ndim < 2], 0.0
+    groups = [{"params": own, "weight_decay": decay} for own, decay in (decays, stays) if own]
     if train.optimizer == "paged_adamw_8bit":
         import bitsandbytes as bnb
 
-        return bnb.optim.PagedAdamW8bit(parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
+        return bnb.optim.PagedAdamW8bit(groups, lr=train.learning_rate)
     # Fused: a step allocates nothing, so it is taken whole or, where its kernel fails, not at all.
-    optimizer = torch.optim.AdamW(parameters, lr=train.learning_rate, weight_decay=train.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=train.learning_rate, fused=True)
     for parameter in parameters:
         # What the first step would allocate, in the middle of a run; torch makes it where there is none.
         optimizer.state[parameter] = {

@@ -6,6 +6,7 @@ through here; what is written, the first one writes.
 
 from __future__ import annotations
 
+import logging
 import platform
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from transformers import GenerationConfig
 from qswitch.aside import folder_aside
 from qswitch.config import RunConfig
 from qswitch.data.template import PromptEncoder, template_source
-from qswitch.distill.adapter_card import adapter_card
+from qswitch.distill.adapter_card import adapter_card, got_worse
 from qswitch.distill.answers import keep_first_answers, keep_last_answers
 from qswitch.distill.checkpoint import newest_whole, saved_part
 from qswitch.distill.phase_peaks import PhasePeaks, highest_of, in_gib_beside
@@ -50,6 +51,8 @@ from qswitch.rollout.kv_probe import verify_kv
 from qswitch.run_dir import RunDir
 from qswitch.units import GIB
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -78,6 +81,8 @@ class Summary:
     steps: int
     steps_without_loss: int
     """Steps whose rollouts held no intervention, so that nothing was learnt."""
+    rollout_batches: int
+    """Steps that learnt from rollouts, fresh or replayed, rather than from the data's own responses."""
     overflows: int
     """Attempts at a step that moved no weight, because gradients left the range of fp16; they count as no step."""
     validation_prompts: int
@@ -330,6 +335,7 @@ def _finish(
         best_step=counters.best_step,
         steps=trainer.step,
         steps_without_loss=counters.steps_without_loss,
+        rollout_batches=counters.rollout_batches,
         overflows=counters.overflows,
         validation_prompts=trainer.validation.num_prompts,
         validation_tokens=trainer.validation.num_tokens,
@@ -362,7 +368,29 @@ def _finish(
         write_manifest(folder, pattern="*.safetensors")  # the rest is the user's to edit
         shutil.rmtree(run_dir.adapter_path, ignore_errors=True)  # of a run that ended before its summary was written
     run_dir.write_json("summary.json", asdict(summary))
+    for doubt in doubts(config, summary):
+        logger.warning(doubt)
     return summary
+
+
+def doubts(config: RunConfig, summary: Summary) -> list[str]:
+    """Why the result is perhaps not what somebody wanted, in a sentence each."""
+    found = []
+    if got_worse(asdict(summary)):
+        start = "student.init_adapter" if config.student.init_adapter else "the student as it was"
+        found.append(
+            f"The student got worse: no validation was better than the one before the first step. The adapter is the "
+            f"least bad, that of step {summary.best_step}; {start} is better by this figure. Train with a lower "
+            "train.learning_rate."
+        )
+    if config.data.adaptive_share and not summary.rollout_batches:
+        found.append(
+            f"The student wrote none of the {summary.steps} batches; all were the data's own responses. Its share "
+            "grows when a validation finds the loss on held-out responses risen by data.share_tolerance_nats="
+            f"{config.data.share_tolerance_nats:g}, which it does where the student was fine-tuned on the task before: "
+            "qswitch sft, then student.init_adapter (docs/methods.md)."
+        )
+    return found
 
 
 def _bytes_of(sequences: Sequence[TrainingSequence], pair: TokenizerPair) -> int:

@@ -166,6 +166,7 @@ class Trainer:
         )
         parts: dict[str, Stateful | None] = {
             "counters": self.counters,
+            "validation": self.validation,
             "sizes": self.recovery,
             "optimizer": self.learner.optimizer,
             "loss_scale": self.learner.loss_scale,

@@ -8,9 +8,11 @@ all know the whole figure.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +37,17 @@ Scores = tuple[float, dict[int, float]]
 
 
 class HeldOut:
-    """Held-out prompts with the responses that the student is scored on, and its last scores."""
+    """Held-out prompts with the responses that the student is scored on, and its last scores.
+
+    A checkpoint holds which prompts they are, because its figures are of them.
+    """
 
     key: str
     """Name of the figure in metrics.jsonl."""
     what: str
     """The figure, for people."""
+    reads_responses: bool = False
+    """Whether the responses are the data's."""
 
     def __init__(self, sequences: Sequence[TrainingSequence], *, pad_id: int, processes: Processes) -> None:
         self.sequences = list(sequences)
@@ -50,6 +57,25 @@ class HeldOut:
         """What `nats` measured last, by prompt: nats per token of it, in the order of the sequences."""
         self._pad_id, self._processes = pad_id, processes
         self._own = [i for i, s in enumerate(self.sequences) if s.owner == processes.rank]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which prompts these are; the responses only where they are the data's, for a teacher may round otherwise."""
+        responses = [s.response_ids for s in self.sequences] if self.reads_responses else None
+        content = repr(([(s.example_id, s.prompt_ids) for s in self.sequences], responses))
+        return {"prompts": self.num_prompts, "fingerprint": zlib.crc32(content.encode())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See that a checkpoint's figures are of these prompts.
+
+        Raises:
+            DataError: they are of others.
+        """
+        if state != self.state_dict():
+            raise DataError(
+                f"The held-out prompts changed since the checkpoint (there were {state['prompts']}, now there are "
+                f"{self.num_prompts}), so figures before and after could not be compared. Resume with the same "
+                "data.validation and data.num_validation, or start a new run."
+            )
 
     def nats(
         self,
@@ -199,6 +225,7 @@ class ResponseLoss(HeldOut):
 
     key = "response_loss_nats"
     what = "loss on held-out responses"
+    reads_responses = True
 
     def __init__(self, prompts: Sequence[Prompt], *, pad_id: int, processes: Processes) -> None:
         owners = processes.divide([len(p.prompt_ids) + len(p.response_ids or ()) for p in prompts])

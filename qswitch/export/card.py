@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qswitch.config import RunConfig
-from qswitch.distill.adapter_card import by_processes, how_trained, known_licence, licence_lines
+from qswitch.distill.adapter_card import WORSE, got_worse, how_trained, known_licence, licence_lines
 from qswitch.hub import is_hub_id
 from qswitch.outside import user_path
 
@@ -32,14 +32,13 @@ def model_card(config: RunConfig, name: str, summary: dict[str, Any], merge_erro
         header.append(f"base_model: {base}")
     header += ["tags:", "- distillation", f"- {config.method}", "- qswitch", "---", ""]
     cut = f", cut to {config.student.shrink_to_layers} layers" if config.student.shrink_to_layers else ""
-    steps = f", {summary['steps']} steps" if "steps" in summary else ""
     system = config.data.system_prompt
     lines = [
         f"# {name}, distilled with qswitch",
         "",
         f"- Student: {student}{cut}",
         *([f"- Teacher: {teacher} ({config.teacher.precision})"] if config.learns_from_teacher else []),
-        f"- Training: {how_trained(config)}{steps}{by_processes(summary)}",
+        f"- Training: {how_trained(config, summary)}",
         *([f"- System message of every prompt: {json.dumps(system, ensure_ascii=False)}"] if system else []),
         f"- Adapter: {_adapter_line(config)}; weights saved in {dtype}",
         f"- Merge check: merging changed logits by at most {merge_error:.2g} against base + adapter",
@@ -55,6 +54,8 @@ def model_card(config: RunConfig, name: str, summary: dict[str, Any], merge_erro
     known = [f"| {label} | {summary[key]:.4g} |" for key, label in figures.items() if _is_number(summary.get(key))]
     if known:
         lines += ["", "| figure | value |", "|---|---|", *known]
+    if got_worse(summary):
+        lines += ["", WORSE]
     lines += ["", "Licences of what it is made from:", "", *licence_lines(config)]
     lines += [
         "",

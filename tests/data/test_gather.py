@@ -59,31 +59,70 @@ def test_every_format_gives_the_same_prompts(tmp_path, ending):
 
 def test_the_split_against_the_rule_in_words(tmp_path):
     """Of the distinct texts those with the lowest draws are held out; whatever repeats one leaves training."""
-    data = [{"prompt": f"text {i // 2}"} for i in range(40)]
+    data = [{"prompt": f"text {i // 2}"} for i in range(80)]
     found = gathered(write(tmp_path / "a.jsonl", data), num_validation=6)
-    draws = sorted({f"text {i}" for i in range(20)}, key=lambda text: held_out_rank(text, 0))
-    assert set(texts(found.held_out)) == set(draws[:6]) and len(found.held_out) == 6
-    assert [p.example_id for p in found.held_out] == sorted(p.example_id for p in found.held_out)
+    draws = sorted({f"text {i}" for i in range(40)}, key=held_out_rank)
+    assert texts(found.held_out) == draws[:6], "in the order of the draw"
     assert all(p.example_id % 2 == 0 for p in found.held_out), "the first record of a text"
-    assert set(texts(found.train)) == set(draws[6:]) and len(found.train) == 28
+    assert set(texts(found.train)) == set(draws[6:]) and len(found.train) == 68
 
 
-def test_the_split_depends_on_seed_and_text_only(tmp_path):
+def test_the_split_depends_on_the_text_only(tmp_path):
     data = [{"prompt": f"text {i}"} for i in range(50)]
 
-    def held_out(rows, seed=1):
-        return set(texts(gathered(write(tmp_path / "a.jsonl", rows), num_validation=5, seed=seed).held_out))
+    def held_out(rows, **changes):
+        return texts(gathered(write(tmp_path / "a.jsonl", rows), **{"num_validation": 5, **changes}).held_out)
 
-    assert held_out(data) == held_out(data[::-1])
-    assert held_out(data) != held_out(data, seed=2)
-    assert len(held_out(data) & held_out([*data, {"prompt": "text 50"}])) >= 4
+    assert held_out(data, seed=1) == held_out(data[::-1], seed=2)
+    assert held_out(data, num_validation=3) == held_out(data)[:3]
+    assert len(set(held_out(data)) & set(held_out([*data, {"prompt": "text 50"}]))) >= 4
 
 
-def test_a_split_that_leaves_nothing_names_a_number_that_works(tmp_path):
-    same = write(tmp_path / "a.jsonl", [{"prompt": f"text {i % 8}"} for i in range(80)])
-    with pytest.raises(DataError, match=r"num_validation=8 leaves nothing.*8 distinct.*num_validation=1"):
-        gathered(same, num_validation=8)
-    assert len(gathered(same, num_validation=1).train) == 70
+def test_a_small_set_gives_a_fifth_of_its_different_prompts(tmp_path):
+    same = write(tmp_path / "a.jsonl", [{"prompt": f"text {i % 12}"} for i in range(120)])
+    found = gathered(same, num_validation=8)
+    assert len(found.held_out) == 2 and len(found.train) == 100
+    with pytest.raises(DataError, match=r"num_validation=8 finds nothing to hold out: the data has 1 distinct"):
+        gathered(write(tmp_path / "a.jsonl", [{"prompt": "text"}] * 9), num_validation=8)
+
+
+def test_of_a_validation_file_a_sample_is_scored_and_nothing_is_trained_on(tmp_path):
+    """A file in the order of its tasks; both, and all rows of it in training too."""
+    given = [{"prompt": f"{task} {i}"} for task in ("sum", "translate") for i in range(60)]
+    held = write(tmp_path / "v.jsonl", given)
+    train = write(tmp_path / "a.jsonl", [*given, *rows(7), *given])
+    found, other = (gathered(train, validation=str(held), num_validation=20, seed=seed) for seed in (1, 2))
+    assert set(texts(found.train)) == {f"say {i}" for i in range(7)} and found.report.also_held_out == 240
+    assert texts(found.held_out) == sorted((row["prompt"] for row in given), key=held_out_rank)[:20]
+    for some in (found.held_out, found.held_out[:8]):
+        assert {text.split()[0] for text in texts(some)} == {"sum", "translate"}
+    assert found.held_out == other.held_out
+    write(held, [*given, *given])
+    again = gathered(train, validation=str(held), num_validation=20)
+    assert texts(again.held_out) == texts(found.held_out), "a text that stands there twice is scored once"
+
+
+def test_every_weighted_set_holds_out_its_share(tmp_path):
+    files = [write(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}"} for i in range(num)])
+             for name, num in (("big", 900), ("mine", 100), ("tiny", 10))]  # fmt: skip
+    found = gathered([str(f) for f in files], weights=[2, 1, 1], num_validation=32)
+    names = [text.split()[0] for text in texts(found.held_out)]
+    assert {name: names.count(name) for name in names} == {"big": 16, "mine": 8, "tiny": 2}, "tiny gives a fifth"
+    assert texts(found.held_out) == sorted(texts(found.held_out), key=held_out_rank)
+    assert [len(s) for s in found.train.sets] == [884, 92, 8]
+    trained = {text for s in found.train.sets for text in texts(s)}
+    assert not trained & set(texts(found.held_out))
+
+
+@pytest.mark.parametrize(("num", "held", "by_set"), [(12, 12, (6, 6)), (80, 20, (20, 0))])
+def test_parallel_weighted_sets_hold_out_other_prompts_and_lose_a_fifth_at_most(tmp_path, num, held, by_set):
+    """The same prompts with other responses: each set holds out records of its own, of which both lose the prompt."""
+    files = [write(tmp_path / f"{n}.jsonl", [{"prompt": f"say {i}", "response": f"{n} {i}"} for i in range(100)])
+             for n in range(2)]  # fmt: skip
+    found = gathered([str(f) for f in files], weights=[1, 1], num_validation=num)
+    assert len(found.held_out) == len(set(texts(found.held_out))) == held
+    assert tuple(sum(p.example_id // 100 == n for p in found.held_out) for n in range(2)) == by_set
+    assert [len(s) for s in found.train.sets] == [100 - held] * 2
 
 
 def test_oddities_are_counted_and_said(tmp_path, caplog):
@@ -114,7 +153,7 @@ def test_oddities_are_counted_and_said(tmp_path, caplog):
         "1 of 14 responses are empty and count as none.",
         "Lowered max_new_tokens of 1 records to rollout.max_new_tokens=16, for which the memory is planned.",
         "1 of 14 records repeat the prompt and response of another one; they are kept.",
-        "Left out 1 training prompts that are held out for validation.",
+        "Left out 1 training prompts that data.validation has too.",
     ]
 
 

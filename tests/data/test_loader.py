@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from qswitch.data.loader import PassageLoader, PromptLoader, load_corpus_tokens
+from qswitch.data.loader import Mixture, PassageLoader, PromptLoader, load_corpus_tokens
 from qswitch.data.template import Prompt
 from qswitch.errors import DataError
 
@@ -68,6 +68,18 @@ def test_state_of_other_data_is_refused():
     ):
         with pytest.raises(DataError, match=f"The data changed since the checkpoint.*{name}"):
             loader.load_state_dict(state)
+
+
+def test_parallel_sets_of_one_size_come_in_orders_of_their_own():
+    """Two answers to each prompt, in two files: a step has the prompts that it seems to have."""
+    for num in (2, 3):
+        loader = PromptLoader(Mixture([prompts(100) for _ in range(num)], [1] * num), 3)
+        taken = [prompt.example_id for prompt, _ in loader.next(20 * num)]
+        by_set = [taken[i::num] for i in range(num)]
+        assert len(set(map(tuple, by_set))) == num
+        assert sum(len(set(row)) == num for row in zip(*by_set, strict=True)) >= 17
+        alone = [prompt.example_id for prompt, _ in PromptLoader(prompts(100), 3).next(20)]
+        assert by_set[0] == alone, "the first set's order is that of a set alone"
 
 
 def test_loader_limits():

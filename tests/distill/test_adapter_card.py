@@ -5,7 +5,7 @@ import gzip
 import pytest
 import yaml
 
-from qswitch.distill.adapter_card import OWN, UNKNOWN, adapter_card, licence_lines
+from qswitch.distill.adapter_card import OWN, UNKNOWN, WORSE, adapter_card, licence_lines
 from qswitch.export.card import model_card
 from qswitch.layers import build_config
 from qswitch.preset_index import read_index
@@ -25,8 +25,8 @@ def config_of(preset=PRESET, **above):
     return build_config(load_run_config(preset).model_dump(exclude_unset=True), above)
 
 
-def cards(config):
-    return adapter_card(config, SUMMARY), model_card(config, "name", SUMMARY, 0.0, "bf16")
+def cards(config, summary=SUMMARY):
+    return adapter_card(config, summary), model_card(config, "name", summary, 0.0, "bf16")
 
 
 def listed(card):
@@ -68,6 +68,19 @@ def test_settings_tell_a_licence_also_of_a_folder_and_of_a_subset(tmp_path):
     ]
     header = yaml.safe_load(cards(config)[1].split("---")[1])
     assert (header["license"], header["license_name"]) == ("other", "Gemma Terms of Use")
+
+
+def test_cards_say_of_which_step_the_weights_are_and_who_wrote_how_many_batches():
+    config = config_of()
+    for card in cards(config):
+        assert ", 3 steps" in card and "weights of step" not in card and "batches" not in card and WORSE not in card
+    told = {**SUMMARY, "steps": 1000, "best_step": 100, "processes": 2, "rollout_batches": 600}
+    worse = {**told, "kl_before_nats": 0.5, "kl_after_nats": 0.7}
+    for summary in (told, worse):
+        for card in cards(config, summary):
+            assert "1000 steps in 2 processes; these are the weights of step 100, whose validation was the best" in card
+            assert "`) in 600 of 1000 batches, loss" in card
+            assert (WORSE in card) == (summary is worse)
 
 
 def test_without_a_preset_the_licences_that_any_preset_tells_are_known():

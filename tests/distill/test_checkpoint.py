@@ -140,6 +140,10 @@ WRONG_STATES = {
         lambda state: {**state, "loader": {"sets": [{**state["loader"]["sets"][0], "size": 3}], "taken": [0]}},
         "data changed since the checkpoint",
     ),
+    "figures of other held-out prompts": (
+        lambda state: {**state, "validation": {"prompts": 9, "fingerprint": 1}},
+        "held-out prompts changed since the checkpoint.*there were 9, now there are 4",
+    ),
     "no acceptance": (lambda state: {**state, "acceptance": None}, "state of acceptance"),
 }  # fmt: skip
 

@@ -32,9 +32,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not support
 
 
 def parameters(seed: int = 0) -> list[torch.nn.Parameter]:
-    """One that is kept in 8 bits, in blocks of 256 of which the last is not full, and one too small for it."""
+    """Matrices, one that is kept in 8 bits, in blocks of 256 of which the last is not full, one too small for it."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in (4097, 8)]
+    return [torch.nn.Parameter(torch.randn(size, 1, generator=generator)) for size in (4097, 8)]
 
 
 def set_gradients(of: list[torch.nn.Parameter], step: int) -> None:
@@ -56,6 +56,22 @@ def test_the_8_bit_optimizer_is_adamw_with_the_runs_settings():
     large, small = (eight_bit.state[p] for p in found)
     assert large["state1"].dtype == large["state2"].dtype == torch.uint8 and small["state1"].dtype == torch.float32
     assert large["absmax1"].shape == large["absmax2"].shape == (17,)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "paged_adamw_8bit"])
+def test_matrices_decay_and_biases_and_norms_do_not(kind):
+    """Without a gradient a step only decays: by the rate times train.weight_decay."""
+    train = TrainSection(optimizer=kind, learning_rate=1e-2, weight_decay=0.1)
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3), torch.nn.Embedding(4, 3))
+    for parameter in layers.parameters():
+        torch.nn.init.ones_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    make_optimizer(train, list(layers.parameters())).step()
+    found = {name: parameter.mean().item() for name, parameter in layers.named_parameters()}
+    decayed = pytest.approx(1 - 1e-2 * 0.1)
+    assert found == {"0.weight": decayed, "0.bias": 1, "1.weight": 1, "1.bias": 1, "2.weight": decayed}
+    vectors = [torch.nn.Parameter(torch.ones(3))]
+    assert len(make_optimizer(train, vectors).param_groups) == 1
 
 
 def page_like_a_gpu(monkeypatch: Any) -> list[torch.Tensor]:

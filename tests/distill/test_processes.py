@@ -161,7 +161,7 @@ def test_several_processes_end_with_the_adapter_of_one(worlds, alone, count: str
         for key in mine.keys() & {"loss", "grad_norm", "kl_nats", "response_loss_nats", "teacher_share", "jsd_bits"}:
             assert mine[key] == (None if other[key] is None else pytest.approx(other[key], abs=limit, rel=limit)), key
     for path, says in ((folder / f"{count}-{name}", True), (alone[name], False)):
-        assert (f"steps in {count} processes." in (path / "adapter" / "README.md").read_text()) == says
+        assert (f"steps in {count} processes" in (path / "adapter" / "README.md").read_text()) == says
         assert (f", {count} processes" in (path / "report.html").read_text()) == says
     if name == "distillm":
         assert {line["batch"] for line in ours if "batch" in line} == {"ground_truth", "rollout", "replay"}

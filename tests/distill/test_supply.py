@@ -60,6 +60,10 @@ def test_a_run_goes_through_all_three_sources_and_resumes_bit_for_bit(folders, t
     assert batches[:3] == ["ground_truth"] * 3, "phi is 0 at first"
     assert set(batches) == {"ground_truth", "rollout", "replay"}
     assert all(line["loss"] > 0 for line in lines if "batch" in line)
+    summary = json.loads((whole / "summary.json").read_text())
+    written = summary["rollout_batches"]
+    assert written == sum(batch != "ground_truth" for batch in batches) > 0
+    assert f"policy `student` in {written} of 12 batches" in (whole / "adapter" / "README.md").read_text()
     shares = [line["student_batch_share"] for line in lines if "student_batch_share" in line]
     assert shares[0] > 0 and shares == sorted(shares)
 
