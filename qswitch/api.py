@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qswitch.config import RunConfig
 from qswitch.layers import build_config, set_layer
-from qswitch.outside import read_json
+from qswitch.outside import read_json, user_path
 from qswitch.presets import load_preset
 from qswitch.run_dir import RunDir, new_run_path
 from qswitch.state_files import SummaryFile
@@ -45,7 +45,8 @@ def configure(
     Args:
         source: what to start from. Without it `teacher`, `student` and `data` must be there, and everything else is
             chosen from the shapes of the models, the data and the memory.
-        teacher, student: hub id, folder or GGUF file, in place of those of `source`.
+        teacher, student: hub id, folder or GGUF file, in place of those of `source`. The student may be `shrink` or
+            `shrink:N`: the teacher, cut to two thirds of its layers or to N.
         data: prompts: file, folder or hub id, or several.
         method: switch, gkd, kd, sft, and so on; docs/methods.md has them.
         settings: anything else, as `{"train.max_steps": 100}` or `{"train": {"max_steps": 100}}`.
@@ -58,15 +59,18 @@ def configure(
     named = {"teacher.model": teacher, "student.model": student, "method": method,
              "data.train": data if data is None or isinstance(data, str) else list(data)}  # fmt: skip
     own = set_layer([], {**{key: value for key, value in named.items() if value is not None}, **(settings or {})})
-    if source is None:
-        from qswitch.choose import choose
+    from qswitch.choose import choose, with_cut_student
 
+    if source is None:
         return choose(own, vram=vram, gpu=gpu).config
     if isinstance(source, RunConfig):
-        return build_config(source.model_dump(exclude_unset=True), own) if own else source
-    if isinstance(source, Mapping):
-        return build_config(source, own)
-    return build_config(load_preset(source), own, where=str(source))
+        if not own:
+            return source
+        below: Mapping[str, Any] = source.model_dump(exclude_unset=True)
+    else:
+        below = source if isinstance(source, Mapping) else load_preset(source)
+    above, _ = with_cut_student(own, below)
+    return build_config(below, above, where=str(source) if isinstance(source, str | Path) else None)
 
 
 def plan(config: Source, *, vram: str | None = None, gpu: str | None = None) -> Plan:
@@ -105,7 +109,7 @@ def distill(config: Source, output_dir: str | Path | None = None, *, vram: str |
     """
     from qswitch import run
 
-    path = Path(output_dir) if output_dir is not None else new_run_path()
+    path = user_path(output_dir) if output_dir is not None else new_run_path()
     run.distill(configure(config), path, vram=vram)
     return load_run(path)
 
@@ -116,8 +120,8 @@ def load_run(path: str | Path) -> Run:
     Raises:
         RunDirError: `path` is no run directory.
     """
-    path = Path(path)
-    return Run(path, RunDir.open(path).config)
+    run_dir = RunDir.open(user_path(path))
+    return Run(run_dir.path, run_dir.config)
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,6 +188,15 @@ def _root(
         raise error
 
 
+def _folder(output_dir: Path | None, label: str) -> Path:
+    """Where a new run or store is written: the folder that was named (bash leaves `--output-dir=~/x` as it is), or one
+    called after what is done."""
+    from qswitch.outside import user_path
+    from qswitch.run_dir import new_run_path
+
+    return new_run_path(label) if output_dir is None else user_path(output_dir)
+
+
 def _print_run(path: Path, summary: Any, as_json: bool, *, shown: bool) -> None:
     from qswitch.console import print_summary
     from qswitch.run_dir import RunDir
@@ -225,7 +234,7 @@ def distill(
     from qswitch import run as runs
     from qswitch.distill.processes import joined
     from qswitch.layers import set_layer
-    from qswitch.run_dir import RunDir, new_run_path
+    from qswitch.run_dir import RunDir
 
     named = Named(preset, config, overrides, teacher, student, data, method)
     with joined() as processes:
@@ -240,12 +249,12 @@ def distill(
             show_plan(runs.rehearse(settings, vram=vram, resumes=True), as_json, shown=processes.is_first)
         elif dry_run:
             settings = processes.each(lambda: load_settings(named, vram=vram))
-            show_plan(runs.rehearse(settings, vram=vram), as_json, shown=processes.is_first)
+            show_plan(runs.rehearse(settings, output_dir, vram=vram), as_json, shown=processes.is_first)
         elif resume is not None:
             _print_run(resume, runs.resume(resume, vram=vram, changes=changes), as_json, shown=processes.is_first)
         else:
             settings = processes.each(lambda: load_settings(named, vram=vram))
-            path = processes.from_first(lambda: output_dir or new_run_path(named.label))
+            path = processes.from_first(lambda: _folder(output_dir, named.label))
             _print_run(path, runs.distill(settings, path, vram=vram), as_json, shown=processes.is_first)
 
 
@@ -271,7 +280,6 @@ def sft(
     from qswitch import run as runs
     from qswitch.distill.processes import joined
     from qswitch.layers import sft_config
-    from qswitch.run_dir import new_run_path
 
     if preset is None and config is None:  # one model is enough
         teacher, student = teacher or student, student or teacher
@@ -281,9 +289,9 @@ def sft(
             lambda: sft_config(load_settings(named, vram=vram, command=f"sft --model {model}"), model)
         )
         if dry_run:
-            show_plan(runs.rehearse(settings, vram=vram), as_json, shown=processes.is_first)
+            show_plan(runs.rehearse(settings, output_dir, vram=vram), as_json, shown=processes.is_first)
             return
-        path = processes.from_first(lambda: output_dir or new_run_path(f"{named.label}-sft-{model}"))
+        path = processes.from_first(lambda: _folder(output_dir, f"{named.label}-sft-{model}"))
         _print_run(path, runs.distill(settings, path, vram=vram), as_json, shown=processes.is_first)
         if not as_json and processes.is_first:
             setting = "teacher.adapter" if model == "teacher" else "student.init_adapter"
@@ -316,7 +324,6 @@ def teach(
 
     from qswitch import teach as teaching
     from qswitch.distill.processes import joined
-    from qswitch.run_dir import new_run_path
 
     named = Named(preset, config, overrides, teacher, student, data, method)
     with joined() as processes:
@@ -328,12 +335,12 @@ def teach(
             folder, about = resume, teaching.resume(resume, vram=vram, spread=spread)
         else:
             settings = processes.each(lambda: load_settings(named, vram=vram, command="teach"))
-            folder = processes.from_first(lambda: output_dir or new_run_path(f"{named.label}-teacher"))
             if dry_run:
-                planned = teaching.rehearse(settings, vram=vram, spread=spread)
+                planned = teaching.rehearse(settings, output_dir, vram=vram, spread=spread)
                 if processes.is_first:
                     show(planned.to_dict(), as_json, lambda _: planned.render())
                 return
+            folder = processes.from_first(lambda: _folder(output_dir, f"{named.label}-teacher"))
             about = teaching.teach(settings, folder, vram=vram, spread=spread)
         if processes.is_first:
             show(asdict(about), as_json, lambda _: (

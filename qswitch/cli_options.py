@@ -61,7 +61,8 @@ class Named:
     @property
     def label(self) -> str:
         """For the folder of a run."""
-        return self.preset or (self.config.stem if self.config else "run")
+        file = self.config or (Path(self.preset) if self.preset and self.preset.endswith((".yaml", ".yml")) else None)
+        return file.stem if file else self.preset or "run"
 
 
 def load_settings(

@@ -100,6 +100,8 @@ def _try_hub() -> str:
     try:
         with urllib.request.urlopen(f"{endpoint}/api/models?limit=1", timeout=HUB_TIMEOUT_S):
             pass
+    except ValueError:  # urllib takes no address without a scheme
+        return f"HF_ENDPOINT={endpoint} is no address. Write it with its scheme, as https://..."
     except (OSError, urllib.error.URLError) as failure:
         return f"{endpoint} not reachable ({failure}); local folders and package: references still work"
     token = "with a token" if has_token() else "no token (only gated models need one: HF_TOKEN, or hf auth login)"

@@ -22,12 +22,10 @@ def is_hub_id(reference: str) -> bool:
 
 def hub_cache() -> Path:
     """The folder that huggingface_hub uses, by the same environment variables."""
-    if os.environ.get("HF_HUB_CACHE"):
-        return Path(os.environ["HF_HUB_CACHE"])
-    home = (
-        os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface"
-    )
-    return Path(home).expanduser() / "hub"
+    read = os.environ.get
+    home = read("HF_HOME", os.path.join(read("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+    named = read("HF_HUB_CACHE", read("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub")))
+    return Path(os.path.expandvars(os.path.expanduser(named)))
 
 
 def forbidden_by() -> str | None:

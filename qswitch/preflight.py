@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qswitch.config import RunConfig, StudentSection, TeacherSection
 from qswitch.data.first_look import data_problems, first_records, unreadable_data
-from qswitch.errors import ConfigError, DataError, ModelError, QSwitchError
+from qswitch.errors import ConfigError, DataError, FileError, ModelError, QSwitchError
 from qswitch.hub import has_token
 from qswitch.launch import launched
-from qswitch.outside import user_path
+from qswitch.outside import read_json, user_path
+from qswitch.run_dir import STORE
+from qswitch.state_files import StoreFile
 from qswitch.units import GIB
 
 if TYPE_CHECKING:
@@ -71,15 +73,16 @@ def sections_to_load(config: RunConfig) -> Sections:
 # ------------------------------------------------------------------------------------------------------ settings alone
 
 
-def check_settings(config: RunConfig, *, elsewhere: bool = False) -> None:
+def check_settings(config: RunConfig, output_dir: Path | None = None, *, elsewhere: bool = False) -> None:
     """Nothing, or every reason that settings, files and this machine give against the run; no library, no network.
 
-    With `elsewhere` the run is meant for another machine, and nothing is said of this one.
+    With `output_dir` there must be room on its disk. With `elsewhere` the run is meant for another machine, and nothing
+    is said of this one.
 
     Raises:
         PreflightError: lists them.
     """
-    problems = settings_problems(config, elsewhere=elsewhere)
+    problems = settings_problems(config, output_dir, elsewhere=elsewhere)
     if problems:
         raise PreflightError(problems)
 
@@ -271,6 +274,22 @@ def _files(config: RunConfig) -> Iterator[str]:
         yield (
             f"data.template={template}: no such file. Use teacher, student, alpaca, plain, or the path of a Jinja file."
         )
+    if config.teacher.responses is not None and config.learns_from_teacher:
+        yield from _store(user_path(config.teacher.responses))
+
+
+def _store(folder: Path) -> Iterator[str]:
+    """Whose work it is, is asked when the data is read."""
+    if not folder.is_dir():
+        yield f"teacher.responses={folder} does not exist. Name a folder of `qswitch teach`."
+        return
+    try:
+        is_complete = read_json(folder / STORE, StoreFile)["complete"]
+    except FileError as error:
+        yield f"teacher.responses={folder} is no store of a teacher's work: {error} Name a folder of `qswitch teach`."
+        return
+    if not is_complete:
+        yield f"teacher.responses={folder} is not finished. Go on with: qswitch teach --resume {folder}"
 
 
 def _disk(config: RunConfig, output_dir: Path) -> Iterator[str]:

@@ -23,6 +23,7 @@ from qswitch.distill.processes import Processes, joined
 from qswitch.errors import ConfigError, Interrupted, QSwitchError, RunDirError, StorageError, storage_problem
 from qswitch.launch import launched
 from qswitch.layers import Layer
+from qswitch.outside import user_path
 from qswitch.plan.advice import require_fit, require_own_sizes_fit
 from qswitch.plan.machine import Budget, Machine, describe_machine, find_budget
 from qswitch.plan.run_plan import Plan
@@ -47,16 +48,21 @@ class Rehearsal(NamedTuple):
     """None where the training data is not on this disk."""
 
 
-def rehearse(config: RunConfig, *, vram: str | None = None, resumes: bool = False) -> Rehearsal:
+def rehearse(
+    config: RunConfig, path: Path | None = None, *, vram: str | None = None, resumes: bool = False
+) -> Rehearsal:
     """The plan of a run from its settings alone; of the data the first rows.
 
     Started as several processes it is the plan of so many.
 
     Raises:
         PreflightError: what would stop the run on this machine, or with `vram` on any.
+        RunDirError: `path`, where a new run is to be, holds something.
     """
+    if path is not None:
+        path = free_path(path)
     config = with_tokenizer(config)
-    check_settings(config, elsewhere=vram is not None)
+    check_settings(config, path, elsewhere=vram is not None)
     return _rehearsed(config, vram=vram, keep_sizes=resumes, processes=launched().count)
 
 
@@ -129,7 +135,7 @@ def resume(path: Path, *, vram: str | None = None, changes: Layer | None = None)
         and what `distill` raises.
     """
     with joined() as processes:
-        path = processes.from_first(lambda: path)
+        path = processes.from_first(lambda: user_path(path))
         run_dir = processes.each(lambda: RunDir.open(path, changes, writes=processes.is_first))
         config = run_dir.config
         budget = smallest_budget(config, vram, processes)
@@ -152,7 +158,8 @@ def locked_by_first(path: Path, processes: Processes) -> Iterator[None]:
 
 
 def free_path(path: Path, command: Command = "distill") -> Path:
-    """The path, where nothing is of an earlier run, or of what else `command` makes."""
+    """The path, `~` expanded, where nothing is of an earlier run, or of what else `command` makes."""
+    path = user_path(path)
     RunDir.refuse_existing(path, command)
     return path
 

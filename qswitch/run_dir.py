@@ -7,6 +7,7 @@ no torch and no model.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import logging
@@ -21,7 +22,7 @@ from qswitch.config import RunConfig
 from qswitch.errors import ConfigError, RunDirError
 from qswitch.layers import Layer, build_config, by_section, dump_config, flatten, reopened
 from qswitch.manifest import MANIFEST, begins_as, entry_of, find_damage
-from qswitch.outside import is_kind
+from qswitch.outside import is_kind, user_path
 from qswitch.state_files import MetricsLine, RolloutLine
 from qswitch.yaml_file import read_yaml
 
@@ -113,6 +114,7 @@ class RunDir:
             RunDirError: the folder or its config.yaml is missing.
             ConfigError: its config.yaml is not valid, or a setting may not change in a run that has begun.
         """
+        path = user_path(path)
         config_path = path / "config.yaml"
         if not config_path.is_file():
             reason = "holds no config.yaml, so it is no run directory" if path.is_dir() else "does not exist"
@@ -371,8 +373,10 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise RunDirError(f"Another qswitch command is writing to {folder}. Wait until it ends, or stop it.") from None
-    except NotImplementedError:  # a file system without locks
-        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        yield  # a disk of a network without locks, where nobody can tell
         return
     try:
         yield

@@ -150,6 +150,13 @@ class ThresholdFile(TypedDict):
     teacher_tokens: Count
 
 
+class StoreFile(TypedDict):
+    """store.json of a teacher's work, as far as it is read before the libraries are there."""
+
+    precision: str
+    complete: bool
+
+
 class GraphTrialFile(TypedDict):
     """student_graphs.json and teacher_graphs.json."""
 

@@ -16,6 +16,7 @@ from qswitch.distill.processes import Processes, joined
 from qswitch.errors import ConfigError, Interrupted, RunDirError
 from qswitch.launch import launched
 from qswitch.layers import build_config, reopened
+from qswitch.outside import user_path
 from qswitch.plan.machine import Budget, Machine, describe_machine
 from qswitch.plan.scheduler import with_choices
 from qswitch.plan.teacher_alone import TeachingPlan, plan_teaching
@@ -39,13 +40,18 @@ if TYPE_CHECKING:
     from qswitch.distill.stored_teacher import About
 
 
-def rehearse(config: RunConfig, *, vram: str | None = None, spread: bool = False) -> TeachingPlan:
+def rehearse(
+    config: RunConfig, path: Path | None = None, *, vram: str | None = None, spread: bool = False
+) -> TeachingPlan:
     """The plan of a store from its settings alone; started as several processes, that of so many.
 
     Raises:
         PreflightError, ConfigError: what would stop it.
         PlanError: no rows fit.
+        RunDirError: `path`, where a new store is to be, holds something.
     """
+    if path is not None:
+        free_path(path, "teach")
     config = with_tokenizer(config)
     _require_teachable(config)
     check_settings(_that_stays(config), elsewhere=vram is not None)
@@ -81,7 +87,7 @@ def resume(path: Path, *, vram: str | None = None, spread: bool = False) -> Abou
         and what `teach` raises.
     """
     with joined() as processes:
-        path = processes.from_first(lambda: path)
+        path = processes.from_first(lambda: user_path(path))
         return _work(processes.each(lambda: _own_config(path)), path, vram, spread, [], processes, is_new=False)
 
 

@@ -14,6 +14,8 @@ from qswitch.cli import run
 from qswitch.config import RunConfig
 from qswitch.errors import ConfigError, RunDirError
 from qswitch.presets import load_run_config
+from qswitch.run_dir import RunDir
+from qswitch.teach import teach
 from tests.tiny import save_tiny_pair
 
 
@@ -48,6 +50,28 @@ def test_configure_chooses_what_is_left_open_for_a_pair(tmp_path):
         teacher=own["teacher"]["model"], student=own["student"]["model"], data=[own["data"]["train"]], vram="12GiB"
     )
     assert config.data.train == [own["data"]["train"]] and config.student.lora.r == 16  # of a student this small
+
+
+def test_a_student_is_cut_from_the_teacher_of_any_source():
+    below = {"teacher": {"model": "smollm"}, "student": {"model": "x"}, "data": {"train": "a.jsonl"}}
+    for source in (below, qswitch.configure(below)):
+        student = qswitch.configure(source, student="shrink:9").student
+        assert (student.model, student.shrink_to_layers) == ("smollm", 9)
+    preset = qswitch.configure("qwen2.5-7b-to-1.5b", student="shrink")
+    assert (preset.student.model, preset.student.shrink_to_layers) == (preset.teacher.model, 18)
+
+
+def test_folders_of_the_home_are_written_as_in_a_shell(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = qswitch.configure("smollm2-demo")
+    path = RunDir.create(tmp_path / "runs" / "a", config).path
+    assert qswitch.load_run("~/runs/a").path == path
+    for begin in (lambda: qswitch.distill(config, "~/runs/a"), lambda: teach(config, Path("~/runs/a"))):
+        with pytest.raises(RunDirError, match=f"{path} is not empty"):
+            begin()
+    assert run(["distill", "--preset", "smollm2-demo", "--output-dir=~/runs/a", "--dry-run"]) == 2
+    assert not (tmp_path / "~").exists()
 
 
 def test_a_wrong_setting_has_the_command_lines_message():

@@ -171,6 +171,12 @@ def test_names_change_a_preset(pair: Path):
     assert two.data.train == ["a.jsonl", "b.jsonl"]
 
 
+def test_a_run_is_called_after_its_preset_or_file():
+    names = [Named(preset="../my.yaml"), Named(preset="/x/my.yml"), Named(config=Path("a/my.yaml"))]
+    assert [named.label for named in names] == ["my"] * 3
+    assert Named(preset="qwen2.5-7b-to-1.5b").label == "qwen2.5-7b-to-1.5b" and Named().label == "run"
+
+
 def test_sft_needs_one_model(pair: Path, capsys: pytest.CaptureFixture[str]):
     assert run(["sft", "--student", "student", "--data", "faq.csv", "--dry-run", "--vram", "24GiB"]) == 0
     assert "qswitch sft --model student" in capsys.readouterr().err

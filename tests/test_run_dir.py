@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -238,3 +240,18 @@ def test_what_only_says_where_something_lies_may_be_edited(tmp_path: Path, confi
         assert len(RunDir(run.path, build_config(PAIR, edited)).changed_since(written)) == 1
     with pytest.raises(RunDirError, match=r"teacher\.precision is bf16"):
         RunDir(run.path, build_config(PAIR, {"teacher.precision": "bf16"})).changed_since(written)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EIO])
+def test_a_disk_without_locks_locks_nothing_and_another_error_stays(tmp_path: Path, monkeypatch, number: int):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    held: list[Path] = []
+    try:
+        with run_dir.locked(tmp_path):
+            held.append(tmp_path)
+    except OSError as error:
+        assert (error.errno, number) == (errno.EIO, errno.EIO)
+    assert held == ([] if number == errno.EIO else [tmp_path])

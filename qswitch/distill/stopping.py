@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -24,8 +25,12 @@ class Stoppable(Protocol):
 @contextmanager
 def stop_on_signal(trainer: Stoppable, say: Callable[[str], None]) -> Iterator[None]:
     """SIGINT, SIGTERM or SIGHUP ends the run after the current step, with a checkpoint; a second of the first two at
-    once. A SIGHUP that is ignored already (`nohup`) stays so.
+    once. A SIGHUP that is ignored already (`nohup`) stays so. In a thread of a larger program signals are that
+    program's, and nothing is changed: Python lets the main thread alone handle them.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     asked = False
 
     def request(signum: int, _frame: Any) -> None:

@@ -7,6 +7,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -58,6 +59,20 @@ def test_a_hang_up_that_is_ignored_stays_so():
         assert not trainer.stop_requested and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_in_a_thread_leaves_signals_to_the_program_around_it():
+    before = signal.getsignal(signal.SIGINT)
+    seen: list[object] = []
+
+    def work() -> None:
+        with stop_on_signal(SimpleNamespace(stop_requested=False), print):
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
 
 
 def test_a_session_that_ends_sends_several_signals_and_leaves_the_time_for_a_checkpoint(monkeypatch):

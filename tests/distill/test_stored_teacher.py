@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from qswitch import run, teach
 from qswitch.distill import session, teaching
 from qswitch.distill.stored_teacher import About, differs
 from qswitch.distill.teaching import PART_SEQUENCES, items_of_a_run
-from qswitch.errors import ConfigError, RunDirError
+from qswitch.errors import ConfigError, QSwitchError, RunDirError
 from qswitch.layers import build_config
 from qswitch.models import load
+from qswitch.preflight import PreflightError, settings_problems
 from qswitch.run_dir import RunDir, locked, make_folder
 from qswitch.units import GIB
 from tests.distill.test_trainer import folders
@@ -100,7 +102,7 @@ def test_a_store_that_was_cut_or_damaged_is_found_and_mended(kd, tmp_path):
         store = tmp_path / "store"
         shutil.copytree(whole, store)
         spoil(store)
-        with pytest.raises(RunDirError, match=pattern) as refused:
+        with pytest.raises(QSwitchError, match=pattern) as refused:
             run.distill(stored(config, store), tmp_path / "run")
         assert f"qswitch teach --resume {store}" in str(refused.value) and not (tmp_path / "run").exists()
         with pytest.MonkeyPatch.context() as patch:
@@ -151,7 +153,7 @@ def test_a_store_for_another_run_is_refused(kd, folders, tmp_path):
                  "data": {"train": str(data), "num_validation": 4}}  # fmt: skip
     with pytest.raises(RunDirError, match="other data"):
         run.distill(build_config(with_data), tmp_path / "run")
-    with pytest.raises(RunDirError, match="does not exist"):
+    with pytest.raises(PreflightError, match="nowhere does not exist"):
         run.distill(stored(config, tmp_path / "nowhere"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -289,6 +291,25 @@ def test_an_adapter_is_known_by_its_files_wherever_they_lie(folders, tmp_path):
         (tmp_path / name / "adapter_model.safetensors").write_bytes(weights)
         marks.append(teaching.adapter_fingerprint(with_method(folders, "kd", teacher__adapter=str(tmp_path / name))))
     assert marks[0] == marks[1] != marks[2] and teaching.adapter_fingerprint(with_method(folders, "kd")) is None
+
+
+def test_a_store_that_is_not_there_or_not_finished_is_said_before_any_data_is_read(folders, tmp_path):
+    config = stored(with_method(folders, "kd", **STEPS), tmp_path / "store")
+
+    def said() -> str:
+        (problem,) = settings_problems(config)
+        with pytest.raises(PreflightError, match=re.escape(problem)):
+            run.rehearse(config)
+        return problem
+
+    assert "does not exist. Name a folder of `qswitch teach`" in said()
+    (tmp_path / "store").mkdir()
+    assert "is no store of a teacher's work" in said()
+    for complete in (False, True):
+        (tmp_path / "store" / "store.json").write_text(json.dumps({"precision": "nf4", "complete": complete}))
+        if not complete:
+            assert f"is not finished. Go on with: qswitch teach --resume {tmp_path / 'store'}" in said()
+    assert settings_problems(config) == []
 
 
 def test_a_folder_that_another_command_is_filling_stays(folders, tmp_path):

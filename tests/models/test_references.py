@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import runpy
 import sys
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from qswitch.errors import ModelError
+from qswitch.hub import hub_cache
 from qswitch.models import messages
 from qswitch.models.references import resolve_reference
 from tests.tiny import save_tiny
@@ -30,6 +34,17 @@ def test_a_package_reference_is_found_without_importing_the_package(tmp_path, mo
     resolved = resolve_reference("package:weights_that_explode/model")
     assert resolved.path == str(package / "model")
     assert "weights_that_explode" not in sys.modules
+
+
+@pytest.mark.parametrize("named", ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME", None])
+@pytest.mark.parametrize("place", ["~/models", "$HOME/models", "/data/models", ""])
+def test_the_cache_is_the_one_that_huggingface_hub_uses(monkeypatch, named, place):
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    if named is not None:
+        monkeypatch.setenv(named, place)
+    theirs = runpy.run_path(huggingface_hub.constants.__file__)["HF_HUB_CACHE"]
+    assert hub_cache() == Path(theirs)
 
 
 def test_the_first_available_of_a_list_is_used_and_named(tmp_path, caplog):
