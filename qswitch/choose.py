@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from qswitch.config import DataSection, RunConfig, StudentSection, TeacherSection, TrainSection, reader
-from qswitch.data.first_look import TEMPLATE_TOKENS, estimated_tokens, high, rounded, sampled
+from qswitch.data.first_look import TEMPLATE_TOKENS, estimated_tokens, first_records, high, rounded, sampled
 from qswitch.data.sources import reference_path
 from qswitch.errors import ConfigError
 from qswitch.layers import Layer, build_config, by_section, flatten
 from qswitch.plan.machine import Machine, describe_machine, find_budget
-from qswitch.plan.model_files import shape_for
+from qswitch.plan.model_files import chat_template, shape_for
 from qswitch.plan.scheduler import plan_run, with_choices
 from qswitch.plan.shapes import ModelShape
 from qswitch.plan.stored import (
@@ -33,14 +33,19 @@ from qswitch.plan.stored import (
 )
 from qswitch.plan.vocabulary import with_tokenizer
 from qswitch.presets import load_run_config, preset_names
+from qswitch.thinking import THINKING, THINKING_TOKENS, reads_thinking
 from qswitch.units import GIB
 from qswitch.yaml_file import parse_yaml
 
+LOOKED_AT = 32
+"""Records, to see whether the data's answers show their thinking."""
 MIN_STEPS, MAX_STEPS, EPOCHS = 50, 1000, 3
 MOST_TOKENS = 1024
 """Of a prompt, and of a response; where the data has longer ones, the user decides what they may cost."""
 CUT_FROM_TEACHER = re.compile(r"shrink(?::(.*))?", re.DOTALL)
 """`--student shrink` and `--student shrink:N`."""
+OF_MANY_TOKENIZERS = range(32_000, 32_256)
+"""SentencePiece's usual size and what chat models add to it: Llama 2 and OpenLLaMA have it, with other tokens."""
 NAMED = {"teacher.model": "--teacher", "student.model": "--student", "data.train": "--data"}
 
 
@@ -104,9 +109,10 @@ def choose(own: Layer, *, vram: str | None = None, gpu: str | None = None) -> Ch
     found = [
         *(tokenizer if asked.passes_text else []),
         *_of_the_data(asked, teacher, student),
+        *_of_the_template(asked),
         *_of_the_student(student, asked.train),
     ]
-    found += _teacher_precision(build_config(shapes, _layer(found), own), vram=vram, gpu=gpu)
+    found += _precision(build_config(shapes, _layer(found), own), vram=vram, gpu=gpu)
     config = build_config(shapes, _layer(found), own)
     read = reader(config)
     choices = tuple(choice for choice in found if choice.setting not in said and read(choice.setting) == choice.value)
@@ -228,6 +234,35 @@ def _room(config: RunConfig, teacher: ModelShape, student: ModelShape) -> tuple[
     return max(1, context - said_response), max(1, context - said_prompt)
 
 
+def _of_the_template(config: RunConfig) -> Iterator[Choice]:
+    """No thinking, where the template lets a model think unless it is told otherwise, and the data's answers do not."""
+    data = config.data
+    roles: dict[str, TeacherSection | StudentSection] = {"teacher": config.teacher, "student": config.student}
+    section = roles.get(data.template)
+    if section is None or THINKING in data.template_kwargs or not _may_think(section):
+        return
+    if config.reads_responses and any(record.shows_thinking for record in first_records(config, LOOKED_AT)):
+        return
+    yield Choice(
+        f"data.template_kwargs.{THINKING}",
+        False,
+        f"the {data.template}'s chat template lets it think before it answers; --set data.template_kwargs.{THINKING}="
+        f"true --set rollout.max_new_tokens={THINKING_TOKENS} distils the thinking as well",
+    )
+
+
+def _may_think(section: TeacherSection | StudentSection) -> bool:
+    """Whether the model's chat template has the choice; of one that is not to be had, whether a preset makes it."""
+    template = chat_template(section)
+    if template is not None:
+        return reads_thinking(template)
+    for preset in preset_names():
+        config = load_run_config(preset)
+        if section.model in (config.teacher.model, config.student.model) and THINKING in config.data.template_kwargs:
+            return True
+    return False
+
+
 def _lengths(data: DataSection) -> tuple[list[int], list[int], bool] | None:
     """Tokens of the sampled prompts and responses, estimated by their bytes, and whether they are all; None for data on
     the hub."""
@@ -240,27 +275,30 @@ def _lengths(data: DataSection) -> tuple[list[int], list[int], bool] | None:
     return [estimated_tokens(record.text) for record in records], responses, is_whole
 
 
-def _teacher_precision(config: RunConfig, *, vram: str | None, gpu: str | None) -> Iterator[Choice]:
-    """bf16 where it fits without giving up anything, else 4-bit, which a CPU reads in few shapes and slowly; of weights
-    that are stored quantised, theirs."""
-    setting = "teacher.precision"
+def _precision(config: RunConfig, *, vram: str | None, gpu: str | None) -> Iterator[Choice]:
+    """Of the teacher, or of the student where no teacher is loaded: 16 bits where that fits without giving up anything,
+    else 4-bit, which a CPU reads in few shapes and slowly; of weights that are stored quantised, theirs."""
+    setting, exact = ("teacher.precision", "bf16") if config.learns_from_teacher else ("student.precision", "auto")
     if not config.learns_from_teacher:
-        yield Choice(setting, "bf16", "the method loads no teacher")
-        return
-    stored = shape_for(config.teacher).stored
+        yield Choice("teacher.precision", "bf16", "the method loads no teacher")
+        if config.student.adapter != "lora":
+            return  # all weights are trained, and none are frozen
+    stored = shape_for(config.teacher if config.learns_from_teacher else config.student).stored
     budget = find_budget(config.train, vram=vram, gpu=gpu, num_gpus=config.teacher.num_gpus)
     if stored is not None:
-        here, there = describe_machine(config.train), describe_machine(config.train, budget.device, budget.gpu)
-        is_here = gpu is None and here.device == there.device  # --vram may leave room on the card that is here
-        yield from _as_stored(stored, here if is_here else there, is_here=is_here)
+        if config.learns_from_teacher:
+            here, there = describe_machine(config.train), describe_machine(config.train, budget.device, budget.gpu)
+            is_here = gpu is None and here.device == there.device  # --vram may leave room on the card that is here
+            yield from _as_stored(stored, here if is_here else there, is_here=is_here)
         return
-    exact = with_choices(config, {setting: "bf16"})
-    plan = plan_run(exact, budget_bytes=budget.num_bytes, device=budget.device, gpu=budget.gpu)
+    exactly = with_choices(config, {setting: exact})
+    plan = plan_run(exactly, budget_bytes=budget.num_bytes, device=budget.device, gpu=budget.gpu)
     machine = describe_machine(config.train, budget.device, budget.gpu)
-    asked = plan_run(exact, device=budget.device, gpu=budget.gpu)
-    gib = f"{asked.total_gib:.1f} GiB with it in bf16, {budget.num_bytes / GIB:.1f} in the budget"
+    asked = plan_run(exactly, device=budget.device, gpu=budget.gpu)
+    form = "bf16" if config.learns_from_teacher else "16 bits" if machine.device == "cuda" else "full precision"
+    gib = f"{asked.total_gib:.1f} GiB with it in {form}, {budget.num_bytes / GIB:.1f} in the budget"
     if plan.fits and (machine.device == "cpu" or asked.total_bytes <= budget.num_bytes):
-        yield Choice(setting, "bf16", f"the run takes {gib}")
+        yield Choice(setting, exact, f"the run takes {gib}")
     else:
         yield Choice(setting, "nf4", f"the run would take {gib}")
 
@@ -296,7 +334,10 @@ def _students_for(said: Mapping[str, Any]) -> str:
     values = {key.partition(".")[2]: value for key, value in said.items() if key.startswith("teacher.")}
     section = TeacherSection.model_validate({key: values[key] for key in ("model", "revision") if key in values})
     shape = shape_for(section.model_copy(update={"shape": _published_shape(section)}))
-    known = dict.fromkeys(f"{name} (preset {preset})" for preset, name in _smaller(section, shape))
+    students: dict[str, str] = {}
+    for _, preset, name in sorted(_smaller(section, shape)):
+        students.setdefault(name, preset)
+    known = [f"{name} (preset {preset})" for name, preset in students.items()]
     siblings = f"With the teacher's tokenizer the presets know {', '.join(known)}. " if known else ""
     return (
         f"--student is missing. {siblings}{'Or cut' if known else 'Cut'} one from the teacher: --student shrink keeps "
@@ -304,8 +345,9 @@ def _students_for(said: Mapping[str, Any]) -> str:
     )
 
 
-def _smaller(teacher: TeacherSection, shape: ModelShape) -> Iterator[tuple[str, str]]:
-    """(preset, student) where a preset teaches with this model, or with one of its family and vocabulary."""
+def _smaller(teacher: TeacherSection, shape: ModelShape) -> Iterator[tuple[bool, str, str]]:
+    """(False, preset, student) where a preset teaches with this model; (True, preset, student) where with another one
+    of its family, whose vocabulary has a size that tells the tokenizer."""
     names = {teacher.model} if isinstance(teacher.model, str) else set(teacher.model)
     for preset in preset_names():
         config = load_run_config(preset)
@@ -316,8 +358,10 @@ def _smaller(teacher: TeacherSection, shape: ModelShape) -> Iterator[tuple[str, 
         own = shape_for(config.student)
         # Checkpoints of one family pad the same vocabulary to different multiples.
         same = own.model_type == shape.model_type and abs(own.vocab_size - shape.vocab_size) < 256
-        if (names & set(named[0]) or same) and own.num_parameters < shape.num_parameters:
-            yield preset, named[1][0]
+        is_named = bool(names & set(named[0]))
+        tells = shape.vocab_size not in OF_MANY_TOKENIZERS
+        if (is_named or (same and tells)) and own.num_parameters < shape.num_parameters:
+            yield not is_named, preset, named[1][0]
 
 
 def _names(setting: str, value: Any) -> list[str]:

@@ -279,15 +279,12 @@ def sft(
     """Fine-tune the teacher or the student on the responses in the data, as a warm start for distill."""
     from qswitch import run as runs
     from qswitch.distill.processes import joined
-    from qswitch.layers import sft_config
 
     if preset is None and config is None:  # one model is enough
         teacher, student = teacher or student, student or teacher
     named = Named(preset, config, overrides, teacher, student, data, None if preset or config else "sft")
     with joined() as processes:
-        settings = processes.each(
-            lambda: sft_config(load_settings(named, vram=vram, command=f"sft --model {model}"), model)
-        )
+        settings = processes.each(lambda: load_settings(named, vram=vram, command=f"sft --model {model}", trains=model))
         if dry_run:
             show_plan(runs.rehearse(settings, output_dir, vram=vram), as_json, shown=processes.is_first)
             return

@@ -66,16 +66,22 @@ class Named:
 
 
 def load_settings(
-    named: Named, *, vram: str | None = None, gpu: str | None = None, command: str = "distill"
+    named: Named,
+    *,
+    vram: str | None = None,
+    gpu: str | None = None,
+    command: str = "distill",
+    trains: Literal["teacher", "student"] | None = None,
 ) -> RunConfig:
     """The configuration that the options name: a preset or a file, changed; or a pair, for which the rest is chosen.
 
-    What was chosen is said beside the result, with the command that repeats it.
+    With `trains` it fine-tunes that model of the pair (`sft_config`). What was chosen is said beside the result, with
+    the command that repeats it.
 
     Raises:
         ConfigError: both a preset and a file are named, the pair or its data is incomplete, or what it says is wrong.
     """
-    from qswitch.layers import set_layer
+    from qswitch.layers import set_layer, sft_config, with_teacher_as_student
 
     preset, config, data = named.preset, named.config, named.data
     if preset is not None and config is not None:
@@ -92,20 +98,26 @@ def load_settings(
                 "Name --preset NAME or --config FILE, or a pair and its data: --teacher MODEL --student MODEL --data "
                 "FILE. `qswitch presets list` shows the presets."
             )
-        chosen = choose(own, vram=vram, gpu=gpu)
+        chosen = choose(with_teacher_as_student(own) if trains == "teacher" else own, vram=vram, gpu=gpu)
         say(chosen.render(command))
-        return chosen.config
+        return chosen.config if trains is None else sft_config(chosen.config, "student")
     if config is not None and config.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--config {config}: expected a .yaml file. For a preset write --preset {config}.")
 
-    from qswitch.layers import build_config
+    from qswitch.layers import build_config, cuts_another_student
     from qswitch.presets import load_preset
 
     below = load_preset(source)
     above, cut = with_cut_student(own, below)
     if cut is not None:
         say(f"{cut.setting}={cut.value}: {cut.because}")
-    return build_config(below, above, where=f"{source} with --set" if own else str(source))
+    settings = build_config(below, above, where=f"{source} with --set" if own else str(source))
+    if trains != "teacher" and cuts_another_student(below, above):
+        say(
+            f"The student {settings.student.model} is cut to {settings.student.shrink_to_layers} layers, as {source} "
+            "says of its own; --set student.shrink_to_layers=null keeps it whole."
+        )
+    return settings if trains is None else sft_config(settings, trains, own)
 
 
 def show(result: Any, as_json: bool, render: Callable[[Any], object], *, coloured: bool = False) -> None:

@@ -69,7 +69,8 @@ def generate(
     run_path: Run,
     prompt: Annotated[str | None, typer.Option(help="What to ask.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="File of prompts instead: a line each, or records as data.train takes them.")
+        Path | None,
+        typer.Option(help="File of prompts instead: a line each, or records, read as the run read its own."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="JSON-lines file for the responses of --prompts; must not exist.")
@@ -86,11 +87,11 @@ def generate(
     if output is not None and prompts is None:
         raise ConfigError("--output takes the responses of --prompts; a single response is printed.")
     from qswitch.console import answers
-    from qswitch.rollout.generate import generate_from_run, read_conversations, write_generations
+    from qswitch.rollout.generate import generate_from_run, read_prompts, write_generations
 
     found = generate_from_run(
         run_path,
-        read_conversations(prompts) if prompts is not None else [prompt or ""],
+        read_prompts(prompts, run_path) if prompts is not None else [prompt or ""],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,

@@ -22,6 +22,8 @@ from qswitch.units import MAX_COUNT, MAX_ROWS, MAX_TOKENS
 from qswitch.yaml_file import as_written
 
 ModelReference = str | list[str]
+MODULE_NAME = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
+"""A module's name, or the end of its path."""
 
 
 class Section(BaseModel):
@@ -104,7 +106,8 @@ class LoraSection(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input while training."""
     target_modules: str | list[str] = "all-linear"
-    """Module names, or `all-linear` for every linear layer but the head."""
+    """Module names, or `all-linear` for every linear layer but the head. Other text than names, as one or with commas
+    between, is a regular expression for whole module paths."""
     use_dora: bool = False
     """Weight-decomposed adapters: better at low rank, slower."""
     use_rslora: bool = False
@@ -119,6 +122,13 @@ class LoraSection(Section):
     """Module name pattern -> rank that differs from r."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Module name pattern -> alpha that differs from alpha."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _as_names(cls, value: str | list[str]) -> str | list[str]:
+        """peft takes any text but all-linear for an expression, and a name alone matches no whole path."""
+        names = [name.strip() for name in value.split(",")] if isinstance(value, str) else []
+        return names if names and all(MODULE_NAME.fullmatch(name) for name in names) else value
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -490,8 +500,12 @@ def as_text(config: RunConfig) -> RunConfig:
 
 
 def reader(config: RunConfig) -> rules.Read:
-    """What maps a dotted setting to its value."""
-    return lambda key: reduce(getattr, key.split("."), config)
+    """What maps a dotted setting, or a key of a setting's mapping, to its value."""
+    return lambda key: reduce(_part, key.split("."), config)
+
+
+def _part(node: Any, name: str) -> Any:
+    return node.get(name) if isinstance(node, dict) else getattr(node, name)
 
 
 def section_at(key: str) -> type[Section] | None:

@@ -112,6 +112,15 @@ FROM_ELSEWHERE = {
 """Settings of other trainers that have no namesake here -> what to do instead."""
 
 
+OF_THE_NAME = ("model", "revision", "trust_remote_code", "shape")
+"""Settings of a section that say which model it is."""
+OF_ONE_MODEL = {
+    "teacher": ("shape", "revision", "trust_remote_code", "adapter"),
+    "student": ("shape", "revision", "trust_remote_code", "init_adapter"),
+}
+"""Settings that mean nothing, or something else, for another model than the one they were said of."""
+
+
 LIKE_ENOUGH = 0.75
 """Similarity of two names above which the one is taken for a slip in the other."""
 
@@ -146,15 +155,15 @@ def stack(below: Layer, above: Layer) -> dict[str, Any]:
     """One layer laid over another, both by section: mappings merge key by key, and null restores the default.
 
     What `above` makes meaningless is not inherited: another method takes away what says what the method below is,
-    another model the shape and the revision of the one below (but the ungated twin of a preset is the same model), and
-    what the result would not read, although `below` alone does, goes too.
+    another model the shape, revision and adapter of the one below and the permission to run its code (but the ungated
+    twin of a preset is the same model), and what the result would not read, although `below` alone does, goes too.
     """
     method = above.get("method")
     gone = set(methods.OWNED) if method is not None and method != methods.method_of(below) else set()
     for role in ("teacher", "student"):
         old, new = (_at(layer, f"{role}.model") for layer in (below, above))
         if new is not None and old not in (None, new) and not _is_twin(below, above):
-            gone |= {f"{role}.shape", f"{role}.revision"}
+            gone |= {f"{role}.{name}" for name in OF_ONE_MODEL[role]}
     kept = _without(below, gone)
     merged = _merged(kept, above)
     stale = rules.unread(_reader(merged)).keys() - rules.unread(_reader(below)).keys()
@@ -222,10 +231,12 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 
 
-def sft_config(config: RunConfig, model: Literal["teacher", "student"]) -> RunConfig:
+def sft_config(config: RunConfig, model: Literal["teacher", "student"], own: Layer | None = None) -> RunConfig:
     """The configuration that fine-tunes one model of a pair on its data: method sft, that model being the student.
 
-    The teacher is trained as it is stored: LoRA on NF4 weights is QLoRA.
+    The teacher is trained as it is stored: LoRA on NF4 weights is QLoRA. What a file says of the pair's student beside
+    its adapters is not the teacher's; what `own`, the options of the command, say of the student is said of the model
+    that learns.
 
     Raises:
         ConfigError: the configuration cannot be fine-tuned so.
@@ -234,15 +245,52 @@ def sft_config(config: RunConfig, model: Literal["teacher", "student"]) -> RunCo
     above: dict[str, Any] = {"method": "sft", "teacher": {"adapter": None}}
     if model == "teacher":
         teacher = config.teacher
-        if teacher.precision in ("int8", "stored"):
-            raise ConfigError(
-                f"teacher.precision={teacher.precision} cannot be fine-tuned. Set teacher.precision=nf4 or bf16."
-            )
         kept = {key: value for key, value in below["student"].items() if key in ("lora", "gradient_checkpointing")}
-        same = {key: getattr(teacher, key) for key in ("model", "revision", "trust_remote_code", "shape", "precision")}
+        same = {key: getattr(teacher, key) for key in (*OF_THE_NAME, "precision")}
+        said = _mapping(with_teacher_as_student(own or {}), "student")
         below["student"] = kept
-        above["student"] = {**same, "init_adapter": teacher.adapter}
+        above["student"] = {**same, "init_adapter": teacher.adapter, **said}
+        _refuse_to_train(above["student"])
     return build_config(below, above)
+
+
+def with_teacher_as_student(own: Layer) -> dict[str, Any]:
+    """What is said of a pair, as it is said of its teacher alone, which is to be fine-tuned in the student's place.
+
+    What the pair's student is goes; how it learns is how the teacher learns.
+
+    Raises:
+        ConfigError: the teacher is to be stored in a precision that cannot be fine-tuned.
+    """
+    values = by_section(own)
+    teacher, student = dict(_mapping(values, "teacher")), _mapping(values, "student")
+    moved = {name: teacher[name] for name in OF_THE_NAME if name in teacher}
+    for theirs, ours in (("precision", "precision"), ("adapter", "init_adapter")):
+        if theirs in teacher:
+            moved[ours] = teacher.pop(theirs)
+    learns = {name: value for name, value in student.items() if name not in OF_THE_NAME}
+    found = {**values, "teacher": teacher, "student": {**moved, **learns}}
+    _refuse_to_train(found["student"])
+    return found
+
+
+def _refuse_to_train(student: Layer) -> None:
+    precision = student.get("precision")
+    if precision in ("int8", "stored"):
+        raise ConfigError(f"teacher.precision={precision} cannot be fine-tuned. Set teacher.precision=nf4 or bf16.")
+
+
+def _mapping(values: Layer, section: str) -> Mapping[str, Any]:
+    """A section of a layer; empty where it is not there, or is none, which is said where the layer is checked."""
+    found = values.get(section)
+    return found if isinstance(found, Mapping) else {}
+
+
+def cuts_another_student(below: Layer, above: Layer) -> bool:
+    """Whether the number of layers that `below` cuts its student to would cut the other one that `above` names."""
+    first, second = (_mapping(by_section(layer), "student") for layer in (below, above))
+    is_another = second.get("model") not in (None, first.get("model"))
+    return is_another and first.get("shrink_to_layers") is not None and "shrink_to_layers" not in second
 
 
 def _merged(below: Layer, above: Layer, *, keep_null: bool = False) -> dict[str, Any]:

@@ -360,6 +360,7 @@ def prepare(
         template_problems,
         warn_of_applied_template,
         warn_of_end_of_turn,
+        warn_of_thinking,
     )
     from qswitch.models.pair import load_pair_tokenizer, teacher_half
     from qswitch.models.runtime import make_runtime
@@ -395,7 +396,9 @@ def prepare(
         raise PreflightError(problems)
     prompts = attempt(gather_prompts, half, encoder, notify)
     if prompts is not None:
-        warn_of_applied_template(half, pair, first_records(half, FIRST_RECORDS))
+        first = first_records(half, FIRST_RECORDS)
+        warn_of_applied_template(half, pair, first)
+        warn_of_thinking(half, encoder, first)
     if prompts is None:  # of several sets that cannot be read, it named the first
         problems = unreadable_data(config, PROBED_RECORDS) or problems
     corpus = attempt(_corpus, half, pair) if half.data.lm_corpus is not None else None

@@ -490,6 +490,10 @@ SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("student.lora.target_modules=[qkv]",),
         ("student.lora.target_modules", "does not have", "Its linear modules are"),
     ),
+    "adapter on one of several names that is not there": (
+        ("lora_target_modules=q_proj, vproj",),
+        ("student.lora.target_modules names vproj", "Its linear modules are"),
+    ),
     "adapter of the teacher that is not there": (
         ("teacher.adapter=gone",),
         ("teacher.adapter=gone", "no such folder", "Name"),

@@ -13,9 +13,11 @@ import pytest
 from qswitch.choose import Chosen, choose
 from qswitch.cli import run
 from qswitch.cli_options import Named, load_settings
-from qswitch.config import known_keys, reader
+from qswitch.config import RunConfig, TeacherSection, known_keys, reader
 from qswitch.errors import ConfigError
 from qswitch.layers import by_section, flatten
+from qswitch.plan import model_files
+from qswitch.plan.model_files import chat_template
 from qswitch.plan.render import duration
 from qswitch.presets import load_run_config
 from qswitch.run import preview
@@ -163,6 +165,19 @@ def test_names_and_sets_are_the_same_words(pair: Path, capsys: pytest.CaptureFix
     assert json.loads(printed[0].out)["fits"]
 
 
+def test_a_preset_cuts_another_student_only_with_a_word(pair: Path, capsys: pytest.CaptureFixture[str]):
+    said = "--set student.shrink_to_layers=null keeps it whole"
+    other = Named(preset="smollm2-demo", student="student", data=["faq.csv"])
+    assert load_settings(other).student.shrink_to_layers == 22 and said in capsys.readouterr().err
+    for quiet in (
+        Named(preset="smollm2-demo", data=["faq.csv"]),
+        Named(preset="smollm2-demo", student="shrink:9"),
+        Named(preset="smollm2-demo", student="student", overrides=["student.shrink_to_layers=null"]),
+    ):
+        assert load_settings(quiet).student.shrink_to_layers != 22 or quiet.student is None
+        assert said not in capsys.readouterr().err
+
+
 def test_names_change_a_preset(pair: Path):
     config = load_settings(Named(preset="smollm2-demo", data=["faq.csv"], method="gkd"))
     preset = load_run_config("smollm2-demo")
@@ -182,6 +197,48 @@ def test_sft_needs_one_model(pair: Path, capsys: pytest.CaptureFixture[str]):
     assert "qswitch sft --model student" in capsys.readouterr().err
 
 
+def fine_tuned_teacher(vram: str, *overrides: str, **options: str) -> RunConfig:
+    """What `qswitch sft --model teacher` trains."""
+    named = options or {"teacher": "teacher", "student": "student"}
+    return load_settings(
+        Named(**named, data=["faq.csv"], method=None if options else "sft", overrides=list(overrides)),
+        vram=vram, command="sft --model teacher", trains="teacher",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("vram", "precision"), [("12GiB", "nf4"), ("48GiB", "auto")])
+def test_a_teacher_that_is_fine_tuned_is_chosen_for_as_what_learns(pair: Path, capsys, vram: str, precision: str):
+    config = fine_tuned_teacher(vram)
+    said = capsys.readouterr().err
+    assert (config.method, config.student.model, config.student.precision) == ("sft", "teacher", precision)
+    assert (config.student.lora.r, config.train.learning_rate) == (64, 1e-4) and f"precision={precision}: " in said
+    assert run(["sft", "--model", "teacher", *TWO, "--data", "faq.csv", "--vram", vram, "--dry-run"]) == 0
+    words = shlex.split(said.rpartition("The same again: ")[2])
+    assert words[:4] == ["qswitch", "sft", "--model", "teacher"]
+    overrides = [value for name, value in zip(words[4::2], words[5::2], strict=True) if name == "--set"]
+    assert fine_tuned_teacher(vram, *overrides) == config
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_its_precision_may_be_called_that_of_the_teacher_or_of_what_learns(pair: Path, capsys, role: str):
+    assert fine_tuned_teacher("80GiB", f"{role}.precision=nf4").student.precision == "nf4"
+    (pair / "my.yaml").write_text("extends: qwen2.5-7b-to-1.5b\nteacher: {precision: bf16}\n")
+    mine = {"config": Path("my.yaml")}
+    assert fine_tuned_teacher("80GiB", **mine).student.precision == "bf16"
+    changed = fine_tuned_teacher("80GiB", f"{role}.precision=nf4", "student.lora.r=3", **mine).student
+    assert (changed.precision, changed.lora.r, changed.model) == ("nf4", 3, "Qwen/Qwen2.5-7B-Instruct")
+    for options in ({}, mine):
+        with pytest.raises(ConfigError, match="int8 cannot be fine-tuned"):
+            fine_tuned_teacher("80GiB", "teacher.precision=int8", **options)
+
+
+def test_the_remedy_of_a_plan_for_a_fine_tuned_teacher_is_heard(pair: Path, capsys):
+    command = ["sft", "--model", "teacher", *TWO, "--data", "faq.csv", "--vram", "12GiB", "--dry-run"]
+    assert run([*command, "--set", "student.precision=bf16"]) == 3
+    assert "et student.precision=nf4" in capsys.readouterr().err
+    assert run([*command, "--set", "student.precision=nf4"]) == 0
+
+
 def test_a_missing_student_is_answered_with_those_that_would_do(pair: Path):
     with pytest.raises(ConfigError) as caught:
         choose(by_section({"teacher.model": "Qwen/Qwen2.5-7B-Instruct", "data.train": "faq.csv"}))
@@ -190,6 +247,88 @@ def test_a_missing_student_is_answered_with_those_that_would_do(pair: Path):
     model(pair / "unknown", layers=12, width=1024, vocab=1234)
     with pytest.raises(ConfigError, match=r"Cut one from the teacher: --student shrink keeps two thirds of its 12"):
         choose(by_section({"teacher.model": "unknown", "data.train": "faq.csv"}))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "offered"),
+    [
+        ("meta-llama/Llama-2-7b-chat-hf", ["TinyLlama/TinyLlama-1.1B-Chat-v1.0"]),
+        ("openlm-research/open_llama_7b_v2", ["openlm-research/open_llama_3b_v2"]),
+        ("vicuna", []),
+    ],
+)
+def test_students_with_another_tokenizer_are_not_offered(pair: Path, monkeypatch, teacher: str, offered: list[str]):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model(pair / "vicuna", layers=32, width=4096)  # Llama's family and size of vocabulary
+    with pytest.raises(ConfigError) as caught:
+        choose(by_section({"teacher.model": teacher, "data.train": "faq.csv"}))
+    assert re.findall(r"(\S+) \(preset", str(caught.value)) == offered
+
+
+def test_a_student_is_offered_once_by_the_preset_that_is_nearest(pair: Path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError) as caught:
+        choose(by_section({"teacher.model": "meta-llama/Llama-3.2-3B-Instruct", "data.train": "faq.csv"}))
+    offered = re.findall(r"(\S+) \(preset", str(caught.value))
+    assert len(offered) == len(set(offered)) and "Llama-3.2-1B-Instruct (preset llama3.2-3b-to-1b)" in str(caught.value)
+
+
+THINKS = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+
+
+def thinking_choices(**changes: object) -> list:
+    return [c.value for c in choose(named(**changes), vram="24GiB").choices if "enable_thinking" in c.setting]
+
+
+def test_models_that_may_think_are_told_not_to_unless_somebody_says_so(pair: Path):
+    kwargs = "data.template_kwargs"
+    assert thinking_choices() == []
+    (pair / "teacher" / "tokenizer_config.json").write_text(json.dumps({"chat_template": THINKS}))
+    chosen = choose(named(), vram="24GiB")
+    assert thinking_choices() == [False] and chosen.config.data.template_kwargs == {"enable_thinking": False}
+    printed = chosen.render("distill")
+    assert f"--set {kwargs}.enable_thinking=true --set rollout.max_new_tokens=2048 distils" in printed
+    again = shlex.split(printed.rpartition("The same again: ")[2])
+    assert f"{kwargs}.enable_thinking=false" in again
+    (pair / "teacher" / "chat_template.jinja").write_text("{{ messages }}")  # which transformers reads first
+    assert thinking_choices() == []
+    (pair / "teacher" / "chat_template.jinja").write_text(THINKS)
+    assert thinking_choices(**{f"{kwargs}.enable_thinking": True}) == []
+    other = choose(named(**{kwargs: {"polite": True}}), vram="24GiB").config
+    assert other.data.template_kwargs == {"polite": True, "enable_thinking": False}
+    assert thinking_choices(**{"data.template": "plain"}) == []
+
+
+def test_answers_that_show_their_thinking_are_learnt_with_it(pair: Path):
+    (pair / "teacher" / "chat_template.jinja").write_text(THINKS)
+    line = json.dumps({"prompt": "why?", "response": "<think>It may be so.</think>So it is."})
+    (pair / "thoughts.jsonl").write_text(f"{line}\n" * 40)
+    assert thinking_choices(**{"data.train": "thoughts.jsonl", "method": "sft"}) == []
+    assert thinking_choices(**{"data.train": "thoughts.jsonl"}) == [False], "switch reads no answers"
+
+
+def test_a_model_of_a_preset_thinks_as_the_preset_has_it(pair: Path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    student = {"student.model": "Qwen/Qwen3-0.6B"}
+    assert thinking_choices(**{"teacher.model": "Qwen/Qwen3-8B", **student}) == [False]
+    assert thinking_choices(**{"teacher.model": "Qwen/Qwen3-4B-Instruct-2507", **student}) == []
+
+
+def test_the_template_is_asked_of_the_hub_where_it_is_not_here(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    asked = []
+
+    def answer(reference: str, revision: str | None, name: str) -> bytes:
+        asked.append((reference, revision, name))
+        if name == "chat_template.jinja":
+            raise OSError("404")
+        return json.dumps({"chat_template": [{"name": "default", "template": THINKS}]}).encode()
+
+    monkeypatch.setattr(model_files, "_ask_hub", answer)
+    assert chat_template(TeacherSection(model="some/thinker", revision="v2")) == THINKS
+    assert asked == [("some/thinker", "v2", name) for name in ("chat_template.jinja", "tokenizer_config.json")]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert chat_template(TeacherSection(model="some/thinker")) is None
 
 
 @pytest.mark.parametrize(("student", "layers"), [("shrink", 21), ("shrink:9", 9)])

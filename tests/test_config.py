@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from qswitch import config as config_module
-from qswitch.config import RunConfig, known_keys
+from qswitch.config import LoraSection, RunConfig, known_keys
 from qswitch.errors import ConfigError
 from qswitch.layers import ALIASES, build_config, dump_config, set_layer, stack
 
@@ -157,3 +157,17 @@ def test_every_field_has_a_docstring():
                 name = f"{section.name}.{ast.unparse(field.target)}"
                 assert isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant), name
     assert checked > 70
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("q_proj", ["q_proj"]),
+        ("q_proj,v_proj", ["q_proj", "v_proj"]),
+        ("self_attn.q_proj, lm_head", ["self_attn.q_proj", "lm_head"]),
+        ("all-linear", "all-linear"),
+        (r"model\.layers\.\d+\.mlp\..*", r"model\.layers\.\d+\.mlp\..*"),
+    ],
+)
+def test_names_of_modules_are_a_list_and_an_expression_stays_one(written: str, read: str | list[str]):
+    assert LoraSection(target_modules=written).target_modules == read

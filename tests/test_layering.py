@@ -46,7 +46,7 @@ LAYERS = [
     ["yaml_file", "hub", "manifest", "preset_index"],
     ["outside", "aside"],
     ["launch"],
-    ["errors", "state_files", "terminal", "time_limit", "units", "divergence", "pinned"],
+    ["errors", "state_files", "terminal", "thinking", "time_limit", "units", "divergence", "pinned"],
 ]
 COLD = [
     "__init__.py",
@@ -81,6 +81,7 @@ COLD = [
     "run_dir.py",
     "state_files.py",
     "terminal.py",
+    "thinking.py",
     "time_limit.py",
     "units.py",
     "yaml_file.py",

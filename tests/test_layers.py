@@ -177,6 +177,12 @@ def test_of_two_options_for_one_setting_the_later_counts():
         ({"data": {"lm_corpus": "a", "lm_corpus_tokens": 9}}, {"data": {"lm_corpus": None}}, "data.lm_corpus_tokens"),
         ({"teacher": {"model": "a", "shape": {"x": 1}}}, {"teacher": {"model": "b"}}, "teacher.shape"),
         ({"teacher": {"model": "a", "revision": "v1"}}, {"teacher": {"model": "b"}}, "teacher.revision"),
+        ({"teacher": {"model": "a", "adapter": "x"}}, {"teacher": {"model": "b"}}, "teacher.adapter"),
+        ({"student": {"model": "a", "init_adapter": "x"}}, {"student": {"model": "b"}}, "student.init_adapter"),
+        (
+            {"student": {"model": "a", "trust_remote_code": True}}, {"student": {"model": "b"}},
+            "student.trust_remote_code",
+        ),
         ({"loss": {"alpha": 0.3}}, {"loss": {"divergence": "jsd"}}, "loss.alpha"),
         ({"method": "gkd", "loss": {"beta": 0.3}}, {"method": "adaswitch"}, "loss.beta"),
     ],

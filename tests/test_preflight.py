@@ -276,6 +276,26 @@ def test_prompts_that_are_counted_before_a_tokenizer_is_there_are_those_that_tra
         assert counted_prompts(first_look(config)) == prepare(config).prompts.report.training_prompts
 
 
+THINKS = "{{ messages[0]['content'] }}{% if enable_thinking is defined and not enable_thinking %} {% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_said"),
+    [
+        ({}, True),
+        ({"data__template_kwargs": {"enable_thinking": True}}, False),
+        ({"data__template_kwargs": {"enable_thinking": False}}, False),
+        ({"method": "sft"}, False),
+    ],
+)
+def test_models_that_may_think_until_the_limit_are_said(copy, caplog, changes, is_said):
+    (copy / "think.jinja").write_text(THINKS)
+    prepare(settings(copy, data__template=str(copy / "think.jinja"), **changes))
+    found = [r.getMessage() for r in caplog.records if "think before they answer" in r.getMessage()]
+    assert len(found) == is_said
+    assert not found or "data.template_kwargs.enable_thinking=false" in found[0]
+
+
 def test_a_prompt_to_which_a_template_was_applied_already_is_said(copy, caplog):
     tokenizer = AutoTokenizer.from_pretrained(copy / "teacher")
     marker = max(tokenizer.all_special_tokens, key=len)

@@ -17,6 +17,7 @@ from qswitch.data.files import Row
 from qswitch.data.sources import iter_rows
 from qswitch.data.turns import Message, read_tools, read_turns
 from qswitch.errors import DataError
+from qswitch.thinking import THOUGHT_MARK
 
 _FORMATS = ("messages", "conversations", "instruction", "prompt")
 """Fields that say which format a row is of; of several the first."""
@@ -62,6 +63,11 @@ class Record:
     def has_response(self) -> bool:
         """Whether there is a response to learn from: text, or calls of tools."""
         return bool((self.response or "").strip()) or "tool_calls" in self.response_extra
+
+    @property
+    def shows_thinking(self) -> bool:
+        """Whether the response holds what was thought before it."""
+        return THOUGHT_MARK in (self.response or "") or bool(self.response_extra.get("reasoning_content"))
 
 
 def iter_records(

@@ -10,6 +10,7 @@ from qswitch.data.records import Record
 from qswitch.data.template import PromptEncoder
 from qswitch.data.turns import Message
 from qswitch.models.pair import TokenizerPair
+from qswitch.thinking import THINKING, THINKING_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,22 @@ def warn_of_applied_template(config: RunConfig, pair: TokenizerPair, records: Se
                 record.source, found[0],
             )  # fmt: skip
             return
+
+
+def warn_of_thinking(config: RunConfig, encoder: PromptEncoder, records: Sequence[Record]) -> None:
+    """Says where the models think before they answer, nobody has said whether they should, and few tokens are left."""
+    limit = config.rollout.max_new_tokens
+    if not config.writes_rollouts or limit >= THINKING_TOKENS or not encoder.reads(THINKING):
+        return
+    said = THINKING in encoder.template_kwargs or any(THINKING in record.template_kwargs for record in records)
+    if said or (config.reads_responses and any(record.shows_thinking for record in records)):
+        return
+    logger.warning(
+        "The chat template lets the models think before they answer, and rollout.max_new_tokens=%d may end before an "
+        "answer begins. Set data.template_kwargs.%s=false for answers alone, or rollout.max_new_tokens=%d to distil "
+        "the thinking as well; %s=true says that it is meant.",
+        limit, THINKING, THINKING_TOKENS, THINKING,
+    )  # fmt: skip
 
 
 def template_problems(config: RunConfig, pair: TokenizerPair, encoder: PromptEncoder) -> list[str]:

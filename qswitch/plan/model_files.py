@@ -1,6 +1,6 @@
 """Where the description of a model is found: in its files, the hub's cache, a `shape` block, or on the hub. Cold.
 
-Reads config.json, or the header of a GGUF file; never weights.
+Reads config.json and the chat template, or the header of a GGUF file; never weights.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from qswitch.errors import ConfigError, FileError
 from qswitch.hub import HUB_ID, TOKEN_REMEDY, forbidden_by, hub_cache, is_hub_id, package_file
 from qswitch.outside import read_json, read_text, user_path
 from qswitch.plan.families import shape_from_config
-from qswitch.plan.gguf_header import config_of_gguf
+from qswitch.plan.gguf_header import config_of_gguf, read_header
 from qswitch.plan.shapes import ModelShape
+
+TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
+"""Where the chat template of a tokenizer lies, newest form first."""
 
 
 def shape_for(section: TeacherSection | StudentSection) -> ModelShape:
@@ -65,6 +68,46 @@ def folder_at_hand(section: TeacherSection | StudentSection) -> Path | None:
     """The folder of a model section, its own or in the hub's cache; None where it is a file, or not here."""
     config = _at_hand(section)[1]
     return None if config is None else config.parent
+
+
+def chat_template(section: TeacherSection | StudentSection) -> str | None:
+    """The Jinja template of the model's tokenizer: of its files, else of the hub, which is not asked about a model
+    whose shape is written out. None where there is none, or none to be had."""
+    references = [section.model] if isinstance(section.model, str) else section.model
+    try:
+        if (file := gguf_at_hand(section)) is not None:
+            return _text_or_none(read_header(file)[0].get("tokenizer.chat_template"))
+        folder = folder_at_hand(section)
+        for name in TEMPLATE_FILES:
+            if folder is not None and (folder / name).is_file():
+                return _template_in(name, read_text(folder / name))
+        on_hub = [r for r in references if is_hub_id(r)]
+        if section.shape is not None or not on_hub or forbidden_by() is not None:
+            return None
+    except (ConfigError, FileError, ValueError):
+        return None
+    for name in TEMPLATE_FILES:
+        try:
+            return _template_in(name, _ask_hub(on_hub[0], section.revision, name).decode())
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _template_in(name: str, text: str) -> str | None:
+    """The template of a file of that name; of several in a tokenizer_config.json the one called default."""
+    if name.endswith(".jinja"):
+        return text
+    values = json.loads(text)
+    found = values.get("chat_template") if isinstance(values, dict) else None
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    return _text_or_none(found)
+
+
+def _text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _of_role(problem: str, role: str) -> str:
@@ -135,7 +178,10 @@ def _published_config(section: TeacherSection | StudentSection, role: str) -> Ma
             reasons.append(f"{reference}: not in the hub cache, and {variable} forbids to ask the hub")
         else:
             try:
-                return _ask_hub(reference, section.revision)
+                values = json.loads(_ask_hub(reference, section.revision, "config.json"))
+                if not isinstance(values, dict):
+                    raise ValueError("its config.json is no JSON object")
+                return values
             except (OSError, ValueError) as error:  # HTTPError and URLError are OSErrors
                 reasons.append(f"{reference}: {_hub_answer(error, reference)}")
     raise ConfigError(
@@ -164,19 +210,16 @@ def _no_model_because(reference: str) -> str:
     return "the folder has no config.json"
 
 
-def _ask_hub(reference: str, revision: str | None) -> Mapping[str, Any]:
+def _ask_hub(reference: str, revision: str | None, name: str) -> bytes:
     import urllib.request  # here: a plan from files needs no network client
 
     from huggingface_hub import constants, get_token, hf_hub_url
 
-    request = urllib.request.Request(hf_hub_url(reference, "config.json", revision=revision))
+    request = urllib.request.Request(hf_hub_url(reference, name, revision=revision))
     if token := get_token():
         request.add_header("Authorization", f"Bearer {token}")
     with urllib.request.urlopen(request, timeout=constants.HF_HUB_ETAG_TIMEOUT) as answer:
-        values = json.loads(answer.read())
-    if not isinstance(values, dict):
-        raise ValueError("its config.json is no JSON object")
-    return values
+        return bytes(answer.read())
 
 
 def _hub_answer(error: Exception, reference: str) -> str:

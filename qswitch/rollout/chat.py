@@ -125,6 +125,7 @@ class Chat:
 
     def _answer(self, messages: list[Message], policy: Policy) -> Generation:
         # Each answer draws its own noise, else /again would say the same.
-        [generation] = self._answerer.answer([messages], policy, first_id=self._num_answers)
+        record = self._answerer.as_record(0, messages)
+        [generation] = self._answerer.answer([record], policy, first_id=self._num_answers)
         self._num_answers += 1
         return generation

@@ -10,21 +10,22 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from qswitch.aside import file_aside
-from qswitch.config import DataSection
 from qswitch.data.gather import make_encoder
 from qswitch.data.records import Record, load_records
+from qswitch.data.sources import iter_rows
+from qswitch.data.template import PromptEncoder
 from qswitch.data.turns import Message
 from qswitch.distill.recovery import BatchRows, keep_to_free_memory
 from qswitch.errors import ConfigError
 from qswitch.models.language_model import LanguageModel
 from qswitch.models.load import context_tokens, load_teacher
-from qswitch.models.pair import load_pair_tokenizer
+from qswitch.models.pair import TokenizerPair, load_pair_tokenizer, teacher_half
 from qswitch.models.runtime import make_runtime
 from qswitch.models.student import load_adapter, load_student
 from qswitch.rollout.adaptive_threshold import threshold_of_run
@@ -34,6 +35,15 @@ from qswitch.rollout.transcript import WrittenToken, written_tokens
 from qswitch.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """How the writers of a response read what is asked: their tokens, their template, and how much they can take."""
+
+    pair: TokenizerPair
+    encoder: PromptEncoder
+    context_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,27 +84,26 @@ class Answerer:
         self.config = run_dir.config
         adapter = run_dir.trained_weights()
         self._limit = self.config.rollout.max_new_tokens if max_new_tokens is None else max_new_tokens
-        self.context_tokens = context_tokens(self.config.student)
-        """The longest sequence that the models that may write were made for, prompt and response."""
+        context = context_tokens(self.config.student)
         if not self.config.passes_text:
-            self.context_tokens = min(self.context_tokens, context_tokens(self.config.teacher))
-        if max_new_tokens is not None and max_new_tokens >= self.context_tokens:
+            context = min(context, context_tokens(self.config.teacher))
+        if max_new_tokens is not None and max_new_tokens >= context:
             raise ConfigError(
-                f"--max-new-tokens {max_new_tokens}: the context of the models is {self.context_tokens} tokens, the "
-                "prompt included. Give less."
+                f"--max-new-tokens {max_new_tokens}: the context of the models is {context} tokens, the prompt "
+                "included. Give less."
             )
         self._runtime = make_runtime(self.config.train)
         keep_to_free_memory(self._runtime.device, self.config.teacher.num_gpus)
-        self._pair = load_pair_tokenizer(self.config)
+        pair = load_pair_tokenizer(self.config)
+        self._own = _Reading(pair, make_encoder(self.config, pair), context)
         self._temperature = self.config.rollout.temperature if temperature is None else temperature
         self._seed = seed
         self._rows = BatchRows(self.config.rollout.batch_size)
         self._student = load_student(
-            self.config, self._runtime, vocab_size=self._pair.vocab_size, base_path=run_dir.student_base_path
+            self.config, self._runtime, vocab_size=pair.vocab_size, base_path=run_dir.student_base_path
         )
         load_adapter(self._student, adapter)
         self._teacher: LanguageModel | None = None
-        self._encoder = make_encoder(self.config, self._pair)
         self._threshold_path = run_dir.threshold_path
 
     @property
@@ -112,20 +121,34 @@ class Answerer:
         if self.config.passes_text:
             raise ConfigError(
                 "The teacher of this run has another tokenizer, so the two cannot write one response. Leave "
-                "--show-writers out."
+                "--show-writers out; /teacher in `qswitch chat` shows the teacher's own answer."
             )
         settings = self.config.rollout
         threshold = threshold_of_run(settings, self._threshold_path) if settings.policy == "switch" else None
         return make_policy(settings, threshold)
 
-    def fits(self, messages: Sequence[Message]) -> bool:
-        """Whether a conversation leaves the response all the tokens that it may have."""
-        return len(self._encode(0, messages)) + self._limit <= self.context_tokens
+    @cached_property
+    def _teachers(self) -> _Reading:
+        """Of a run that passes text, what the teacher reads when it answers alone; else as the student does."""
+        if not self.config.passes_text:
+            return self._own
+        half = teacher_half(self.config)
+        pair = load_pair_tokenizer(half)
+        return _Reading(pair, make_encoder(half, pair), context_tokens(half.teacher))
 
-    def answer(
-        self, conversations: Sequence[Sequence[Message]], policy: Policy, *, first_id: int = 0
-    ) -> list[Generation]:
-        """One response to each conversation; the i-th draws the noise of example `first_id` + i.
+    def as_record(self, number: int, messages: Sequence[Message]) -> Record:
+        """A conversation as a record of the run's data, the system prompt of the run before it."""
+        prompt = self.config.data.system_prompt
+        turns = (Message("system", prompt),) if prompt and (not messages or messages[0].role != "system") else ()
+        return Record(id=number, messages=(*turns, *messages), response=None, source=f"prompt {number + 1}")
+
+    def fits(self, messages: Sequence[Message]) -> bool:
+        """Whether a conversation leaves the student's response all the tokens that it may have."""
+        own = self._own
+        return len(own.encoder.encode(self.as_record(0, messages)).prompt_ids) + self._limit <= own.context_tokens
+
+    def answer(self, records: Sequence[Record], policy: Policy, *, first_id: int = 0) -> list[Generation]:
+        """One response to the prompt of each record; the i-th draws the noise of example `first_id` + i.
 
         A response that would pass the end of the context is cut there, which is said once.
 
@@ -133,14 +156,16 @@ class Answerer:
             DataError: the run's template refuses a conversation.
             ConfigError: a conversation fills the context of the models.
         """
+        reading = self._teachers if policy.uses_teacher and not policy.uses_student else self._own
+        pair, context = reading.pair, reading.context_tokens
         requests, cut = [], 0
-        for i, messages in enumerate(conversations):
-            ids = self._encode(i, messages)
-            room = min(self._limit, self.context_tokens - len(ids))
+        for i, record in enumerate(records):
+            ids = reading.encoder.encode(record).prompt_ids
+            room = min(self._limit, context - len(ids))
             if room < 1:
                 raise ConfigError(
-                    f"Prompt {first_id + i + 1} has {len(ids)} tokens, and the context of the models is "
-                    f"{self.context_tokens}. Shorten it."
+                    f"Prompt {first_id + i + 1} has {len(ids)} tokens, and the context of the models is {context}. "
+                    "Shorten it."
                 )
             cut += room < self._limit
             requests.append(RolloutRequest(first_id + i, 0, ids, room))
@@ -149,10 +174,10 @@ class Answerer:
                 "%d of %d responses may be cut at the end of the context of %d tokens.",
                 cut,
                 len(requests),
-                self.context_tokens,
+                context,
             )
         if policy.uses_teacher and self._teacher is None:
-            self._teacher = load_teacher(self.config.teacher, self._runtime, vocab_size=self._pair.vocab_size)
+            self._teacher = load_teacher(self.config.teacher, self._runtime, vocab_size=pair.vocab_size)
         write = partial(
             rollout,
             requests,
@@ -161,30 +186,24 @@ class Answerer:
             policy=policy,
             seed=self._seed,
             temperature=self._temperature,
-            eos_ids=self._pair.eos_ids,
-            pad_id=self._pair.pad_id,
+            eos_ids=pair.eos_ids,
+            pad_id=pair.pad_id,
             keep="nothing",
         )
         written, _ = self._rows.attempt(self.device, write)
         return [
             Generation(
-                prompt=messages[-1].content,
-                text=self._pair.tokenizer.decode(one.response_ids, skip_special_tokens=True),
-                tokens=written_tokens(one, self._pair.tokenizer),
+                prompt=record.messages[-1].content,
+                text=pair.tokenizer.decode(one.response_ids, skip_special_tokens=True),
+                tokens=written_tokens(one, pair.tokenizer),
             )
-            for messages, one in zip(conversations, written, strict=True)
+            for record, one in zip(records, written, strict=True)
         ]
-
-    def _encode(self, number: int, messages: Sequence[Message]) -> list[int]:
-        prompt = self.config.data.system_prompt
-        turns = (Message("system", prompt),) if prompt and (not messages or messages[0].role != "system") else ()
-        record = Record(id=number, messages=(*turns, *messages), response=None, source=f"prompt {number + 1}")
-        return self._encoder.encode(record).prompt_ids
 
 
 def generate_from_run(
     run_path: Path,
-    asked: Sequence[str] | Sequence[Sequence[Message]],
+    asked: Sequence[str] | Sequence[Record],
     *,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
@@ -197,23 +216,30 @@ def generate_from_run(
         RunDirError, ConfigError, DataError: as `Answerer` and its `answer`.
     """
     answerer = Answerer(run_path, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    conversations = [[Message("user", one)] if isinstance(one, str) else one for one in asked]
-    return answerer.answer(conversations, answerer.run_policy if show_writers else StudentPolicy())
+    records = [answerer.as_record(i, [Message("user", one)]) if isinstance(one, str) else one
+               for i, one in enumerate(asked)]  # fmt: skip
+    return answerer.answer(records, answerer.run_policy if show_writers else StudentPolicy())
 
 
-def read_conversations(path: Path) -> list[tuple[Message, ...]]:
-    """What to ask: each line of a text file, or each record of a data file, whatever `data.train` may be.
+def read_prompts(path: Path, run_path: Path) -> list[str] | list[Record]:
+    """What to ask: each line of a text file, or each record of a data file, read as the run read its own.
+
+    A column that data.columns of the run names counts where the file has it; else the usual names do.
 
     Raises:
         DataError: the file cannot be read as records.
         ConfigError: there is no such file, or no line in it.
+        RunDirError: `run_path` is no run directory.
     """
     if not path.is_file():
         raise ConfigError(f"--prompts {path}: there is no such file.")
     if path.suffix != ".txt":
-        return [record.messages for record in load_records(DataSection(train=str(path)), str(path))]
+        data = RunDir.open(run_path).config.data
+        there = {name for row in iter_rows(str(path)) for name in row.fields}
+        columns = {ours: column for ours, column in data.columns.items() if column in there}
+        return load_records(data.model_copy(update={"columns": columns}), str(path))
     lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    found: list[tuple[Message, ...]] = [(Message("user", line),) for line in lines if line]
+    found = [line for line in lines if line]
     if not found:
         raise ConfigError(f"--prompts {path}: the file holds no line of text.")
     return found

@@ -31,6 +31,7 @@ from qswitch.models import load
 from qswitch.models.pair import student_half
 from qswitch.plan.scheduler import plan_for
 from qswitch.preflight import prepare
+from qswitch.rollout.chat import Chat
 from qswitch.rollout.generate import generate_from_run
 from qswitch.run_dir import RunDir
 from tests.tiny import save_tiny
@@ -210,6 +211,22 @@ def test_the_finished_student_answers_and_is_evaluated(pair, finished, tmp_path)
     assert any("distance from it (KL) is left out" in line for line in said)
     with pytest.raises(ConfigError, match="Fidelity compares"):
         fidelity(RunDir.open(folder).config, run_dir=None, work_dir=tmp_path)
+
+
+def test_in_a_conversation_the_teacher_reads_and_writes_its_own_tokens(pair, finished):
+    folder, _, _ = finished
+    shown: list[str] = []
+    lines = iter(["tell me about aaa", "/teacher", "/quit"])
+    Chat(folder, temperature=0.0, say=shown.append, show=lambda generation, _: shown.append(generation.text),
+         read=lambda _: next(lines)).converse()  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(pair / "teacher")
+    teacher = AutoModelForCausalLM.from_pretrained(pair / "teacher", dtype=torch.float64)
+    turns = [{"role": "user", "content": "tell me about aaa"}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        written = teacher.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
+    expected = tokenizer.decode(written[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert expected and shown[-2:] == ["[teacher]", expected]
 
 
 def test_a_stop_while_writing_and_one_while_learning_change_nothing(pair, tmp_path, monkeypatch):

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from qswitch.cli import run
+from qswitch.data.template import PromptEncoder
 from qswitch.data.turns import Message
 from qswitch.errors import ConfigError, ModelError
 from qswitch.rollout import generate
 from qswitch.rollout.chat import Chat
-from qswitch.rollout.generate import Answerer, generate_from_run, read_conversations
+from qswitch.rollout.generate import Answerer, generate_from_run, read_prompts
 from qswitch.rollout.policy import StudentPolicy, TeacherPolicy
 from tests.evaluate.runs import make_run
 from tests.tiny import save_tiny_pair
@@ -85,10 +86,36 @@ def test_prompts_of_a_file_are_answered_into_a_file(folder, tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
 
 
-def test_prompts_may_be_records(tmp_path):
-    (tmp_path / "p.jsonl").write_text(json.dumps({"instruction": "say it", "input": "fox", "output": "x"}) + "\n")
-    [messages] = read_conversations(tmp_path / "p.jsonl")
-    assert messages[-1].role == "user" and "say it" in messages[-1].content and "fox" in messages[-1].content
+COLUMNS = {"instruction": "frage", "input": "dazu", "response": "antwort"}
+
+
+@pytest.fixture(scope="module")
+def german(tmp_path_factory):
+    """A run whose data has columns of other names, with a prompt in two halves and a system prompt."""
+    root = tmp_path_factory.mktemp("german")
+    return make_run(root, data__columns=COLUMNS, data__template="alpaca", data__system_prompt="Sei kurz.").path
+
+
+def test_records_are_read_and_asked_as_the_run_was_trained(german, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"frage": "tell", "dazu": "the fox"}) + "\n")  # no answer, as of what is only asked
+    asked = []
+    encode = PromptEncoder.encode
+    monkeypatch.setattr(PromptEncoder, "encode", lambda self, r: asked.append(self.render(r)) or encode(self, r))
+    assert run(["generate", str(german), "--prompts", str(file), "--output", str(tmp_path / "out.jsonl")]) == 0
+    assert asked[0].endswith("### Instruction:\ntell\n\n### Input:\nthe fox\n\n### Response:\n")
+    assert asked[0].startswith("Sei kurz.")
+    file.write_text(json.dumps({"prompt": "tell fox"}) + "\n")  # which has none of the run's columns
+    [record] = read_prompts(file, german)
+    assert [turn.content for turn in record.messages] == ["Sei kurz.", "tell fox"]
+
+
+def test_what_a_record_says_beside_its_turns_is_asked_too(folder, tmp_path):
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    line = {"messages": [{"role": "user", "content": "tell"}], "tools": [tool], "chat_template_kwargs": {"a": 1}}
+    (tmp_path / "p.jsonl").write_text(json.dumps(line) + "\n")
+    [record] = read_prompts(tmp_path / "p.jsonl", folder)
+    assert record.tools[0]["function"]["name"] == "weather" and record.template_kwargs == {"a": 1}
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal():
@@ -121,10 +148,11 @@ def converse(path, lines, **options) -> str:
 def test_a_conversation_remembers_its_turns_and_the_teacher_is_not_part_of_it(folder):
     shown = converse(folder, ["tell fox", "/teacher", "tell dog", "/quit"])
     answers = Answerer(folder)
-    [first] = answers.answer([ask("tell fox")], StudentPolicy(), first_id=0)
-    [teacher] = answers.answer([ask("tell fox")], TeacherPolicy(), first_id=1)
+    question = answers.as_record(0, ask("tell fox"))
+    [first] = answers.answer([question], StudentPolicy(), first_id=0)
+    [teacher] = answers.answer([question], TeacherPolicy(), first_id=1)
     history = (*ask("tell fox"), Message("assistant", first.text), *ask("tell dog"))
-    [second] = answers.answer([history], StudentPolicy(), first_id=2)
+    [second] = answers.answer([answers.as_record(0, history)], StudentPolicy(), first_id=2)
     assert shown.endswith("\n".join(["", first.text, "[teacher]", teacher.text, second.text]))
 
 
@@ -167,7 +195,7 @@ def test_a_teacher_that_cannot_be_read_does_not_end_the_conversation(folder, mon
 def second_answer(folder) -> str:
     """What the student says to the second question."""
     answers = Answerer(folder)
-    [first] = answers.answer([ask("tell fox")], StudentPolicy(), first_id=0)
+    [first] = answers.answer([answers.as_record(0, ask("tell fox"))], StudentPolicy(), first_id=0)
     history = (*ask("tell fox"), Message("assistant", first.text), *ask("tell dog"))
-    [second] = answers.answer([history], StudentPolicy(), first_id=1)
+    [second] = answers.answer([answers.as_record(0, history)], StudentPolicy(), first_id=1)
     return second.text
