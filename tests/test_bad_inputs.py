@@ -278,7 +278,7 @@ DATA: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
         lines({"prompt": "a", "response": TURNS}),
         ("line 2", "one assistant turn, found 2 turns", "data.columns.messages=response"),
     ),
-    "one prompt": ("d.jsonl", lines(), ("data.num_validation=1", "1 distinct prompts", "data.validation")),
+    "one prompt": ("d.jsonl", lines(), ("nothing to hold out", "1 distinct prompts", "data.validation")),
     "only long prompts": (
         "d.jsonl",
         (json.dumps({"prompt": "x" * 400}) + "\n").encode() * 3,
