@@ -250,8 +250,8 @@ class StoredTeacher:
         if stored is None:
             what = {"given": "outputs for the response", "written": "response", "held_out": "held-out response"}[kind]
             raise RunDirError(
-                f"teacher.responses holds no {what} of example {example_id}, which this run draws. Write one for as "
-                "many steps: qswitch teach with the train.max_steps and batch sizes of this run."
+                f"teacher.responses holds no {what} of example {example_id}, which this run draws. Write one for "
+                "the same draws: qswitch teach with the seed, train.max_steps and batch sizes of this run."
             )
         return stored
 
