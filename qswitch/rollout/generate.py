@@ -203,7 +203,7 @@ class Answerer:
 
 def generate_from_run(
     run_path: Path,
-    asked: Sequence[str] | Sequence[Record],
+    asked: Sequence[str | Record],
     *,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
@@ -216,8 +216,9 @@ def generate_from_run(
         RunDirError, ConfigError, DataError: as `Answerer` and its `answer`.
     """
     answerer = Answerer(run_path, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    records = [answerer.as_record(i, [Message("user", one)]) if isinstance(one, str) else one
-               for i, one in enumerate(asked)]  # fmt: skip
+    records = [
+        answerer.as_record(i, [Message("user", one)]) if isinstance(one, str) else one for i, one in enumerate(asked)
+    ]
     return answerer.answer(records, answerer.run_policy if show_writers else StudentPolicy())
 
 
