@@ -208,19 +208,18 @@ def _of_the_data(config: RunConfig, teacher: ModelShape, student: ModelShape) ->
 def _of_the_steps(config: RunConfig, training: int | None, because: str, *, is_whole: bool) -> Iterator[Choice]:
     """For so many prompts to train on, as far as that is known: all of them, or the first."""
     train = config.train
-    if "max_steps" in train.model_fields_set:
-        steps = train.max_steps
+    yield Choice("train.warmup_steps", 0.05, "a twentieth of the training")
+    if "max_steps" in train.model_fields_set and train.step_limit is not None:
+        steps = train.step_limit
     elif train.num_epochs is not None and training is None:
-        yield Choice("train.warmup_steps", 0, "nobody knows yet how many steps train.num_epochs makes")
-        return
+        return  # nobody knows yet how many steps that is
     elif train.num_epochs is not None:
-        steps = train.steps_of_epochs(training or 1, reuse=config.rollout.reuse)
+        steps = config.steps_of_epochs(train.num_epochs, training or 1)
     elif training is None or not is_whole:
         steps = MAX_STEPS
     else:
-        steps = max(MIN_STEPS, min(MAX_STEPS, math.ceil(EPOCHS * training / train.sequences_per_step)))
+        steps = max(MIN_STEPS, min(MAX_STEPS, config.steps_of_epochs(EPOCHS, training)))
     yield Choice("train.max_steps", steps, because)
-    yield Choice("train.warmup_steps", steps // 20, "a twentieth of the steps")
     for setting in ("train.eval_steps", "train.save_steps"):
         yield Choice(setting, max(1, steps // 10), "a tenth of the steps")
 

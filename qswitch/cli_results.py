@@ -116,7 +116,10 @@ def compare(
     from qswitch.compare.spec import read_comparison
 
     if dry_run:
-        show([cell.label for cell in read_comparison(path).cells], as_json, "\n".join)
+        comparison = read_comparison(path)
+        for note in comparison.notes:
+            say(note)
+        show([cell.label for cell in comparison.cells], as_json, "\n".join)
         return
     from qswitch.compare.cells import compare as run_comparison
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from qswitch import methods, rules
 from qswitch.errors import ConfigError
-from qswitch.units import MAX_COUNT, MAX_ROWS, MAX_TOKENS
+from qswitch.units import MAX_COUNT, MAX_ROWS, MAX_TOKENS, UNLIMITED_STEPS
 from qswitch.yaml_file import as_written
 
 ModelReference = str | list[str]
@@ -217,7 +217,8 @@ class DataSection(Section):
     """Number of held-out prompts that are scored, drawn by their text; without data.validation at most a fifth of
     each training set, and of a weighted one its share."""
     ground_truth_mix: float = Field(default=0.0, ge=0, le=1)
-    """Probability that a batch is ground truth instead of a rollout (0.5 in the paper)."""
+    """Probability that a batch is ground truth instead of a rollout (0.5 in the paper): 1 - lmbda of TRL. One coin
+    decides for a whole optimizer step, where TRL's GKDTrainer tosses one for each micro-batch."""
     adaptive_share: bool = False
     """Instead of a fixed mix: the share of rollout batches starts at 0 and grows when the validation loss rises."""
     share_tolerance_nats: float = Field(default=0.1, ge=0)
@@ -289,7 +290,8 @@ class RolloutSection(Section):
     adaswitch_window: int = Field(default=16, ge=1, le=MAX_COUNT)
     """Number of earlier divergences in that mean, response tokens (policy adaswitch)."""
     reuse: int = Field(default=1, ge=1, le=10_000)
-    """R: every rollout trains R times over the following steps, without either model writing again."""
+    """R: every rollout trains R times over the following steps, without either model writing again. At most the
+    sequences of a step, of which one is always fresh."""
     replay_capacity: int = Field(default=1000, ge=1, le=MAX_COUNT)
     """Rollouts held for reuse, or for data.adaptive_share; the oldest leave first."""
     replay_max_age_steps: int = Field(default=50, ge=1, le=MAX_COUNT)
@@ -304,7 +306,8 @@ class RolloutSection(Section):
     teacher_graphs: Literal["auto", "off"] = "auto"
     """The same for the teacher's passes, of one token and of a block."""
     temperature: float = Field(default=1.0, ge=0)
-    """Sampling temperature of both writers; 0 is greedy. The divergence is always measured at temperature 1."""
+    """Sampling temperature of both writers; 0 is greedy. The divergence is always measured at temperature 1. The loss
+    has its own, loss.temperature. Nothing cuts the distribution (no top-p, no top-k)."""
     max_new_tokens: int = Field(default=256, ge=1, le=MAX_TOKENS)
     """Response limit, tokens."""
     batch_size: int = Field(default=8, ge=1, le=MAX_ROWS)
@@ -334,7 +337,8 @@ class LossSection(Section):
     beta: float = Field(default=0.5, gt=0, lt=1)
     """Weight of the jsd: beta KL(p||m) + (1-beta) KL(q||m), m = beta p + (1-beta) q."""
     temperature: float = Field(default=1.0, gt=0)
-    """Softens both distributions inside the loss."""
+    """Softens both distributions inside the loss, which is not multiplied by its square: at 2 the gradient is about a
+    quarter of that at 1, beside that of data.lm_corpus and the gradient clip too."""
     scope: Literal["interventions", "all"] = "interventions"
     """interventions: only tokens that the teacher wrote, teacher-free from the cache. all: every response token."""
     lm_coefficient: float = Field(default=1.0, gt=0)
@@ -368,13 +372,14 @@ class TrainSection(Section):
     """The optimiser, its schedule, and how often to look and to save."""
 
     max_steps: int = Field(default=200, ge=1, le=MAX_COUNT)
-    """Optimizer steps."""
+    """Optimizer steps. Where max_tokens or max_seconds is written and this is not, no number of steps ends the run."""
     num_epochs: float | None = Field(default=None, gt=0, le=10**6)
     """Instead of max_steps: how often the training prompts are gone through. Once the data is read, the config.yaml of
     the run says how many steps that is."""
     max_tokens: int | None = Field(default=None, ge=1, le=10**15)
     """End with the step that reaches this many response tokens, generated or (ground-truth batches) read from the data;
-    the learning rate follows the budget that is spent most."""
+    the learning rate follows the budget that is spent most. It takes the place of the steps or epochs of a preset or
+    file below; written beside max_steps or num_epochs, whichever is reached first ends the run."""
     max_seconds: float | None = Field(default=None, gt=0, le=10**10)
     """The same for seconds of training, validation apart; a resumed run is then not bit for bit the same."""
     per_device_train_batch_size: int = Field(default=4, ge=1, le=MAX_ROWS)
@@ -384,14 +389,16 @@ class TrainSection(Section):
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up; cosine and linear end at 0."""
-    warmup_steps: int = Field(default=0, ge=0, le=MAX_COUNT)
-    """Steps of linear warm-up."""
+    """Shape after the warm-up; cosine and linear end at 0. The default of Hugging Face's Trainer is linear."""
+    warmup_steps: float = Field(default=0.0, ge=0, le=MAX_COUNT)
+    """Linear warm-up. Below 1: its share of the training, of whatever unit the budget is (0.05 is a twentieth; in steps
+    it is rounded down). From 1 on a whole number of steps, which needs a budget of steps."""
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
     """paged_adamw_8bit: bitsandbytes, GPU only, a quarter of the state. The driver may move it to the host when memory
     is short, but not after a resume, when it is read into the GPU's own memory; the plan counts all of it there."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay of matrices; biases and the scales of norms do not decay."""
+    """Decoupled weight decay of matrices; biases and the scales of norms do not decay. The default of Hugging Face's
+    Trainer is 0."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradient norm clip."""
     eval_steps: int = Field(default=50, ge=1, le=MAX_COUNT)
@@ -411,15 +418,43 @@ class TrainSection(Section):
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     """Trackers beside metrics.jsonl; need the extra `tracking`: `pip install '.[tracking]'`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _end_by_what_is_written(cls, values: Any) -> Any:
+        """A budget of tokens or seconds without a number of steps does not end at the default number of steps."""
+        if isinstance(values, dict):
+            said = {name for name, value in values.items() if value is not None}
+            if said & {"max_tokens", "max_seconds"} and not said & {"max_steps", "num_epochs"}:
+                return {**values, "max_steps": UNLIMITED_STEPS}
+        return values
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _refuse_parts_of_steps(cls, warmup: float) -> float:
+        if warmup > 1 and not warmup.is_integer():
+            raise ValueError("from 1 on it is a number of whole steps; below 1 it is a share of the training")
+        return warmup
+
     @property
     def sequences_per_step(self) -> int:
         """Of all processes together: their number decides who learns from a sequence, never what is learnt."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
-    def steps_of_epochs(self, num_prompts: int, *, reuse: int = 1) -> int:
-        """Optimizer steps in which num_epochs goes through the prompts, each response training `reuse` times."""
-        assert self.num_epochs is not None
-        return max(1, math.ceil(self.num_epochs * num_prompts * reuse / self.sequences_per_step))
+    @property
+    def ends_by_steps_alone(self) -> bool:
+        """Whether the budget is one of steps, not of tokens or seconds."""
+        return self.max_tokens is None and self.max_seconds is None
+
+    @property
+    def step_limit(self) -> int | None:
+        """Optimizer steps after which the run ends at the latest; None where tokens or seconds alone end it."""
+        return self.max_steps if self.ends_by_steps_alone or self.max_steps < UNLIMITED_STEPS else None
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Of a budget of steps."""
+        share = self.warmup_steps * self.max_steps + 1e-9  # 0.29 x 100 is 28.999... in binary
+        return int(self.warmup_steps if self.warmup_steps >= 1 else share)
 
 
 class RunConfig(Section):
@@ -439,6 +474,17 @@ class RunConfig(Section):
     train: TrainSection = Field(default_factory=TrainSection)
     seed: int = Field(default=42, ge=0, lt=2**31)
     """Seeds data order, rollouts, adapter initialisation and dropout."""
+
+    @property
+    def prompts_per_step(self) -> float:
+        """Prompts that an optimizer step takes from the data, in the mean: a step of ground truth takes one for each
+        sequence, one of rollouts one for each that trains for the first time."""
+        mix = self.data.ground_truth_mix
+        return self.train.sequences_per_step * (mix + (1 - mix) / self.rollout.reuse)
+
+    def steps_of_epochs(self, num_epochs: float, num_prompts: int) -> int:
+        """Optimizer steps that go through the training prompts `num_epochs` times."""
+        return max(1, math.ceil(num_epochs * num_prompts / self.prompts_per_step))
 
     @property
     def writes_rollouts(self) -> bool:

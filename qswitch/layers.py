@@ -45,7 +45,6 @@ ALIASES = {
     "use_dora": "student.lora.use_dora",
     "use_rslora": "student.lora.use_rslora",
     "max_new_tokens": "rollout.max_new_tokens",
-    "temperature": "rollout.temperature",
     "max_prompt_length": "data.max_prompt_tokens",
     "max_completion_length": "rollout.max_new_tokens",
     "beta": "loss.beta",
@@ -66,6 +65,8 @@ settings are."""
 FROM_ELSEWHERE = {
     "lmbda": "set data.ground_truth_mix to 1 - lmbda, the share of batches that the data's own responses make",
     "batch_size": "set train.per_device_train_batch_size for the loss, rollout.batch_size for decoding",
+    "temperature": "set rollout.temperature for sampling (GKDConfig means no more), loss.temperature for the loss "
+    "(DistillationConfig means both)",
     "bf16": "set train.compute_dtype=bf16, or leave it at auto",
     "fp16": "set train.compute_dtype=fp16, or leave it at auto",
     "load_in_4bit": "the teacher's is teacher.precision=nf4 (the default), the student's student.precision=nf4",
@@ -86,7 +87,7 @@ FROM_ELSEWHERE = {
     "model_max_length": "set data.max_prompt_tokens and rollout.max_new_tokens",
     "val_set_size": "set data.num_validation, a number of prompts",
     "micro_batch_size": "set train.per_device_train_batch_size",
-    "warmup_ratio": "set train.warmup_steps",
+    "warmup_ratio": "set train.warmup_steps to the share, which is below 1",
     "finetuning_type": "set student.adapter=none to train every weight, lora to train an adapter",
     "full_finetuning": "set student.adapter=none to train every weight",
     "use_vllm": "teacher and student write together, token by token, in qswitch itself. Remove it",
@@ -156,7 +157,8 @@ def stack(below: Layer, above: Layer) -> dict[str, Any]:
 
     What `above` makes meaningless is not inherited: another method takes away what says what the method below is,
     another model the shape, revision and adapter of the one below and the permission to run its code (but the ungated
-    twin of a preset is the same model), and what the result would not read, although `below` alone does, goes too.
+    twin of a preset is the same model), a budget of tokens or seconds the steps or epochs, and what the result would
+    not read, although `below` alone does, goes too.
     """
     method = above.get("method")
     gone = set(methods.OWNED) if method is not None and method != methods.method_of(below) else set()
@@ -164,6 +166,8 @@ def stack(below: Layer, above: Layer) -> dict[str, Any]:
         old, new = (_at(layer, f"{role}.model") for layer in (below, above))
         if new is not None and old not in (None, new) and not _is_twin(below, above):
             gone |= {f"{role}.{name}" for name in OF_ONE_MODEL[role]}
+    if any(_at(above, f"train.{name}") is not None for name in ("max_tokens", "max_seconds")):
+        gone |= {"train.max_steps", "train.num_epochs"}
     kept = _without(below, gone)
     merged = _merged(kept, above)
     stale = rules.unread(_reader(merged)).keys() - rules.unread(_reader(below)).keys()

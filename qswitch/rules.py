@@ -8,12 +8,14 @@ compare for equality only, so that they also work on values that have not been v
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
 from qswitch import methods
+from qswitch.units import UNLIMITED_STEPS
 
 Read = Callable[[str], Any]
 Condition = Callable[[Read], bool]
@@ -277,6 +279,30 @@ UNREAD = (
 )  # fmt: skip
 
 
+def _ends_by_steps_alone(read: Read) -> bool:
+    return read("train.max_tokens") is None and read("train.max_seconds") is None
+
+
+def has_step_limit(read: Read) -> bool:
+    """Whether steps or epochs end the run, if tokens or seconds have not done so before."""
+    return (
+        _ends_by_steps_alone(read) or read("train.num_epochs") is not None or read("train.max_steps") < UNLIMITED_STEPS
+    )
+
+
+def _sequences_per_step(read: Read) -> int:
+    return read("train.per_device_train_batch_size") * read("train.gradient_accumulation_steps")
+
+
+def _steps_to_reuse(read: Read) -> float:
+    """Steps in which a rollout trains `rollout.reuse` times, where a share of the steps is ground truth."""
+    return read("rollout.reuse") / (1 - read("data.ground_truth_mix"))
+
+
+def _reuses(read: Read) -> bool:
+    return read("rollout.reuse") > 1 and writes_rollouts(read) and not read("data.adaptive_share")
+
+
 def _pure_student(read: Read) -> bool:
     return writes_rollouts(read) and read("rollout.policy") in ("student", "mixture")
 
@@ -284,6 +310,11 @@ def _pure_student(read: Read) -> bool:
 def _num_entries(read: Read) -> int:
     return 1 if isinstance(read("data.train"), str) else len(read("data.train"))
 
+
+NO_STEP_LIMIT = (
+    "train.max_tokens or max_seconds does not say how many responses the run will draw. Set train.max_steps or "
+    "train.num_epochs beside it."
+)
 
 CONFLICTS = (
     Conflict(
@@ -318,6 +349,23 @@ CONFLICTS = (
         lambda read: read("rollout.steps_at_once") > 1 and _replays(read),
         "rollout.steps_at_once={rollout.steps_at_once} cannot be combined with rollout.reuse > 1 or "
         "data.adaptive_share: both let a rollout train later. Set rollout.steps_at_once=1.",
+    ),
+    Conflict(
+        lambda read: _reuses(read) and read("rollout.reuse") > _sequences_per_step(read),
+        lambda read: (
+            f"rollout.reuse={read('rollout.reuse')} is out of reach with {_sequences_per_step(read)} sequences a step "
+            "(train.per_device_train_batch_size x train.gradient_accumulation_steps): one of them is always fresh, so "
+            f"that a rollout trains {_sequences_per_step(read)} times at most. Set rollout.reuse="
+            f"{_sequences_per_step(read)} or lower, or take more sequences a step."
+        ),
+    ),
+    Conflict(
+        lambda read: _reuses(read) and _steps_to_reuse(read) > read("rollout.replay_max_age_steps"),
+        lambda read: (
+            f"rollout.reuse={read('rollout.reuse')} with data.ground_truth_mix={read('data.ground_truth_mix'):g} takes "
+            f"about {math.ceil(_steps_to_reuse(read))} steps, but rollout.replay_max_age_steps="
+            f"{read('rollout.replay_max_age_steps')} drops a rollout before. Lower the one, or raise the other."
+        ),
     ),
     Conflict(
         lambda read: not imitates(read) and _pure_student(read),
@@ -361,8 +409,26 @@ CONFLICTS = (
         "student.precision=nf4 cannot be trained in full. Set student.adapter=lora or student.precision=bf16.",
     ),
     Conflict(
-        lambda read: read("train.num_epochs") is None and read("train.warmup_steps") >= read("train.max_steps"),
-        "train.warmup_steps ({train.warmup_steps}) must be below train.max_steps ({train.max_steps}).",
+        lambda read: (
+            _ends_by_steps_alone(read)
+            and read("train.num_epochs") is None
+            and 1 <= read("train.warmup_steps") >= read("train.max_steps")
+        ),
+        lambda read: (
+            f"train.warmup_steps ({read('train.warmup_steps'):g}) must be below train.max_steps "
+            f"({read('train.max_steps')}). Below 1 it is a share of the training, whatever its length: 0.05."
+        ),
+    ),
+    Conflict(
+        lambda read: not _ends_by_steps_alone(read) and read("train.warmup_steps") >= 1,
+        lambda read: (
+            f"train.warmup_steps={read('train.warmup_steps'):g} counts steps, but train.max_tokens or max_seconds ends "
+            "the run, after nobody knows how many. Write a share of the training: train.warmup_steps=0.05."
+        ),
+    ),
+    Conflict(
+        lambda read: _passes_text(read) and writes_rollouts(read) and not has_step_limit(read),
+        f"Between two tokenizers the teacher writes before the student learns, and {NO_STEP_LIMIT}",
     ),
     Conflict(
         lambda read: read("teacher.num_gpus") > 1 and read("teacher.residency") == "swap",

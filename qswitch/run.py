@@ -297,11 +297,11 @@ def with_steps(config: RunConfig, num_prompts: int) -> RunConfig:
     """The configuration with train.num_epochs turned into steps, so that a resumed run has the same."""
     if config.train.num_epochs is None:
         return config
-    steps = config.train.steps_of_epochs(num_prompts, reuse=config.rollout.reuse)
-    if config.train.warmup_steps >= steps:
+    steps = config.steps_of_epochs(config.train.num_epochs, num_prompts)
+    if config.train.ends_by_steps_alone and 1 <= config.train.warmup_steps >= steps:
         raise ConfigError(
             f"train.num_epochs={config.train.num_epochs:g} is {steps} steps with {num_prompts} training prompts, but "
-            f"train.warmup_steps is {config.train.warmup_steps}. Lower it, or raise train.num_epochs."
+            f"train.warmup_steps is {config.train.warmup_steps:g}. Below 1 it is a share of the training: 0.05."
         )
     return with_choices(config, {"train.max_steps": steps, "train.num_epochs": None})
 

@@ -22,7 +22,7 @@ from qswitch.plan.scheduler import with_choices
 from qswitch.plan.teacher_alone import TeachingPlan, plan_teaching
 from qswitch.plan.vocabulary import with_tokenizer
 from qswitch.preflight import check_settings, settings_problems
-from qswitch.rules import why_teacher_is_asked
+from qswitch.rules import NO_STEP_LIMIT, why_teacher_is_asked
 from qswitch.run import (
     free_path,
     locked_by_first,
@@ -182,5 +182,7 @@ def _require_teachable(config: RunConfig) -> None:
             "A store holds tokens of the teacher, which mean nothing to a student with another tokenizer. `qswitch "
             "distill` with method=seqkd lets the teacher write text first, by itself."
         )
+    if config.train.step_limit is None and config.train.num_epochs is None:
+        raise ConfigError(f"A teacher works before the run, and {NO_STEP_LIMIT}")
     if (reason := why_teacher_is_asked(reader(config))) is not None:
         raise ConfigError(f"A teacher cannot work before this run: {reason}.")

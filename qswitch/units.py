@@ -10,6 +10,7 @@ MAX_TOKENS = 2**20
 MAX_ROWS = 65_536
 """Of a batch."""
 MAX_COUNT = 10**9
+UNLIMITED_STEPS = 10**6
 """Of steps, records and what is counted with them: more is a slip of the finger, and some loops would take for ever."""
 
 

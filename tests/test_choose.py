@@ -54,7 +54,7 @@ def test_lengths_steps_and_precision_follow_data_shapes_and_budget(pair: Path):
     # 19 x 14 characters are 89 tokens at 3 characters each, and the template's.
     assert small.data.max_prompt_tokens == 128 and small.rollout.max_new_tokens == 64
     assert small.data.num_validation == 40 and small.train.max_steps == 68  # 3 x 360 / 16
-    assert small.train.warmup_steps == 3 and small.train.eval_steps == 6
+    assert small.train.warmup_steps == 0.05 and small.train.eval_steps == 6
 
 
 def test_what_is_said_wins_and_is_not_among_the_choices(pair: Path):
@@ -138,13 +138,18 @@ def test_what_is_said_of_the_data_bounds_what_is_chosen_for_it(pair: Path, monke
         values = flatten(named(**{"data.train": "owner/data", **said}))
         return {choice.setting: choice.value for choice in choose(values, vram="24GiB").choices}
 
-    assert hub()["train.max_steps"] == 1000 and hub()["train.warmup_steps"] == 50
+    assert hub()["train.max_steps"] == 1000 and hub()["train.warmup_steps"] == 0.05
     few = hub(**{"data.limit": 300})
     assert (few["data.num_validation"], few["train.max_steps"], few["train.eval_steps"]) == (30, 51, 5)
     epochs = hub(**{"data.limit": 300, "train.num_epochs": 1})  # 270 prompts are 17 steps
-    assert (epochs["train.warmup_steps"], epochs["train.eval_steps"], epochs["train.save_steps"]) == (0, 1, 1)
+    assert (epochs["train.warmup_steps"], epochs["train.eval_steps"], epochs["train.save_steps"]) == (0.05, 1, 1)
     unknown = hub(**{"train.num_epochs": 1})
-    assert unknown["train.warmup_steps"] == 0 and "train.eval_steps" not in unknown
+    assert unknown["train.warmup_steps"] == 0.05 and "train.eval_steps" not in unknown
+
+    again_and_again = hub(**{"data.limit": 300, "rollout.reuse": 4})
+    assert again_and_again["train.max_steps"] == 203, "three passes, of which each rollout trains 4 times: 3 x 270 / 4"
+    night = hub(**{"data.limit": 300, "train.max_seconds": 28800})
+    assert "train.max_steps" not in night and night["train.eval_steps"] == 5, "it looks as often as without a limit"
 
     for said, chosen in (("data.max_prompt_tokens", "rollout.max_new_tokens"),
                          ("rollout.max_new_tokens", "data.max_prompt_tokens")):  # fmt: skip
@@ -418,7 +423,7 @@ def test_epochs_are_planned_as_the_steps_that_they_are(pair: Path, capsys):
     assert run(["plan", *TWO, "--data", prompts(pair, "say"), *epochs]) == 0
     printed = capsys.readouterr()
     assert " for about 34 steps (train.num_epochs=2 " in printed.out  # 2 x (300 - 30) / 16
-    assert "train.warmup_steps=1" in printed.err and "train.max_steps" not in printed.err
+    assert "train.warmup_steps=0.05" in printed.err and "train.max_steps" not in printed.err
     counted = preview(choose(named(**{"data.train": "prompts.jsonl", "train.num_epochs": 2}), vram="12GiB").config,
                       gpu="rtx3060-12gb").plan  # fmt: skip
     same = choose(named(**{"data.train": "prompts.jsonl", "train.max_steps": 34}), vram="12GiB").config
@@ -434,6 +439,8 @@ def test_epochs_are_planned_as_the_steps_that_they_are(pair: Path, capsys):
 
 def test_epochs_that_end_in_the_warm_up_are_refused_by_the_plan(pair: Path, capsys):
     few = ["--preset", "qwen2.5-7b-to-1.5b", "--data", prompts(pair, "say"), "--set", "train.num_epochs=1"]
+    assert run(["plan", *few, "--gpu", "rtx3060-12gb"]) == 0, "the preset warms up over a share, however long it trains"
+    few += ["--set", "train.warmup_steps=50"]
     assert run(["plan", *few, "--gpu", "rtx3060-12gb"]) == 2
     assert "is 15 steps with 240 training prompts, but train.warmup_steps is 50" in capsys.readouterr().err
 

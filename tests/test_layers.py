@@ -15,7 +15,7 @@ from qswitch.cli import run
 from qswitch.compare.spec import read_comparison
 from qswitch.config import RunConfig, known_keys
 from qswitch.errors import ConfigError
-from qswitch.layers import build_config, by_section, set_layer, stack
+from qswitch.layers import build_config, by_section, dump_config, set_layer, stack
 from qswitch.presets import load_preset, load_run_config
 from tests.test_rules import value_that_is_not
 
@@ -142,6 +142,21 @@ def test_epochs_take_the_place_of_steps():
         assert (config.train.num_epochs, config.train.max_steps) == (3, 200), "the preset's steps are not inherited"
     with pytest.raises(ConfigError, match=r"train\.max_steps has no effect with train\.num_epochs"):
         build_config(MINIMAL, {"epochs": 3, "max_steps": 50})
+
+
+def test_a_budget_of_tokens_or_seconds_takes_the_place_of_steps():
+    for limit in ("max_tokens", "max_seconds"):
+        night = load_run_config("qwen2.5-7b-to-1.5b", [f"train.{limit}=28800"])
+        assert night.train.step_limit is None, "the preset's 1,000 steps are not inherited"
+        assert load_run_config("qwen2.5-7b-to-1.5b", [f"train.{limit}=9", "train.max_steps=7"]).train.step_limit == 7
+        again = build_config(yaml.safe_load(dump_config(night)))
+        assert again == night and again.train.step_limit is None, "RUN/config.yaml says the same"
+
+
+def test_temperature_is_two_settings_of_which_one_must_be_named():
+    """DistillationConfig of TRL samples and learns at it, GKDConfig samples."""
+    with pytest.raises(ConfigError, match=r"set rollout.temperature for sampling.*loss.temperature for the loss"):
+        build_config(MINIMAL, {"temperature": 2})
 
 
 def test_a_pattern_with_dots_is_one_key():

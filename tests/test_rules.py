@@ -233,6 +233,11 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
     ("data.ground_truth_mix=1 contradicts", {"method": "switch", "data.ground_truth_mix": 1.0}),
     ("data.adaptive_share contradicts", {"method": "gkd", "data.adaptive_share": True}),
     ("rollout.steps_at_once=2 cannot be combined", {"rollout.steps_at_once": 2, "rollout.reuse": 2}),
+    ("rollout.reuse=17 is out of reach with 16 sequences", {"rollout.reuse": 17}),
+    (
+        "rollout.reuse=8 with data.ground_truth_mix=0.5 takes about 16 steps",
+        {"method": "gkd", "rollout.reuse": 8, "rollout.replay_max_age_steps": 15},
+    ),
     (
         "loss.objective=cross_entropy with rollout.policy=student",
         {"method": "custom", "loss.objective": "cross_entropy", "rollout.policy": "student"},
@@ -251,6 +256,11 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any]]] = [
     ("data.weights has no effect with one entry", {"data.weights": [1.0]}),
     ("student.precision=nf4 cannot be trained", {"student.adapter": "none", "student.precision": "nf4"}),
     ("train.warmup_steps (7) must be below", {"train.warmup_steps": 7, "train.max_steps": 7}),
+    ("train.warmup_steps=1 counts steps", {"train.warmup_steps": 1, "train.max_tokens": 900, "train.max_steps": 7}),
+    (
+        "Between two tokenizers the teacher writes before the student learns",
+        {"method": "seqkd", "student.tokenizer": "own", "train.max_seconds": 60},
+    ),
     ("teacher.residency=swap cannot be", {"teacher.num_gpus": 2, "teacher.residency": "swap"}),
     ("teacher.num_gpus=2 needs GPUs", {"teacher.num_gpus": 2, "train.device": "cpu"}),
     ("train.optimizer=paged_adamw_8bit needs", {"train.optimizer": "paged_adamw_8bit", "train.device": "cpu"}),

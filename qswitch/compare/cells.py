@@ -99,6 +99,8 @@ def compare(
 def _compare(
     path: Path, output_dir: Path, comparison: Comparison, launch: Launch, say: Callable[[str], None]
 ) -> dict[str, Any]:
+    for note in comparison.notes:
+        say(note)
     marks = marks_of_cells({cell.label: cell.config for cell in comparison.cells})
     _refuse_other_cells(output_dir, comparison, marks)
     write_atomically(output_dir / "compare.yaml", read_text(path))

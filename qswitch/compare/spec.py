@@ -21,7 +21,7 @@ from qswitch.layers import build_config, by_section, flatten, stack
 from qswitch.outside import user_path
 from qswitch.plan.vocabulary import have_one_vocabulary
 from qswitch.presets import load_preset
-from qswitch.units import MAX_ROWS, MAX_TOKENS
+from qswitch.units import MAX_ROWS, MAX_TOKENS, UNLIMITED_STEPS
 from qswitch.yaml_file import read_yaml
 
 SFT = "sft"
@@ -45,8 +45,6 @@ TWO_TOKENIZERS = (
     "token, and beside fine-tuning on the data, both of which need one tokenizer. Train the runs with qswitch distill, "
     "and score them together: qswitch eval RUN RUN --data FILE"
 )
-MAX_STEPS = 1_000_000
-"""train.max_steps where the budget is tokens or seconds."""
 
 
 class BudgetSection(Section):
@@ -170,6 +168,8 @@ class Comparison:
     section: CompareSection
     cells: list[Cell]
     baseline: str
+    notes: tuple[str, ...] = ()
+    """What was changed so that cells are alike."""
 
     def seeds_of(self, name: str) -> list[int]:
         """The training seeds of a cell; none of a control."""
@@ -191,6 +191,7 @@ def read_comparison(path: Path) -> Comparison:
     run = stack(load_preset(source), by_section(section.settings, f"{path}, settings"))
     ranked: list[tuple[int, Cell]] = []
     problems: list[str] = []
+    notes: list[str] = []
     named = dict(section.cells)
     if any(_has_own_tokenizer(run, cell) for cell in named.values()):
         raise ConfigError(TWO_TOKENIZERS, str(path))  # before the SFT control, which would be blamed for it
@@ -211,10 +212,11 @@ def read_comparison(path: Path) -> Comparison:
         ]
         for rank, seed in enumerate(cell.seeds or section.seeds):
             try:
-                config = _cell_config(run, cell, seed, section.budget)
+                config, note = _cell_config(run, cell, seed, section.budget)
             except ConfigError as error:
                 problems += [f"cells.{name}: {p}" for p in error.problems]
                 break
+            notes += [] if note is None else [f"{name}: {note}"]
             ranked.append((rank, Cell(name, seed, config, _settings(config, section))))
     # One seed of every cell before the next: the table of an unfinished comparison compares like with like.
     cells = [cell for _, cell in sorted(ranked, key=lambda item: item[0])]
@@ -246,7 +248,7 @@ def read_comparison(path: Path) -> Comparison:
         ]
     if problems:
         raise ConfigError(problems, str(path))
-    return Comparison(section, cells, baseline)
+    return Comparison(section, cells, baseline, tuple(dict.fromkeys(notes)))
 
 
 def _unlike_evaluations(cells: list[Cell], section: CompareSection) -> Iterator[str]:
@@ -322,14 +324,30 @@ def _bad_evaluation(section: CompareSection) -> Iterator[str]:
         yield f"evaluate.template: {template} is no file. Use own, teacher, student, alpaca, plain, or a Jinja file"
 
 
-def _cell_config(run: Mapping[str, Any], cell: CellSection, seed: int, budget: BudgetSection) -> RunConfig:
-    steps = int(budget.amount) if budget.unit == "steps" else MAX_STEPS
+def _cell_config(
+    run: Mapping[str, Any], cell: CellSection, seed: int, budget: BudgetSection
+) -> tuple[RunConfig, str | None]:
+    """A cell's run, and what was changed so that it warms up over the same share of the budget as the others.
+
+    Its steps are those of no other cell where the budget is tokens or seconds, so that a warm-up counted in steps would
+    be another share of the training for each.
+    """
+    steps = int(budget.amount) if budget.unit == "steps" else UNLIMITED_STEPS
     train: dict[str, Any] = dict.fromkeys(BUDGET) | {"max_steps": steps}  # null: no limit of a lower layer stays
     if budget.unit == "tokens":
         train["max_tokens"] = int(budget.amount)
     elif budget.unit == "seconds":
         train["max_seconds"] = budget.amount
-    return build_config(run, cell.settings, {"seed": seed, "train": train})
+    note = None
+    if budget.unit != "steps":
+        written = build_config(run, cell.settings).train
+        if written.warmup_steps >= 1 and written.num_epochs is None and written.step_limit is not None:
+            train["warmup_steps"] = written.warmup_steps / written.max_steps
+            note = (
+                f"train.warmup_steps={written.warmup_steps:g} of train.max_steps={written.max_steps} is taken as a "
+                f"share of the budget, {train['warmup_steps']:g}"
+            )
+    return build_config(run, cell.settings, {"seed": seed, "train": train}), note
 
 
 def _own_budget(cell: CellSection) -> list[str]:

@@ -7,20 +7,24 @@ import math
 from qswitch.config import TrainSection
 
 
-def spent_share(train: TrainSection, *, step: int, tokens: int, seconds: float) -> float:
-    """The largest of the shares spent of steps, response tokens and seconds; the run ends at 1."""
-    shares = [step / train.max_steps]
+def spent_shares(train: TrainSection, *, step: int, tokens: int, seconds: float) -> dict[str, float]:
+    """Limit of the train section -> the share of it that is spent; the run ends where one is 1."""
+    shares = {"max_steps": step / train.max_steps}
     if train.max_tokens is not None:
-        shares.append(tokens / train.max_tokens)
+        shares["max_tokens"] = tokens / train.max_tokens
     if train.max_seconds is not None:
-        shares.append(seconds / train.max_seconds)
-    return max(shares)
+        shares["max_seconds"] = seconds / train.max_seconds
+    return shares
 
 
-def learning_rate_factor(train: TrainSection, *, step: int, share: float) -> float:
-    """What train.learning_rate is multiplied with after `step` steps: warm-up by steps, then the shape by the share."""
-    if step < train.warmup_steps:
-        return step / train.warmup_steps
-    left = max(0.0, 1.0 - share)
+def learning_rate_factor(train: TrainSection, *, share: float) -> float:
+    """What train.learning_rate is multiplied with where `share` of a budget of tokens or seconds is spent.
+
+    The warm-up and the shape behind it are those of transformers' schedules, with a share in the place of steps.
+    """
+    warmup = train.warmup_steps
+    if share < warmup:
+        return share / warmup
+    left = max(0.0, 1.0 - share) / (1.0 - warmup)
     shape = {"cosine": 0.5 * (1 + math.cos(math.pi * (1 - left))), "linear": left, "constant": 1.0}
     return shape[train.lr_scheduler_type]

@@ -56,6 +56,11 @@ def end_trackers(accelerator: Accelerator) -> None:
             tracker.finish()
 
 
+def numbers_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """What of a line of metrics.jsonl a tracker can draw: its numbers, those inside it by dotted names."""
+    return {name: value for name, value in _flat(line).items() if isinstance(value, int | float) and name != "step"}
+
+
 def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Settings by their dotted names, lists as text: trackers take numbers, texts and truth values only."""
     flat: dict[str, Any] = {}
@@ -63,7 +68,7 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{above}{key}.")
         elif value is not None:
-            flat[above + key] = value if isinstance(value, bool | int | float | str) else str(value)
+            flat[f"{above}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
     return flat
 
 
@@ -104,19 +109,19 @@ class Schedule:
 
     def __init__(self, train: TrainSection, optimizer: torch.optim.Optimizer, spent: Callable[[], float]) -> None:
         self._settings = {name: getattr(train, name) for name in SCHEDULE_SETTINGS}
-        if train.max_tokens is None and train.max_seconds is None:
+        if train.ends_by_steps_alone:
             name = train.lr_scheduler_type
             self._scheduler = get_scheduler(
                 # Plain "constant" of transformers knows no warm-up.
-                "constant_with_warmup" if name == "constant" and train.warmup_steps else name,
+                "constant_with_warmup" if name == "constant" and train.num_warmup_steps else name,
                 optimizer,
-                num_warmup_steps=train.warmup_steps,
+                num_warmup_steps=train.num_warmup_steps,
                 num_training_steps=train.max_steps,
             )
         else:
             # Called before this step's tokens are counted: the rate lags the budget by one step.
             self._scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda step: learning_rate_factor(train, step=step, share=spent())
+                optimizer, lambda _: learning_rate_factor(train, share=spent())
             )
 
     @property

@@ -130,7 +130,7 @@ class Progress:
 
 def total_steps(train: TrainSection) -> int | None:
     """How many steps a run takes; None where its budget is tokens or seconds."""
-    return train.max_steps if train.max_tokens is None and train.max_seconds is None else None
+    return train.max_steps if train.ends_by_steps_alone else None
 
 
 def _duration(seconds: float) -> str:

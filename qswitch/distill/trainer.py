@@ -21,7 +21,7 @@ from qswitch.config import RunConfig
 from qswitch.data.gather import Prompts
 from qswitch.data.loader import PassageLoader
 from qswitch.data.template import Prompt
-from qswitch.distill.budget import spent_share
+from qswitch.distill.budget import spent_shares
 from qswitch.distill.checkpoint import (
     Stateful,
     checkpoint_name,
@@ -36,7 +36,7 @@ from qswitch.distill.held_rows import HeldRows, make_cache
 from qswitch.distill.learner import Learner
 from qswitch.distill.logit_cache import LogitCache
 from qswitch.distill.metrics import Clock, Counters, StepReport
-from qswitch.distill.optimizer import end_trackers, make_accelerator
+from qswitch.distill.optimizer import end_trackers, make_accelerator, numbers_of
 from qswitch.distill.own_responses import own_figures
 from qswitch.distill.phase_peaks import PhasePeaks, highest_of, in_gib_beside
 from qswitch.distill.processes import Processes
@@ -190,9 +190,14 @@ class Trainer:
 
     @property
     def spent(self) -> float:
-        """Share of the budget that is spent, of steps, tokens or seconds."""
+        """Share of the budget that is spent, of steps, tokens or seconds: the largest."""
+        return max(self._spent_shares.values())
+
+    @property
+    def _spent_shares(self) -> dict[str, float]:
         counters = self.counters
-        return spent_share(self.config.train, step=self.step, tokens=counters.response_tokens, seconds=counters.seconds)
+        tokens, seconds = counters.response_tokens, counters.seconds
+        return spent_shares(self.config.train, step=self.step, tokens=tokens, seconds=seconds)
 
     @property
     def finished(self) -> bool:
@@ -213,9 +218,10 @@ class Trainer:
             self.progress.say(f"validating before the first step, on {self.validation.num_tokens} tokens")
             counters.before_nats = counters.last_nats = self.validate()
             counters.before_nats_by_prompt = self.validation.nats_by_prompt
-            self._adapt_share()
+            share = self._adapt_share()
             counters.own_before = self.own_figures()
             self.progress.validated(0, self.validation.what, counters.before_nats, counters.own_before)
+            self._track({self.validation.key: counters.before_nats, "own": counters.own_before, **share})
         with self.progress:
             while not self.finished:
                 started = time.perf_counter()
@@ -234,8 +240,14 @@ class Trainer:
                     counters.last_nats = nats = self.validate()
                     by_prompt, own = self.validation.nats_by_prompt, self.own_figures()
                     self.progress.validated(self.step, self.validation.what, nats, own)
-                    line = {"step": self.step, self.validation.key: nats, **({"own": own} if own else {})}
-                    self.run_dir.append_metrics({**line, **self._adapt_share()})
+                    line: dict[str, Any] = {
+                        "step": self.step,
+                        self.validation.key: nats,
+                        **({"own": own} if own else {}),
+                    }
+                    line |= self._adapt_share()
+                    self.run_dir.append_metrics(line)
+                    self._track(line)
                     improved = nats < counters.best_nats
                     if improved:
                         counters.best_nats, counters.best_step = nats, self.step
@@ -246,8 +258,22 @@ class Trainer:
                     self.save()
                 if stop:
                     break
+        if self.finished:
+            self.progress.say(f"ended after {self.step:,} steps: {self._ended_by()}")
         end_trackers(self.accelerator)
         return counters
+
+    def _ended_by(self) -> str:
+        """The limits that are reached, with what was counted."""
+        counted = {
+            "max_steps": f"{self.step:,}",
+            "max_tokens": f"{self.counters.response_tokens:,}",
+            "max_seconds": f"{self.counters.seconds:,.0f}",
+        }
+        reached = [name for name, share in self._spent_shares.items() if share >= 1]
+        return " and ".join(
+            f"train.{name}={getattr(self.config.train, name):,} is reached ({counted[name]})" for name in reached
+        )
 
     def train_step(self) -> StepReport:
         """One optimizer step: its sequences and the teacher's outputs, the loss, the update."""
@@ -386,10 +412,13 @@ class Trainer:
         self.run_dir.append_metrics(metrics)
         sample = report.rollouts[:ROLLOUTS_LOGGED_PER_STEP]
         self.run_dir.append_rollouts([rollout_record(r, self.pair.tokenizer, step=self.step) for r in sample])
-        if self.config.train.report_to:
-            values = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
-            self.accelerator.log(values, step=self.step)
+        self._track(metrics)
         self.progress.stepped(metrics)
+
+    def _track(self, line: Mapping[str, Any]) -> None:
+        """Let the trackers of train.report_to hear of a step or a validation."""
+        if self.config.train.report_to:
+            self.accelerator.log(numbers_of(line), step=self.step)
 
     # ---------------------------------------------------------------- saving
 

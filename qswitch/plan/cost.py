@@ -8,6 +8,8 @@ benchmarks/results/pass_times-cpu.json.
 
 from __future__ import annotations
 
+import math
+
 from qswitch.config import RunConfig
 from qswitch.plan import memory
 from qswitch.plan.breakdown import share_of
@@ -126,23 +128,35 @@ def run_seconds(
 
     `processes` share the work, each on a card like `machine.gpu`.
     """
-    config = share_of(config, processes)
+    whole, config = config, share_of(config, processes)
     train, rollout = config.train, config.rollout
-    num_steps = train.max_steps
     student_precision = _student_precision(config)
     b, rows = machine.compute_bytes, rollout.batch_size
     tokens = config.data.max_prompt_tokens + rollout.max_new_tokens
     batches = -(-config.data.num_validation // rows)
-    validations = 1 + -(-num_steps // train.eval_steps)
     trained = memory.trainable_parameters(student, config.student.adapter, config.student.lora)
     together = reduce_seconds(trained * machine.accumulate_bytes, processes)
-    seconds = num_steps * (step_seconds(config, teacher, student, machine) + together)
+    one_step = step_seconds(config, teacher, student, machine) + together
+    num_steps = expected_steps(whole, one_step)
+    validations = 1 + -(-num_steps // train.eval_steps)
+    seconds = num_steps * one_step
     seconds += validations * batches * pass_seconds(student, student_precision, rows * tokens, 0, machine)
     if config.needs_teacher:
         kv_bytes = memory.kv_buffer_bytes(teacher, rows, tokens // 2 + 1, b)
         one = pass_seconds(teacher, config.teacher.precision, rows, kv_bytes, machine)
         seconds += batches * rollout.max_new_tokens * one
-    return seconds if train.max_seconds is None else min(seconds, train.max_seconds)
+    return seconds
+
+
+def expected_steps(config: RunConfig, seconds_of_a_step: float) -> int:
+    """Steps until the first limit of the run, where every response has its full length."""
+    train = config.train
+    steps = [train.max_steps]
+    if train.max_tokens is not None:
+        steps.append(math.ceil(train.max_tokens / (config.prompts_per_step * config.rollout.max_new_tokens)))
+    if train.max_seconds is not None:
+        steps.append(math.ceil(train.max_seconds / seconds_of_a_step))
+    return min(steps)
 
 
 def reduce_seconds(gradient_bytes: int, processes: int, bytes_per_s: float = PCIE_BYTES_PER_S) -> float:

@@ -131,7 +131,8 @@ def _time(plan: Plan) -> str:
         f"at the speed of {cards}, by arithmetic from its published figures (not measured; --gpu names another card)."
     )
     if plan.seconds is None:
-        per_thousand = train.steps_of_epochs(1000, reuse=plan.config.rollout.reuse)
+        assert train.num_epochs is not None
+        per_thousand = plan.config.steps_of_epochs(train.num_epochs, 1000)
         return (
             f"Time: about {duration(plan.step_seconds)} a step {origin} With train.num_epochs={train.num_epochs:g} "
             f"1,000 training prompts are {per_thousand} steps, {duration(per_thousand * plan.step_seconds)}."
@@ -139,6 +140,12 @@ def _time(plan: Plan) -> str:
     steps = f"{plan.num_steps} steps"
     if train.num_epochs is not None:
         steps = f"about {steps} (train.num_epochs={train.num_epochs:g} of the prompts that were counted)"
+    elif train.step_limit is None:
+        limits = [] if train.max_seconds is None else [f"train.max_seconds={train.max_seconds:,g}"]
+        if train.max_tokens is not None:
+            at_most = f"responses of {plan.config.rollout.max_new_tokens} tokens, and more of shorter ones"
+            limits.append(f"train.max_tokens={train.max_tokens:,} with {at_most}")
+        steps = f"about {steps}, until {' or '.join(limits)},"
     return f"Time: about {duration(plan.seconds)} for {steps} {origin}"
 
 

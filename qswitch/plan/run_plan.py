@@ -30,7 +30,8 @@ class Plan:
     next_better: tuple[int, float] | None = None
     """Bytes of the next budget at which a step is faster, and the share of this plan's time it takes there."""
     num_steps: int | None = None
-    """Of the run; None where train.num_epochs counts prompts that nobody has counted."""
+    """Of the run, where every response has its full length; None where train.num_epochs counts prompts that nobody has
+    counted, and where tokens or seconds alone end a run on a CPU."""
     seconds: float | None = None
     """Of the whole run on `machine.gpu`, by arithmetic; None for a CPU, whose speed the plan does not know, and for
     steps that nobody knows."""

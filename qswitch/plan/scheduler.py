@@ -19,7 +19,7 @@ from qswitch.config import RunConfig
 from qswitch.errors import ConfigError
 from qswitch.plan import memory
 from qswitch.plan.breakdown import break_down, share_of
-from qswitch.plan.cost import run_seconds, step_seconds
+from qswitch.plan.cost import expected_steps, run_seconds, step_seconds
 from qswitch.plan.machine import Gpu, Machine, describe_machine, find_budget
 from qswitch.plan.model_files import shape_for
 from qswitch.plan.run_plan import Plan, in_gib
@@ -103,7 +103,7 @@ def plan_run(
     if longest_prompt_tokens is not None and longest_prompt_tokens < config.data.max_prompt_tokens:
         config = with_choices(config, {"data.max_prompt_tokens": longest_prompt_tokens})
     if config.train.num_epochs is None:
-        num_steps = config.train.max_steps
+        num_steps = config.train.step_limit
     elif num_steps is not None:
         config = with_choices(config, {"train.max_steps": num_steps})
     teacher, student = model_shapes(config)
@@ -133,6 +133,10 @@ def plan_run(
             why = "for speed" if asked.total_bytes <= budget_bytes else "to fit"
             notes.append(f"As written it needs {asked.total_gib:.2f} GiB; changed {why}: {changes}.")
     is_timed = machine.device == "cuda"
+    one_step = step_seconds(share_of(best.config, processes), teacher, student, machine) if is_timed else None
+    is_counted = config.train.num_epochs is None or num_steps is not None
+    if one_step is not None and is_counted:
+        num_steps = expected_steps(best.config, one_step)
     return replace(
         best,
         config=with_choices(asked_for, best.choices),
@@ -142,8 +146,8 @@ def plan_run(
         notes=tuple(notes),
         next_better=better,
         num_steps=num_steps,
-        seconds=run_seconds(best.config, teacher, student, machine, processes) if is_timed and num_steps else None,
-        step_seconds=step_seconds(share_of(best.config, processes), teacher, student, machine) if is_timed else None,
+        seconds=run_seconds(best.config, teacher, student, machine, processes) if is_timed and is_counted else None,
+        step_seconds=one_step,
     )
 
 

@@ -190,7 +190,7 @@ def _measured(
     steps, for_prompts = config.train.max_steps, None
     if config.train.num_epochs is not None:
         num_prompts = for_prompts = 1000
-        steps = config.train.steps_of_epochs(num_prompts, reuse=config.rollout.reuse)
+        steps = config.steps_of_epochs(config.train.num_epochs, num_prompts)
     drawn = steps * config.train.sequences_per_step
     if num_prompts is not None and config.data.ground_truth_mix == 1:
         drawn = min(drawn, num_prompts)

@@ -223,9 +223,8 @@ def facts(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], run_di
         *([] if train.max_tokens is None else [f"{train.max_tokens:,} response tokens"]),
         *([] if train.max_seconds is None else [duration(train.max_seconds)]),
     ]
-    # Beside another limit, the one of steps is often only a number that is never reached.
-    ends_by_steps = not limits or len(steps) >= train.max_steps
-    found = [("steps", f"{len(steps)} of {train.max_steps}" if ends_by_steps else str(len(steps)))]
+    most = train.step_limit
+    found = [("steps", str(len(steps)) if most is None else f"{len(steps)} of {most}")]
     if limits:
         found.append(("budget", " or ".join(limits)))
     if summary.get("best_step"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qswitch import cli
-from qswitch.compare.spec import MAX_STEPS, read_comparison
+from qswitch.compare.spec import read_comparison
 from qswitch.errors import ConfigError
 from tests.compare.comparisons import swap_two_tokens, write_comparison
 
@@ -148,7 +148,21 @@ def test_no_limit_of_the_shared_settings_ends_a_cell_before_its_budget(tmp_path:
     for cell in comparison.cells:
         train = cell.config.train
         assert (train.max_tokens, train.max_seconds, train.num_epochs) == (*limits[1:], None)
-        assert train.max_steps == (limits[0] or MAX_STEPS)
+        assert train.max_steps == (limits[0] or 1_000_000)
+
+
+def test_a_warm_up_in_steps_becomes_the_share_of_the_budget_that_it_is_of_the_shared_run(tmp_path: Path):
+    shared = {"train.max_steps": 1000, "train.warmup_steps": 50}
+    cells = {"switch": {}, "longer": {"settings": {"train.warmup_steps": 200}}, "own": {"settings": {
+        "train.warmup_steps": 0.1}}}  # fmt: skip
+    tokens = {"unit": "tokens", "amount": 20_000}
+    comparison = read_comparison(write_comparison(tmp_path, settings=shared, budget=tokens, cells=cells))
+    found = {cell.name: cell.config.train.warmup_steps for cell in comparison.cells}
+    assert found == {"switch": 0.05, "longer": 0.2, "own": 0.1, "sft": 0.05}
+    said = "train.warmup_steps=50 of train.max_steps=1000 is taken as a share of the budget, 0.05"
+    assert f"switch: {said}" in comparison.notes and not any(note.startswith("own") for note in comparison.notes)
+    steps = read_comparison(write_comparison(tmp_path, settings=shared, budget={"unit": "steps", "amount": 100}))
+    assert {cell.config.train.num_warmup_steps for cell in steps.cells} == {50} and not steps.notes
 
 
 def test_a_cell_with_nothing_behind_its_name_changes_nothing(tmp_path: Path):

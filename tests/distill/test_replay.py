@@ -10,6 +10,10 @@ import torch
 
 from qswitch.distill.replay import ReplayBuffer, ReplayEntry, split_step
 from qswitch.distill.sequence import TrainingSequence
+from qswitch.errors import ConfigError
+from qswitch.layers import build_config
+
+MINIMAL = {"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "x.jsonl"}}
 
 
 def entry(i: int, born: int = 0, uses: int | None = 2) -> ReplayEntry:
@@ -20,13 +24,19 @@ def ids(entries: list[ReplayEntry]) -> list[int]:
     return [e.sequence.example_id for e in entries]
 
 
-@pytest.mark.parametrize("reuse", [1, 2, 3, 4])
+@pytest.mark.parametrize("reuse", [1, 2, 3, 4, 6, 16, 32])
 @pytest.mark.parametrize("total", [4, 6, 32])
-def test_every_rollout_trains_reuse_times(reuse, total):
+def test_every_rollout_trains_reuse_times_while_a_step_has_so_many_sequences(reuse, total):
+    steps = 40 + 10 * reuse
+    if reuse > total:
+        sequences = {"train.per_device_train_batch_size": total, "train.gradient_accumulation_steps": 1}
+        with pytest.raises(ConfigError, match=f"reuse={reuse} is out of reach with {total} sequences"):
+            build_config(MINIMAL, sequences, {"rollout.reuse": reuse})
+        return
     buffer = ReplayBuffer(1000, 1000, seed=0)
     used: Counter[int] = Counter()
     next_id, last_born = 0, {}
-    for step in range(40):
+    for step in range(steps):
         fresh, replayed = split_step(total, reuse, len(buffer))
         assert fresh + replayed == total
         drawn = buffer.draw(replayed, step)
@@ -37,9 +47,9 @@ def test_every_rollout_trains_reuse_times(reuse, total):
         buffer.add(entry(i, step, reuse - 1) for i in new)
         used.update(new + ids(drawn))
         buffer.expire(step + 1)
-    assert all(used[i] == reuse for i in used if last_born[i] < 40 - 3 * reuse - 1)
+    assert all(used[i] == reuse for i in used if last_born[i] < steps - 3 * reuse - 1)
     assert max(used.values()) <= reuse
-    assert next_id <= total + 40 * -(-total // reuse) + total
+    assert next_id <= total + steps * -(-total // reuse) + total
 
 
 def test_freshness_and_capacity():

@@ -62,7 +62,7 @@ def test_rollouts_for_several_steps_are_written_by_the_student_of_the_first(fold
     assert [m["fresh"] for m in lines] == [8, 0, 8, 0, 4]  # one step is left for the last ones
 
 
-def test_a_budget_of_tokens_counts_step_by_step(folders, tmp_path):  # noqa: F811
+def test_a_budget_of_tokens_counts_step_by_step_and_the_run_says_so(folders, tmp_path, capsys):  # noqa: F811
     def lines(name, **changes):
         config = settings(folders, rollout__block_tokens=2, rollout__steps_at_once=3, **changes)
         distill(config, tmp_path / name)
@@ -77,6 +77,8 @@ def test_a_budget_of_tokens_counts_step_by_step(folders, tmp_path):  # noqa: F81
         "the step that reaches the budget is the last, also where more was written"
     )
     assert found[0]["rollout_tokens"] == written and spent[1] * budget < written
+    said = f"ended after 2 steps: train.max_tokens={budget:,} is reached ({spent[1] * budget:,.0f})"
+    assert said in (told := capsys.readouterr().err) and "ended after 3 steps: train.max_steps=3 is reached" in told
 
 
 @pytest.mark.parametrize("changes", [{"teacher__residency": "swap"}, MIXED])

@@ -343,6 +343,28 @@ def test_reused_rollouts_train_without_either_model_writing(folders, tmp_path, c
     assert trainer.cache.stats()["sequences"] == len(trainer.supply.replay.sequences) > 0
 
 
+def test_trackers_hear_of_every_step_and_every_validation(folders, tmp_path, monkeypatch):
+    """Step 0 too; the figures that stand inside a line have dotted names."""
+    heard: list[tuple[int, dict[str, float]]] = []
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", lambda *_, **__: None)
+    monkeypatch.setattr("accelerate.Accelerator.log", lambda _, values, step: heard.append((step, values)))
+    config = settings(folders, train__max_steps=4, train__eval_steps=2, train__report_to=["tensorboard"])
+    trainer = make_trainer(config, tmp_path / "run")
+    counters = trainer.run()
+    lines = trainer.run_dir.read_metrics()
+    found = {step: values for step, values in heard if trainer.validation.key in values}
+    assert list(found) == [0, 2, 4] and found[0][trainer.validation.key] == counters.before_nats
+    assert [step for step, values in heard if "loss" in values] == [1, 2, 3, 4]
+    for line in (one for one in lines if "own" in one):
+        own = found[line["step"]]
+        assert own[trainer.validation.key] == line[trainer.validation.key]
+        assert own["own.reverse_kl_nats"] == line["own"]["reverse_kl_nats"]
+    assert found[0]["own.reverse_kl_nats"] == counters.own_before["reverse_kl_nats"]
+    assert all(isinstance(value, int | float) for _, values in heard for value in values.values())
+    first = next(values for _, values in heard if "loss" in values)
+    assert first["seconds.rollout"] == next(line for line in lines if "loss" in line)["seconds"]["rollout"]
+
+
 def test_a_rollout_of_this_step_is_not_stale(folders, tmp_path):
     config = settings(folders, rollout__reuse=2, rollout__decay_rate=1.0, train__compute_dtype="fp64")
     trainer = make_trainer(config, tmp_path / "run")

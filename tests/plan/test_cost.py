@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import product
 from pathlib import Path
 
@@ -85,6 +86,13 @@ def test_a_run_is_its_steps_and_its_validations():
     config = load_run_config("llama-7b-to-1b")
     run = cost.run_seconds(config, *model_shapes(config), GPU)
     assert 1000 * seconds() < run < 1.1 * 1000 * seconds()
-    short = load_run_config("llama-7b-to-1b", ["train.max_seconds=60"])
-    assert cost.run_seconds(short, *model_shapes(short), GPU) == 60
+    num_steps = math.ceil(600 / seconds())
+    assert 1 < num_steps < 1000
+    sequences = config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps
+    least = math.ceil(1_000_000 / (sequences * config.rollout.max_new_tokens))
+    for limit, steps in (("max_seconds=600", num_steps), ("max_tokens=1000000", least)):
+        limited = load_run_config("llama-7b-to-1b", [f"train.{limit}"])
+        counted = load_run_config("llama-7b-to-1b", [f"train.max_steps={steps}"])
+        found, expected = (cost.run_seconds(c, *model_shapes(c), GPU) for c in (limited, counted))
+        assert found == expected, limit
     assert seconds("rollout.reuse=2") < seconds() and seconds("data.ground_truth_mix=0.5") < seconds()
