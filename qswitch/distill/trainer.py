@@ -240,12 +240,8 @@ class Trainer:
                     counters.last_nats = nats = self.validate()
                     by_prompt, own = self.validation.nats_by_prompt, self.own_figures()
                     self.progress.validated(self.step, self.validation.what, nats, own)
-                    line: dict[str, Any] = {
-                        "step": self.step,
-                        self.validation.key: nats,
-                        **({"own": own} if own else {}),
-                    }
-                    line |= self._adapt_share()
+                    line = {"step": self.step, self.validation.key: nats, **({"own": own} if own else {})}
+                    line = {**line, **self._adapt_share()}
                     self.run_dir.append_metrics(line)
                     self._track(line)
                     improved = nats < counters.best_nats
