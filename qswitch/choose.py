@@ -18,8 +18,9 @@ from typing import Any
 from qswitch.config import DataSection, RunConfig, StudentSection, TeacherSection, TrainSection, reader
 from qswitch.data.first_look import TEMPLATE_TOKENS, estimated_tokens, first_records, high, rounded, sampled
 from qswitch.data.sources import reference_path
-from qswitch.errors import ConfigError
+from qswitch.errors import ConfigError, FileError
 from qswitch.layers import Layer, build_config, by_section, flatten
+from qswitch.outside import read_json, user_path
 from qswitch.plan.machine import Machine, describe_machine, find_budget
 from qswitch.plan.model_files import chat_template, shape_for
 from qswitch.plan.scheduler import plan_run, with_choices
@@ -33,6 +34,8 @@ from qswitch.plan.stored import (
 )
 from qswitch.plan.vocabulary import with_tokenizer
 from qswitch.presets import load_run_config, preset_names
+from qswitch.run_dir import STORE
+from qswitch.state_files import StoreFile
 from qswitch.thinking import THINKING, THINKING_TOKENS, reads_thinking
 from qswitch.units import GIB
 from qswitch.yaml_file import parse_yaml
@@ -276,7 +279,13 @@ def _lengths(data: DataSection) -> tuple[list[int], list[int], bool] | None:
 
 def _precision(config: RunConfig, *, vram: str | None, gpu: str | None) -> Iterator[Choice]:
     """Of the teacher, or of the student where no teacher is loaded: 16 bits where that fits without giving up anything,
-    else 4-bit, which a CPU reads in few shapes and slowly; of weights that are stored quantised, theirs."""
+    else 4-bit, which a CPU reads in few shapes and slowly; of weights that are stored quantised, theirs, and of a
+    teacher that worked earlier, the one it had then."""
+    if (store := config.teacher.responses) is not None and config.learns_from_teacher:
+        with suppress(FileError):  # that it is no store, the preflight says
+            then = read_json(user_path(store) / STORE, StoreFile)["precision"]
+            yield Choice("teacher.precision", then, f"the teacher of {store} worked so")
+            return
     setting, exact = ("teacher.precision", "bf16") if config.learns_from_teacher else ("student.precision", "auto")
     if not config.learns_from_teacher:
         yield Choice("teacher.precision", "bf16", "the method loads no teacher")

@@ -191,6 +191,16 @@ def test_names_change_a_preset(pair: Path):
     assert two.data.train == ["a.jsonl", "b.jsonl"]
 
 
+def test_the_precision_of_a_teacher_that_worked_earlier_is_the_one_it_had(pair: Path):
+    """Without it in memory everything fits, so that the run would be planned, and named, with another teacher."""
+    said = named(method="kd", **{"teacher.responses": "store"})
+    assert choose(said, vram="80GiB").config.teacher.precision == "bf16"
+    (pair / "store").mkdir()
+    (pair / "store" / "store.json").write_text(json.dumps({"precision": "nf4", "complete": True}))
+    chosen = choose(said, vram="80GiB")
+    assert chosen.config.teacher.precision == "nf4" and "the teacher of store worked so" in chosen.render("distill")
+
+
 def test_a_run_is_called_after_its_preset_or_file():
     names = [Named(preset="../my.yaml"), Named(preset="/x/my.yml"), Named(config=Path("a/my.yaml"))]
     assert [named.label for named in names] == ["my"] * 3
