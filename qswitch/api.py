@@ -17,7 +17,7 @@ from qswitch.config import RunConfig
 from qswitch.layers import build_config, set_layer
 from qswitch.outside import read_json, user_path
 from qswitch.presets import load_preset
-from qswitch.run_dir import RunDir, new_run_path
+from qswitch.run_dir import RunDir, folder_of_its_own
 from qswitch.state_files import SummaryFile
 
 if TYPE_CHECKING:
@@ -109,8 +109,8 @@ def distill(config: Source, output_dir: str | Path | None = None, *, vram: str |
     """
     from qswitch import run
 
-    path = user_path(output_dir) if output_dir is not None else new_run_path()
-    run.distill(configure(config), path, vram=vram)
+    with folder_of_its_own(output_dir) as path:
+        run.distill(configure(config), path, vram=vram)
     return load_run(path)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import select
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -188,15 +189,6 @@ def _root(
         raise error
 
 
-def _folder(output_dir: Path | None, label: str) -> Path:
-    """Where a new run or store is written: the folder that was named (bash leaves `--output-dir=~/x` as it is), or one
-    called after what is done."""
-    from qswitch.outside import user_path
-    from qswitch.run_dir import new_run_path
-
-    return new_run_path(label) if output_dir is None else user_path(output_dir)
-
-
 def _print_run(path: Path, summary: Any, as_json: bool, *, shown: bool) -> None:
     from qswitch.console import print_summary
     from qswitch.run_dir import RunDir
@@ -234,10 +226,10 @@ def distill(
     from qswitch import run as runs
     from qswitch.distill.processes import joined
     from qswitch.layers import set_layer
-    from qswitch.run_dir import RunDir
+    from qswitch.run_dir import RunDir, folder_of_its_own
 
     named = Named(preset, config, overrides, teacher, student, data, method)
-    with joined() as processes:
+    with joined() as processes, ExitStack() as held:
         if resume is not None and (preset or config or teacher or student or data or method or output_dir):
             raise ConfigError(
                 "--resume goes on with the run's own config.yaml; leave --preset, --config, --teacher, --student, "
@@ -254,7 +246,7 @@ def distill(
             _print_run(resume, runs.resume(resume, vram=vram, changes=changes), as_json, shown=processes.is_first)
         else:
             settings = processes.each(lambda: load_settings(named, vram=vram))
-            path = processes.from_first(lambda: _folder(output_dir, named.label))
+            path = processes.from_first(lambda: held.enter_context(folder_of_its_own(output_dir, named.label)))
             _print_run(path, runs.distill(settings, path, vram=vram), as_json, shown=processes.is_first)
 
 
@@ -279,16 +271,18 @@ def sft(
     """Fine-tune the teacher or the student on the responses in the data, as a warm start for distill."""
     from qswitch import run as runs
     from qswitch.distill.processes import joined
+    from qswitch.run_dir import folder_of_its_own
 
     if preset is None and config is None:  # one model is enough
         teacher, student = teacher or student, student or teacher
     named = Named(preset, config, overrides, teacher, student, data, None if preset or config else "sft")
-    with joined() as processes:
+    with joined() as processes, ExitStack() as held:
         settings = processes.each(lambda: load_settings(named, vram=vram, command=f"sft --model {model}", trains=model))
         if dry_run:
             show_plan(runs.rehearse(settings, output_dir, vram=vram), as_json, shown=processes.is_first)
             return
-        path = processes.from_first(lambda: _folder(output_dir, f"{named.label}-sft-{model}"))
+        label = f"{named.label}-sft-{model}"
+        path = processes.from_first(lambda: held.enter_context(folder_of_its_own(output_dir, label)))
         _print_run(path, runs.distill(settings, path, vram=vram), as_json, shown=processes.is_first)
         if not as_json and processes.is_first:
             setting = "teacher.adapter" if model == "teacher" else "student.init_adapter"
@@ -321,9 +315,10 @@ def teach(
 
     from qswitch import teach as teaching
     from qswitch.distill.processes import joined
+    from qswitch.run_dir import folder_of_its_own
 
     named = Named(preset, config, overrides, teacher, student, data, method)
-    with joined() as processes:
+    with joined() as processes, ExitStack() as held:
         if resume is not None and (named or output_dir):
             raise ConfigError("--resume goes on with the store's own config.yaml; leave the other options out.")
         if resume is not None and dry_run:
@@ -337,7 +332,8 @@ def teach(
                 if processes.is_first:
                     show(planned.to_dict(), as_json, lambda _: planned.render())
                 return
-            folder = processes.from_first(lambda: _folder(output_dir, f"{named.label}-teacher"))
+            label = f"{named.label}-teacher"
+            folder = processes.from_first(lambda: held.enter_context(folder_of_its_own(output_dir, label)))
             about = teaching.teach(settings, folder, vram=vram, spread=spread)
         if processes.is_first:
             show(asdict(about), as_json, lambda _: (

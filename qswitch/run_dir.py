@@ -96,9 +96,9 @@ class RunDir:
         if path.is_file():
             raise RunDirError(f"{path} is a file. Choose another --output-dir.")
         if holds_something(path):
-            maker = maker_of(path) or command  # a folder that only has settings is of the command that is repeated
-            remedy = f"Resume it with `qswitch {maker} --resume {path}`"
-            remedy = remedy if (path / "config.yaml").exists() else "Empty it"
+            maker = maker_of(path) or command  # with settings alone it is of the command that is repeated
+            begun = (path / "config.yaml").exists()
+            remedy = f"Resume it with `qswitch {maker} --resume {path}`" if begun else "Empty it"
             raise RunDirError(f"{path} is not empty. {remedy}, or choose another --output-dir.")
 
     def discard_unstarted(self) -> None:
@@ -327,11 +327,40 @@ def teacher_share(lines: Iterable[Mapping[str, Any]]) -> float | None:
     return sum(share * count for share, count in counted) / tokens if tokens else None
 
 
-def new_run_path(label: str = "") -> Path:
-    """runs/<label>-<date>-<time>; with a number behind it where another run began in the same second."""
+@contextlib.contextmanager
+def folder_of_its_own(named: str | Path | None, label: str = "") -> Iterator[Path]:
+    """Where a new run or store is written: `named`, `~` expanded, else runs/<label>-<date>-<time>.
+
+    The latter is made at once, with a number where another began in that second, and vanishes where it stays empty.
+
+    Raises:
+        RunDirError: it cannot be made.
+    """
+    if named is not None:
+        yield user_path(named)
+        return
     name = f"{label}-" * bool(label) + time.strftime("%Y%m%d-%H%M%S")
     names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
-    return next(path for path in (Path("runs") / name for name in names) if not path.exists())
+    runs = Path("runs")
+    made = [] if runs.exists() else [runs]
+    path = next(path for path in (runs / name for name in names) if _make_alone(path))
+    try:
+        yield path
+    finally:
+        for folder in (path, *made):
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+
+
+def _make_alone(path: Path) -> bool:
+    """Whether `path` was made here, and not by another process."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise RunDirError(f"{path} cannot be made ({error.strerror}). Choose another --output-dir.") from error
+    return True
 
 
 def maker_of(path: Path) -> Command | None:

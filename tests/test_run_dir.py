@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -196,11 +197,23 @@ def test_a_run_without_steps_is_discarded_and_one_with_steps_stays(tmp_path, con
 def test_a_run_without_a_name_never_takes_the_folder_of_one_that_began_in_the_same_second(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_dir.time, "strftime", lambda form: "20261129-120000")
-    for name in ("my-20261129-120000", "my-20261129-120000-2", "my-20261129-120000-3"):
-        path = run_dir.new_run_path("my")
-        assert path == Path("runs") / name
-        path.mkdir(parents=True)
-    assert run_dir.new_run_path() == Path("runs/20261129-120000")
+    with ExitStack() as held:  # commands that still read their data
+        paths = [held.enter_context(run_dir.folder_of_its_own(None, "my")) for _ in range(3)]
+        names = ["my-20261129-120000", "my-20261129-120000-2", "my-20261129-120000-3"]
+        assert [str(path) for path in paths] == [f"runs/{name}" for name in names]
+        (paths[1] / "config.yaml").touch()
+    assert list(Path("runs").iterdir()) == [paths[1]], "the others wrote nothing"
+    with run_dir.folder_of_its_own(None) as path:
+        assert path == Path("runs/20261129-120000")
+    paths[1].joinpath("config.yaml").unlink()
+    paths[1].rmdir()
+    Path("runs").rmdir()
+    with pytest.raises(RunDirError), run_dir.folder_of_its_own(None) as path:
+        raise RunDirError("its data cannot be read")
+    assert not Path("runs").exists()
+    Path("runs").write_text("")
+    with pytest.raises(RunDirError, match="cannot be made"), run_dir.folder_of_its_own(None):
+        raise AssertionError("begun in a file")
 
 
 def test_a_store_is_resumed_as_one_and_a_run_as_a_run(tmp_path: Path, config):
