@@ -47,8 +47,8 @@ for model in sorted(p for p in folder.iterdir() if p.is_dir()):
     except Exception as error:
         one["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
     try:
-        transformers.AutoTokenizer.from_pretrained(model)
-        one["tokenizer"] = True
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        one["tokenizer"] = set(tokenizer("a", return_tensors="pt")) == {"input_ids", "attention_mask"}
     except Exception as error:
         one["tokenizer"] = False
 (folder / "found.json").write_text(json.dumps(found))

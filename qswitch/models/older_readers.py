@@ -72,7 +72,10 @@ def _scaling(values: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, An
 
 def _tokenizer_config(values: Mapping[str, Any]) -> dict[str, Any]:
     completed = dict(values)
-    completed["tokenizer_class"] = _CLASSES.get(values.get("tokenizer_class", ""), values.get("tokenizer_class"))
+    if values.get("tokenizer_class") in _CLASSES:
+        completed["tokenizer_class"] = _CLASSES[values["tokenizer_class"]]
+        # The class that version 4 has makes token types too, which no decoder takes.
+        completed.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(values.get("extra_special_tokens"), list):
         completed["additional_special_tokens"] = completed.pop("extra_special_tokens")
-    return {key: value for key, value in completed.items() if value is not None}
+    return completed

@@ -59,6 +59,7 @@ def test_a_tokenizer_has_a_class_and_a_list_that_both_know(tmp_path):
     written = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in written
     assert written["additional_special_tokens"] == ["<tool>", "</tool>"]
+    assert written["model_input_names"] == ["input_ids", "attention_mask"], "version 4 would add token_type_ids"
     after = AutoTokenizer.from_pretrained(tmp_path)
     text = "Hello<tool>you</tool></s>"
     assert type(after) is type(before) and after(text)["input_ids"] == before(text)["input_ids"]
