@@ -9,6 +9,7 @@ progress of training, on stderr. Cold: torch is imported when something trains, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,8 +51,8 @@ def configure(
         data: prompts: file, folder or hub id, or several.
         method: switch, gkd, kd, sft, and so on; docs/methods.md has them.
         settings: anything else, as `{"train.max_steps": 100}` or `{"train": {"max_steps": 100}}`.
-        vram, gpu: the memory that is chosen for where there is no `source`, for example 12GiB or rtx3060-12gb;
-            neither: what is free on this machine.
+        vram, gpu: the memory that is chosen for where there is no `source`, for example 12GiB or rtx3060-12gb; both:
+            so much of that card; neither: what is free on this machine.
 
     Raises:
         ConfigError: every problem found, each with its setting.
@@ -76,13 +77,14 @@ def configure(
 def plan(config: Source, *, vram: str | None = None, gpu: str | None = None) -> Plan:
     """What a run would take: memory by part and phase, sizes, time. Loads no weights and no torch.
 
-    The result has `fits`, `total_gib`, `seconds` (None for a CPU), `choices`, `config` with the chosen sizes written
-    in, and `to_dict()`, which is what `qswitch plan --json` prints.
+    The result has `fits`, `total_gib`, `num_steps`, `step_seconds` and `seconds`, `choices`, `config` with the chosen
+    sizes written in, and `to_dict()`, which is what `qswitch plan --json` prints, where it adds `data`. Both times are
+    None for a CPU, and `seconds` and `num_steps` where nobody has counted the prompts of train.num_epochs.
 
     Args:
         config: as `configure` takes it.
-        vram: budget, for example 12GiB; gpu: a card of the table instead, for example rtx3060-12gb. Neither: what is
-            free on this machine.
+        vram: budget, for example 12GiB; gpu: a card of the table, for example rtx3060-12gb, by itself for all that it
+            leaves free. Neither: what is free on this machine.
 
     Raises:
         ConfigError: the configuration is wrong, the shape of a model is not known, or the first records of data on
@@ -98,7 +100,8 @@ def distill(config: Source, output_dir: str | Path | None = None, *, vram: str |
 
     Args:
         config: as `configure` takes it.
-        output_dir: run directory, which must not hold anything; default: runs/<date>-<time>.
+        output_dir: run directory, which must not hold anything; default: runs/<date>-<time>. Of several processes that
+            torchrun started the first one's is the run's.
         vram: budget, for example 12GiB; default: what is free.
 
     Raises:
@@ -108,10 +111,12 @@ def distill(config: Source, output_dir: str | Path | None = None, *, vram: str |
         Interrupted: Ctrl-C came, after which a checkpoint was written; `load_run(output_dir).resume()` goes on.
     """
     from qswitch import run
+    from qswitch.distill.processes import joined
 
-    with folder_of_its_own(output_dir) as path:
+    with joined() as processes, ExitStack() as held:
+        path = processes.from_first(lambda: held.enter_context(folder_of_its_own(output_dir)))
         run.distill(configure(config), path, vram=vram)
-    return load_run(path)
+        return load_run(path)
 
 
 def load_run(path: str | Path) -> Run:

@@ -24,7 +24,7 @@ from qswitch.outside import read_json, user_path
 from qswitch.plan.machine import Machine, describe_machine, find_budget
 from qswitch.plan.model_files import chat_template, shape_for
 from qswitch.plan.scheduler import plan_run, with_choices
-from qswitch.plan.shapes import ModelShape
+from qswitch.plan.shapes import ModelShape, shared_context
 from qswitch.plan.stored import (
     FP16_ONLY,
     UNPACKED_BY_TRANSFORMERS,
@@ -40,8 +40,6 @@ from qswitch.thinking import THINKING, THINKING_TOKENS, reads_thinking
 from qswitch.units import GIB
 from qswitch.yaml_file import parse_yaml
 
-LOOKED_AT = 32
-"""Records, to see whether the data's answers show their thinking."""
 MIN_STEPS, MAX_STEPS, EPOCHS = 50, 1000, 3
 MOST_TOKENS = 1024
 """Of a prompt, and of a response; where the data has longer ones, the user decides what they may cost."""
@@ -229,7 +227,7 @@ def _of_the_steps(config: RunConfig, training: int | None, because: str, *, is_w
 
 def _room(config: RunConfig, teacher: ModelShape, student: ModelShape) -> tuple[int, int]:
     """The most tokens for prompts and for responses: half of the context, or what a length that was said leaves."""
-    context = min((shape.max_positions for shape in (teacher, student) if shape.max_positions), default=4096)
+    context = shared_context(teacher, student) or 4096
     data, rollout = config.data, config.rollout
     said_prompt = data.max_prompt_tokens if "max_prompt_tokens" in data.model_fields_set else context - context // 2
     said_response = rollout.max_new_tokens if "max_new_tokens" in rollout.model_fields_set else context - context // 2
@@ -243,7 +241,7 @@ def _of_the_template(config: RunConfig) -> Iterator[Choice]:
     section = roles.get(data.template)
     if section is None or THINKING in data.template_kwargs or not _may_think(section):
         return
-    if config.reads_responses and any(record.shows_thinking for record in first_records(config, LOOKED_AT)):
+    if config.reads_responses and any(record.shows_thinking for record in first_records(config)):
         return
     yield Choice(
         f"data.template_kwargs.{THINKING}",

@@ -353,7 +353,7 @@ def plan(
     overrides: Overrides = None,
     vram: Vram = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", help="Plan for what a card leaves free, for example rtx3060-12gb.")
+        str | None, typer.Option("--gpu", help="Plan for all that a card leaves free, rtx3060-12gb say, or for --vram.")
     ] = None,
     processes: Annotated[
         int, typer.Option("--processes", min=1, help="Plan for so many processes, each with a GPU of its own.")
@@ -371,7 +371,7 @@ def plan(
     if not every:
         settings = load_settings(named, vram=vram, gpu=gpu)
         rehearsal = preview(settings, vram=vram, gpu=gpu, processes=processes)
-        show_plan(rehearsal, as_json, is_whole_card=gpu is not None)
+        show_plan(rehearsal, as_json, is_whole_card=gpu is not None and vram is None)
         return
     if named or vram or gpu or processes > 1:
         raise ConfigError("--all plans every preset against fixed budgets; leave the other options out.")

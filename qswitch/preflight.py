@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 NF4_CPU_BLOCK = 64
 """bitsandbytes on CPU reads NF4 in blocks of this many inputs."""
-FIRST_RECORDS = 32
-"""Records read of each data set before anything else, so that a wrong column or encoding shows at once."""
 PROBED_RECORDS = 20_000
 """Records read of each data set to find its problem where a run cannot start anyway; about a second."""
 
@@ -95,7 +93,7 @@ def check_plannable(config: RunConfig) -> None:
     Raises:
         PreflightError: lists them.
     """
-    problems = [*_shapes_and_context(config, elsewhere=True), *data_problems(config, FIRST_RECORDS)]
+    problems = [*_shapes_and_context(config, elsewhere=True), *data_problems(config)]
     if problems:
         raise PreflightError(problems)
 
@@ -103,7 +101,7 @@ def check_plannable(config: RunConfig) -> None:
 def settings_problems(config: RunConfig, output_dir: Path | None = None, *, elsewhere: bool = False) -> list[str]:
     """What `check_settings` would raise, as a list, for `prepare` to add to; with room on the disk of `output_dir`."""
     problems = [*_adapters(config), *_shapes_and_context(config, elsewhere), *_files(config)]
-    problems += data_problems(config, FIRST_RECORDS)
+    problems += data_problems(config)
     if not elsewhere:
         problems += _machine(config)
     if output_dir is not None:
@@ -396,7 +394,7 @@ def prepare(
         raise PreflightError(problems)
     prompts = attempt(gather_prompts, half, encoder, notify)
     if prompts is not None:
-        first = first_records(half, FIRST_RECORDS)
+        first = first_records(half)
         warn_of_applied_template(half, pair, first)
         warn_of_thinking(half, encoder, first)
     if prompts is None:  # of several sets that cannot be read, it named the first

@@ -27,7 +27,8 @@ from qswitch.outside import user_path
 from qswitch.plan.advice import require_fit, require_own_sizes_fit
 from qswitch.plan.machine import Budget, Machine, describe_machine, find_budget
 from qswitch.plan.run_plan import Plan
-from qswitch.plan.scheduler import plan_for, plan_run, unequal_shares, with_choices
+from qswitch.plan.scheduler import model_shapes, plan_for, plan_run, unequal_shares, with_choices
+from qswitch.plan.shapes import shared_context
 from qswitch.plan.vocabulary import with_tokenizer
 from qswitch.preflight import check_plannable, check_settings, prepare, settings_problems
 from qswitch.run_dir import Command, RunDir, locked, make_folder
@@ -79,7 +80,7 @@ def preview(config: RunConfig, *, vram: str | None = None, gpu: str | None = Non
 
 
 def _rehearsed(config: RunConfig, **of_the_plan: Any) -> Rehearsal:
-    look = first_look(config)
+    look = first_look(config, shared_context(*model_shapes(config)))
     num_prompts = counted_prompts(look)
     num_steps = None if num_prompts is None else with_steps(config, num_prompts).train.max_steps
     return Rehearsal(*plan_for(config, num_steps=num_steps, **of_the_plan), look)

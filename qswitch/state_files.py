@@ -313,6 +313,7 @@ class FidelityFile(TypedDict):
     precisions: list[FidelityPart]
     reference: ReferencePart
     prompts: Count
+    doubt: NotRequired[str | None]
     origin: str | None
     device: NotRequired[str]
     weights_counted: NotRequired[str]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,34 @@ def test_plan_is_what_the_command_prints(capsys):
     assert run(["plan", "--preset", "qwen2.5-7b-to-1.5b", "--gpu", "rtx3060-12gb", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(plan.to_dict()))
     assert plan.fits and not qswitch.plan("qwen2.5-7b-to-1.5b", vram="3GiB").fits
+
+
+def test_times_are_none_where_the_docstring_says_so():
+    counted, uncounted = (qswitch.plan(qswitch.configure("qwen2.5-7b-to-1.5b", settings=settings), gpu="rtx3060-12gb")
+                          for settings in ({}, {"train.num_epochs": 2}))  # fmt: skip
+    assert counted.num_steps == 1000 and counted.seconds >= counted.num_steps * counted.step_seconds > 0
+    assert (uncounted.seconds, uncounted.num_steps) == (None, None) and uncounted.step_seconds is not None
+    on_cpu = qswitch.plan(qswitch.configure("smollm2-demo", settings={"train.device": "cpu"}), vram="24GiB")
+    assert on_cpu.seconds is None and on_cpu.step_seconds is None
+
+
+def test_of_several_processes_the_first_ones_folder_is_the_run(tmp_path, monkeypatch):
+    """As the second of two sees it: the first has made a folder of this second already."""
+    monkeypatch.chdir(tmp_path)
+    config, first = qswitch.configure("smollm2-demo"), tmp_path / "runs" / "of-the-first"
+
+    class Second:
+        def from_first(self, action: Callable[[], Any]) -> Path:
+            return first
+
+    @contextmanager
+    def joined() -> Iterator[Second]:
+        yield Second()
+
+    monkeypatch.setattr("qswitch.distill.processes.joined", joined)
+    monkeypatch.setattr("qswitch.run.distill", lambda config, path, vram: RunDir.create(path, config))
+    assert qswitch.distill(config).path == first
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["of-the-first"], "it made none of its own"
 
 
 def test_distill_resume_generate_merge_report(tmp_path):

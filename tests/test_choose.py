@@ -424,6 +424,7 @@ def test_some_prompts_that_are_left_out_are_said(pair: Path, capsys):
     assert run(["plan", *TWO, "--data", "prompts.jsonl", "--vram", "24GiB"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("Fits") and "Left out: 1 of the 301 prompts" in printed
+    assert "The longest has about 5,03" in printed and "--set data.max_prompt_tokens" not in printed
     assert run(["plan", *TWO, "--data", "prompts.jsonl", "--vram", "24GiB", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["data"] == {"records": 301, "too_long": 1, "is_whole": True}
 

@@ -178,6 +178,13 @@ def test_rollout_knows_no_cache_cache_no_model_policy_no_tokenizer_trainer_no_ty
         assert not any(m.split(".")[0] == "typer" for m in imported(f"distill/{path.name}")), path.name
 
 
+def test_a_home_folder_is_expanded_in_one_place():
+    """`Path.expanduser` fails for a home that nobody has, and a path must mean the same wherever it is read."""
+    texts = {module_name(path): path.read_text(encoding="utf-8") for path in modules()}
+    # `hub` reads a variable of huggingface_hub as that does.
+    assert {name for name, text in texts.items() if "expanduser" in text} == {"outside", "hub"}
+
+
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 

@@ -22,6 +22,8 @@ from qswitch.methods import FIXED
 
 SAMPLED_RECORDS = 5_000
 """Records read of the training data for lengths and numbers; about 0.2 s."""
+FIRST_RECORDS = 32
+"""Records read of each set before anything else: a wrong column or encoding, and shown thinking, show at once."""
 BYTES_PER_TOKEN = 3
 """Of UTF-8. Of English text it is about 4, of code less, and a character of Chinese, Japanese or Hindi, three bytes, is
 about a token; too low a figure only reserves more room."""
@@ -43,8 +45,11 @@ class FirstLook:
     is_whole: bool
     """Whether these are all records, rather than the first."""
     max_prompt_tokens: int
-    enough_tokens: int
-    """data.max_prompt_tokens with which 95 % of the prompts are kept, by a careful estimate."""
+    longest_tokens: int
+    """Of the longest prompt, by a careful estimate."""
+    enough_tokens: int | None
+    """A larger data.max_prompt_tokens, with which 95 % of the prompts are kept; None where the limit keeps as many, and
+    where the context of the models does not hold that beside a response."""
     num_training: int
     """Prompts left to train on, without those that are held out; at most, since some may be too long by their tokens
     alone or repeat a held-out one."""
@@ -66,14 +71,19 @@ class FirstLook:
         counted = f"{self.num_too_long} of the {which}{self.num_records} prompts"
         left = self.num_records - self.num_too_long
         start = f"{'Hardly anything' if left else 'Nothing'} to train on" if self.leaves_hardly_any else "Left out"
+        advice = f"The longest has about {self.longest_tokens:,} tokens."
+        if self.enough_tokens is not None:
+            advice = f"For nearly all of them: --set data.max_prompt_tokens={self.enough_tokens}."
         return (
             f"{start}: {counted} are longer than data.max_prompt_tokens={self.max_prompt_tokens}, by their characters. "
-            f"For nearly all of them: --set data.max_prompt_tokens={self.enough_tokens}."
+            f"{advice}"
         )
 
 
-def first_look(config: RunConfig) -> FirstLook | None:
+def first_look(config: RunConfig, context: int | None = None) -> FirstLook | None:
     """What the first records of the training data say; None where they are not on this disk.
+
+    `context`: tokens of prompt and response that the models take, where that is known.
 
     Raises:
         DataError: one of them cannot be read.
@@ -91,12 +101,16 @@ def first_look(config: RunConfig) -> FirstLook | None:
     kept = [sum(len(one.text) <= limit * MOST_CHARACTERS_PER_TOKEN for one in records) for records in sets]
     shares = shares_of(data.num_validation, data.weights or [1.0]) if data.validation is None else [0] * len(sets)
     held_out = sum(min(share, most_held_out(num)) for share, num in zip(shares, kept, strict=True))
+    tokens = [estimated_tokens(text) for text in texts]
+    enough = rounded(high(tokens) + TEMPLATE_TOKENS)
+    is_advice = enough > limit and (context is None or enough + config.rollout.max_new_tokens <= context)
     return FirstLook(
         num_records=len(texts),
         num_too_long=len(texts) - sum(kept),
         is_whole=is_whole,
         max_prompt_tokens=limit,
-        enough_tokens=rounded(high([estimated_tokens(text) for text in texts]) + TEMPLATE_TOKENS),
+        longest_tokens=max(tokens) + TEMPLATE_TOKENS,
+        enough_tokens=enough if is_advice else None,
         num_training=sum(kept) - held_out,
     )
 
@@ -142,7 +156,7 @@ def rounded(num_tokens: int) -> int:
     return max(64, -(-num_tokens // 64) * 64)
 
 
-def data_problems(config: RunConfig, num_records: int) -> list[str]:
+def data_problems(config: RunConfig, num_records: int = FIRST_RECORDS) -> list[str]:
     """Why the data that lies on this disk is not for this run, by its first `num_records` records of each set."""
     problems, missing = _read(config, num_records)
     if missing is not None:
@@ -155,7 +169,7 @@ def unreadable_data(config: RunConfig, num_records: int) -> list[str]:
     return _read(config, num_records)[0]
 
 
-def first_records(config: RunConfig, num_records: int) -> list[Record]:
+def first_records(config: RunConfig) -> list[Record]:
     """The first records to train on of every set that lies on this disk.
 
     Raises:
@@ -163,7 +177,7 @@ def first_records(config: RunConfig, num_records: int) -> list[Record]:
     """
     data = config.data
     references = filter(_is_here, [data.train] if isinstance(data.train, str) else data.train)
-    return [record for one in references for record in iter_records(data, one, sample=num_records, is_part=True)]
+    return [record for one in references for record in iter_records(data, one, sample=FIRST_RECORDS, is_part=True)]
 
 
 def _read(config: RunConfig, num_records: int) -> tuple[list[str], Record | None]:

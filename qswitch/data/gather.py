@@ -30,8 +30,8 @@ from qswitch.models.pair import TokenizerPair, template_tokenizer
 logger = logging.getLogger(__name__)
 
 Prompts = Sequence[Prompt] | Mixture
-_DRAW = 42
-"""Which draw of held-out prompts: that of the default seed, by which earlier versions drew."""
+DRAW = 42
+"""Which draw of held-out prompts: that of the default seed. Earlier versions drew by the seed of the run."""
 
 
 @dataclass(frozen=True)
@@ -173,24 +173,35 @@ def held_out_rank(text: str) -> int:
     So runs with other seeds are scored on the same prompts, a warm start has not seen what a later run holds out, and
     the draw hardly moves when data is added.
     """
-    return int.from_bytes(hashlib.blake2b(f"{_DRAW}:{text}".encode(), digest_size=16).digest()[:8], "big")
+    return int.from_bytes(hashlib.blake2b(f"{DRAW}:{text}".encode(), digest_size=16).digest()[:8], "big")
 
 
 def ranks_to_hold_out(ranks: Sequence[np.ndarray], weights: Sequence[float], num: int) -> list[np.ndarray]:
     """The lowest ranks of each set, uint64 [at most its share of `num`]; no rank is given twice.
 
-    `ranks`, uint64 [prompts] a set, name the texts; every record that repeats a held-out text leaves training too. A
-    set loses at most a fifth of its different prompts, also to a set before it that has the same ones.
+    `ranks`, uint64 [prompts] a set, name the texts; every record that repeats a held-out text leaves training too. So
+    a set gives none by which it, or another set that has the same prompt, would lose more than `most_held_out` of its
+    different prompts.
 
     Raises:
         DataError: no set has two different prompts.
     """
     distinct = [np.unique(own) for own in ranks]
-    given: list[np.ndarray] = []
-    for own, share in zip(distinct, shares_of(num, weights), strict=True):
-        is_held = np.isin(own, np.concatenate([own[:0], *given]))
-        room = max(0, most_held_out(len(own)) - int(is_held.sum()))
-        given.append(own[~is_held][: min(share, room)])
+    room = [most_held_out(len(own)) for own in distinct]
+    given = [own[:0] for own in distinct]
+    for index, share in enumerate(shares_of(num, weights)):
+        candidates = distinct[index]
+        while len(given[index]) < share:  # ends: each round but the last leaves a further set without room
+            closed = [own for own, left in zip(distinct, room, strict=True) if not left]
+            candidates = candidates[~np.isin(candidates, np.concatenate([*closed, *given]))]
+            next_ones = candidates[: share - len(given[index])]
+            lost = np.stack([np.isin(next_ones, own) for own in distinct])  # [sets, next ones]
+            fits = np.logical_and.reduce(lost.cumsum(axis=1) <= np.array(room)[:, None])
+            taken = len(fits) if fits.all() else int(fits.argmin())
+            if not taken:
+                break
+            given[index] = np.concatenate([given[index], next_ones[:taken]])
+            room = [left - int(by[:taken].sum()) for left, by in zip(room, lost, strict=True)]
     if not any(map(len, given)):
         counted = " and ".join(str(len(own)) for own in distinct)
         raise DataError(

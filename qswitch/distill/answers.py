@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qswitch.data.gather import DRAW
 from qswitch.data.records import Message, Record
 from qswitch.data.template import Prompt, PromptEncoder
 from qswitch.outside import read_json
 from qswitch.rollout.decode import RolloutRequest, rollout
 from qswitch.rollout.policy import Policy, StudentPolicy, TeacherPolicy
+from qswitch.run_dir import RunDir
 from qswitch.state_files import HeldOutFile
 
 if TYPE_CHECKING:
@@ -25,6 +27,10 @@ NUM_ANSWERS = 6
 """Prompts that are answered: one short batch of the student before training and one after, and one of the teacher."""
 _PLACE = "\ue000"
 """Stands for the user's words, to find out what the template puts around them; no text holds it."""
+_OTHERS = (
+    "The run held out other prompts than its settings give now: an earlier version drew them by the run's seed, or the "
+    "data has changed since. So its student may have been trained on some of these."
+)
 
 
 def keep_first_answers(trainer: Trainer, prompts: Sequence[Prompt], encoder: PromptEncoder) -> None:
@@ -71,6 +77,22 @@ def keep_last_answers(trainer: Trainer) -> None:
     kept["before_nats"] = trainer.counters.before_nats_by_prompt
     kept["after_nats"] = trainer.counters.best_nats_by_prompt
     trainer.run_dir.write_json(path.name, kept)
+
+
+def doubt_of_held_out(run_dir: RunDir, prompts: Sequence[Prompt], encoder: PromptEncoder) -> str | None:
+    """Why a run may have been trained on the held-out prompts that its settings give now; None where nothing says so.
+
+    Earlier versions drew them by the seed of the run, and data that has changed since has others. Those that the run
+    answered are in RUN/held_out.json; where it is missing only the seed tells.
+    """
+    config, path = run_dir.config, run_dir.held_out_path
+    if config.data.validation is not None:
+        return None
+    are_same = config.seed == DRAW
+    if path.is_file():
+        now = {_without_template(p.text, encoder, config.data.system_prompt) for p in prompts}
+        are_same = all(answer["prompt"] in now for answer in read_json(path, HeldOutFile)["answers"])
+    return None if are_same else _OTHERS
 
 
 def _answers(trainer: Trainer, policy: Policy) -> list[dict[str, Any]]:

@@ -43,6 +43,7 @@ from qswitch.models.pair import TokenizerPair
 from qswitch.models.runtime import Runtime, make_runtime
 from qswitch.models.shrink import shrink_to_folder
 from qswitch.models.student import load_adapter, load_student, save_adapter
+from qswitch.outside import user_path
 from qswitch.plan.adapters import find_adapter
 from qswitch.plan.run_plan import Plan
 from qswitch.plan.scheduler import plan_run
@@ -197,7 +198,7 @@ def _train(
     )
     stored = None
     if config.teacher.responses is not None and config.learns_from_teacher:
-        folder = Path(config.teacher.responses).expanduser()
+        folder = user_path(config.teacher.responses)
         stored = StoredTeacher(folder, device=runtime.device, dtype=runtime.compute_dtype, is_checked=True)
         progress.say(f"no teacher is loaded: {stored.about.teacher} worked earlier ({folder})")
     recovery = Recovery(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from qswitch.config import RolloutSection, RunConfig, TeacherSection
 from qswitch.data.gather import load_prompts
+from qswitch.distill.answers import doubt_of_held_out
 from qswitch.distill.recovery import BatchRows, keep_to_free_memory
 from qswitch.distill.teacher_distance import CHUNK_TOKENS, detached_head, head_on
 from qswitch.divergence import divergence, jsd_bits
@@ -140,7 +141,8 @@ def fidelity(
     runtime = make_runtime(config.train if device is None else config.train.model_copy(update={"device": device}))
     keep_to_free_memory(runtime.device, config.teacher.num_gpus)
     pair = load_pair_tokenizer(config)
-    _, _, held_out = load_prompts(config, pair)
+    encoder, _, held_out = load_prompts(config, pair)
+    doubt = None if run_dir is None else doubt_of_held_out(run_dir, held_out, encoder)
     prompts = held_out[:num_prompts]
     limit = max_new_tokens or config.rollout.max_new_tokens
     longest = max((len(p.prompt_ids) for p in prompts), default=0)
@@ -154,11 +156,12 @@ def fidelity(
 
     _refuse_what_the_host_lacks(config, runtime)
     weights_gib = partial(_weights_gib, config.teacher, shape_for(config.teacher), runtime)
-    trained = None if run_dir is None else TrainedWeights.of(run_dir, run_dir.trained_weights())
+    if run_dir is not None and not (run_dir.adapter_path.is_dir() or run_dir.checkpoints()):
+        run_dir.trained_weights()  # which says that there are none yet, before the minutes of reading the teacher
     say(f"loading the teacher ({REFERENCE}) and the student")
     try:
         teacher = _teacher(config, runtime, pair, REFERENCE)
-        student = _student(config, runtime, pair, run_dir, work_dir, trained)
+        student, trained = _student(config, runtime, pair, run_dir, work_dir)
     except (RuntimeError, MemoryError) as error:
         if runtime.device.type != "cuda" or not is_out_of_memory(error):
             raise
@@ -214,6 +217,7 @@ def fidelity(
         "student": "trained" if run_dir is not None else "as it starts",
         "student_weights": None if trained is None else trained.to_dict(),
         "prompts": len(prompts),
+        "doubt": doubt,
         "teacher_tokens": sum(len(r.response_ids) for r in own),
         "rollout_tokens": sum(len(r.response_ids) for r in mixed),
         "max_new_tokens": limit,
@@ -256,8 +260,8 @@ def _student(
     pair: TokenizerPair,
     run_dir: RunDir | None,
     work_dir: Path,
-    trained: TrainedWeights | None = None,
-) -> LanguageModel:
+) -> tuple[LanguageModel, TrainedWeights | None]:
+    """The student in eval mode, and which weights of the run it has; None where it is as it starts."""
     section = config.student
     layers = section.shrink_to_layers
     source = resolve_reference(section.model, section.revision)
@@ -272,11 +276,14 @@ def _student(
             trust_remote_code=config.student.trust_remote_code,
         )
     student = load_student(config, runtime, vocab_size=pair.vocab_size, base_path=base)
-    if trained is not None:
+    trained = None
+    if run_dir is not None:
+        # Named right before they are read: a run under way replaces its checkpoints while a base is loaded.
+        trained = TrainedWeights.of(run_dir, run_dir.trained_weights())
         load_adapter(student, trained.folder)
     elif config.student.init_adapter is not None:
         load_adapter(student, find_adapter(config.student.init_adapter, "student.init_adapter"))
-    return student.eval()
+    return student.eval(), trained
 
 
 def _switch_policy(config: RunConfig, limit: int, run_dir: RunDir | None) -> SwitchPolicy:
@@ -398,15 +405,15 @@ def render(result: dict[str, Any]) -> str:
     """The result as text with markdown tables."""
     trained = result["student_weights"]
     student = result["student"] + ("" if trained is None else f" ({weights_text(trained)})")
+    prompts = f"{result['prompts']} {'held-out prompts' if result['doubt'] is None else 'prompts'}"
     lines = [
         f"Teacher {result['teacher']} in {result['reference']['precision']} "
-        f"({result['reference']['weights_gib']:.3f} GiB) against its quantised forms; {result['prompts']} held-out "
-        f"prompts, {result['teacher_tokens']} tokens written by the teacher, {result['rollout_tokens']} by SWITCH "
+        f"({result['reference']['weights_gib']:.3f} GiB) against its quantised forms; {prompts}, "
+        f"{result['teacher_tokens']} tokens written by the teacher, {result['rollout_tokens']} by SWITCH "
         f"(schedule {result['schedule']}, student {student}), arithmetic in {result['compute_dtype']}.",
         f"Weights are counted {result['weights_counted']}.",
     ]
-    if result["origin"]:
-        lines.append(result["origin"])
+    lines += [note for note in (result["doubt"], result["origin"]) if note]
     rows = []
     for one in result["precisions"]:
         rows.append(

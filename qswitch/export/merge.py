@@ -32,6 +32,7 @@ from qswitch.export.merge_report import (
     MergeReport,
     read_merge_report,
     source_of,
+    training_summary,
 )
 from qswitch.models.architecture import plain_experts
 from qswitch.models.host_memory import bound_kernel_cache, return_freed_memory
@@ -42,12 +43,10 @@ from qswitch.models.references import ResolvedModel, resolve_reference, sentence
 from qswitch.models.runtime import Runtime
 from qswitch.models.shrink import CALIBRATION_PROMPTS, refuse_non_empty, write_model_files
 from qswitch.models.student import attach_lora, load_adapter
-from qswitch.outside import read_json
 from qswitch.plan.machine import detect_budget_bytes
 from qswitch.plan.model_files import shape_for
 from qswitch.plan.shapes import ModelShape
 from qswitch.run_dir import RunDir
-from qswitch.state_files import SummaryFile
 from qswitch.units import GIB
 
 logger = logging.getLogger(__name__)
@@ -81,10 +80,9 @@ def merge_run(
     config = run_dir.config
     adapter = run_dir.trained_weights()
     output_dir = run_dir.path / MERGED_FOLDER if output_dir is None else Path(output_dir)
-    source = source_of(run_dir, adapter)
     done = read_merge_report(output_dir)
     if done is not None:
-        if (done.source_sha256, done.dtype) != (source, dtype):
+        if done.dtype != dtype or not done.is_of(run_dir, adapter):
             raise ModelError(
                 f"{output_dir} holds another merge of this run: of other weights, of another tokenizer or template, or "
                 "with another --dtype. Remove it first, or name another --output-dir."
@@ -93,6 +91,7 @@ def merge_run(
         _warn_of(done)
         return done
     refuse_non_empty(output_dir)
+    source = source_of(run_dir, adapter)
     base = _base(config, run_dir)
     tokenizer, end_tokens = _as_asked(config, adapter)
     copies = sentencepiece_files(base)
@@ -121,7 +120,7 @@ def merge_run(
     if end_tokens is not None and merged.generation_config is not None:
         merged.generation_config.eos_token_id = end_tokens
     merged.to(torch.bfloat16 if dtype == "bf16" else torch.float32)
-    card = model_card(config, base.name, _summary(run_dir, adapter), merge_error, dtype)
+    card = model_card(config, base.name, training_summary(run_dir, adapter), merge_error, dtype)
     notify(f"writing {output_dir}")
     with folder_aside(output_dir) as partial:  # with its report, without which the next call would find a stranger
         write_model_files(merged, tokenizer, partial, {"README.md": card}, copies=copies)
@@ -287,12 +286,3 @@ def _kl_nats(p_logits: Sequence[Tensor], q_logits: Sequence[Tensor]) -> float:
 def _restore_hidden_config(merged: Any, base: ResolvedModel) -> None:
     """The saved config must not name where this machine keeps the base."""
     merged.config._name_or_path = base.name
-
-
-def _summary(run_dir: RunDir, adapter: Path) -> dict[str, Any]:
-    """What the card says of the training; of a checkpoint only its step."""
-    if adapter != run_dir.adapter_path:
-        return {"steps": int(adapter.parent.name.removeprefix("step-"))}
-    if not run_dir.summary_path.is_file():
-        return {}
-    return dict(read_json(run_dir.summary_path, SummaryFile))

@@ -6,6 +6,8 @@ Cold: knows no torch and no weights but their bytes.
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from qswitch.manifest import MANIFEST
 from qswitch.models.messages import first_line
 from qswitch.outside import read_json
 from qswitch.run_dir import RunDir
+from qswitch.state_files import SummaryFile
 
 MERGED_FOLDER = "merged"
 """Of a run directory."""
@@ -23,8 +26,13 @@ MAX_MERGE_ERROR = 1e-4
 """Largest logit difference of the fp32 merge against base + adapter, passes in fp64; above it nothing is written."""
 MAX_KL_NATS = 1e-3
 """Of the saved model against base + adapter."""
-_NOT_MERGED = ("README.md", MANIFEST)
-"""Files of an adapter folder of which nothing reaches the merged one."""
+END_TOKENS_FILE = "generation_config.json"
+_NOT_AS_THEY_ARE = ("README.md", MANIFEST, "adapter_config.json", END_TOKENS_FILE)
+"""Files of an adapter folder that do not reach the merged one, or of which only the end tokens do; they name versions,
+so that a run which is resumed once more writes others."""
+_OF_THE_TRAINING = ("steps", "best_step", "rollout_batches", "processes", "kl_before_nats", "kl_after_nats",
+                    "response_loss_before_nats", "response_loss_after_nats")  # fmt: skip
+"""What the card shows of summary.json and the training decides; time and memory are measured anew by every resume."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +51,16 @@ class MergeReport:
     """KL(base + adapter || saved model), mean over the tokens of the prompts, both computed in fp32."""
     num_prompts: int
     dtype: str
-    source_sha256: str
+    source_sha256: str | None = None
     """Of what was merged (`source_of`): whether the folder is still that of the run."""
+    adapter_sha256: str | None = None
+    """In its place in the merges of an earlier version, which knew them by the weights alone."""
+
+    def is_of(self, run_dir: RunDir, weights: Path) -> bool:
+        """Whether `weights`, as `RunDir.trained_weights` names them, are what was merged."""
+        if self.adapter_sha256 is not None:
+            return self.adapter_sha256 == _sha256([], sorted(weights.glob("*.safetensors")))
+        return self.source_sha256 == source_of(run_dir, weights)
 
     @property
     def agrees(self) -> bool:
@@ -68,15 +84,36 @@ def read_merge_report(folder: Path) -> MergeReport | None:
 
 
 def source_of(run_dir: RunDir, weights: Path) -> str:
-    """SHA-256 of what a merge takes from a run: weights, tokenizer, template and end tokens beside them, and figures.
+    """SHA-256 of what a merge takes from a run: weights, tokenizer, template, end tokens, and figures of its card.
 
     `weights` is the folder that `RunDir.trained_weights` names. A checkpoint has its weights alone, so the merge of one
     is another than that of the finished run, even where the weights are the same.
+
+    Raises:
+        FileError: summary.json or the end tokens cannot be read.
     """
-    digest = hashlib.sha256()
-    files = sorted(path for path in weights.iterdir() if path.is_file() and path.name not in _NOT_MERGED)
-    for path in [*files, *([run_dir.summary_path] if run_dir.summary_path.is_file() else [])]:
-        digest.update(path.name.encode())
+    summary, ends = training_summary(run_dir, weights), weights / END_TOKENS_FILE
+    figures = [summary.get(key) for key in _OF_THE_TRAINING]
+    end_tokens = read_json(ends, dict[str, Any]).get("eos_token_id") if ends.is_file() else None
+    files = sorted(path for path in weights.iterdir() if path.is_file() and path.name not in _NOT_AS_THEY_ARE)
+    return _sha256([json.dumps([figures, end_tokens]), *(path.name for path in files)], files)
+
+
+def training_summary(run_dir: RunDir, weights: Path) -> dict[str, Any]:
+    """What the card says of the training; of a checkpoint only its step.
+
+    Raises:
+        FileError: summary.json cannot be read.
+    """
+    if weights != run_dir.adapter_path:
+        return {"steps": int(weights.parent.name.removeprefix("step-"))}
+    return dict(read_json(run_dir.summary_path, SummaryFile)) if run_dir.summary_path.is_file() else {}
+
+
+def _sha256(texts: Sequence[str], files: Sequence[Path]) -> str:
+    """Of texts, then of the content of files."""
+    digest = hashlib.sha256("".join(f"{text}\n" for text in texts).encode())
+    for path in files:
         with path.open("rb") as handle:
             while block := handle.read(2**24):
                 digest.update(block)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qswitch.errors import ModelError
-from qswitch.export.merge_report import MERGED_FOLDER, read_merge_report, source_of
+from qswitch.errors import ModelError, storage_problem
+from qswitch.export.merge_report import MERGED_FOLDER, read_merge_report
 from qswitch.hub import HUB_ID
 from qswitch.models.messages import first_line
+from qswitch.outside import read_text
 from qswitch.run_dir import RunDir
 
 CARD = "README.md"
@@ -62,6 +63,7 @@ def push_run(path: Path, repository: str, *, private: bool, dry_run: bool = Fals
 
     Raises:
         ModelError: nothing was merged there, the hub refuses or cannot be reached; the same call goes on later.
+        FileError: the card cannot be read.
     """
     folder, files = list_files(path, repository)
     if dry_run:
@@ -70,19 +72,21 @@ def push_run(path: Path, repository: str, *, private: bool, dry_run: bool = Fals
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     api = HfApi()
-    try:
-        with tempfile.TemporaryDirectory() as work:
-            _stage(folder, files, Path(work), repository)
+    with tempfile.TemporaryDirectory() as work:
+        _stage(folder, files, Path(work), repository)  # what fails here is of this machine
+        try:
             api.create_repo(repository, private=private, exist_ok=True)
             api.upload_folder(repo_id=repository, folder_path=work, commit_message="Model distilled with qswitch")
-    except LocalTokenNotFoundError:
-        raise ModelError("The hub needs to know who you are: set HF_TOKEN to a token that may write.") from None
-    except HfHubHTTPError as error:
-        raise ModelError(f"{repository}: {_refusal(error)}") from error
-    except Exception as error:  # the client's errors of the network change their classes with its releases
-        raise ModelError(
-            f"{repository}: the hub cannot be reached ({first_line(error)}). The same call goes on later."
-        ) from error
+        except LocalTokenNotFoundError:
+            raise ModelError("The hub needs to know who you are: set HF_TOKEN to a token that may write.") from None
+        except HfHubHTTPError as error:
+            raise ModelError(f"{repository}: {_refusal(error)}") from error
+        except Exception as error:  # the client's errors of the network change their classes with its releases
+            if storage_problem(error) is not None:
+                raise
+            raise ModelError(
+                f"{repository}: the hub cannot be reached ({first_line(error)}). The same call goes on later."
+            ) from error
     return Push(repository=repository, folder=folder, files=files, private=private, url=f"{api.endpoint}/{repository}")
 
 
@@ -91,7 +95,7 @@ def _refuse_older_merge(path: Path, folder: Path) -> None:
     if not (path / "config.yaml").is_file() or (report := read_merge_report(folder)) is None:
         return  # a folder that somebody else put together
     run_dir = RunDir.open(path)
-    if report.source_sha256 != source_of(run_dir, run_dir.trained_weights()):
+    if not report.is_of(run_dir, run_dir.trained_weights()):
         raise ModelError(
             f"{folder} was merged before {path} went on, or was changed. Remove it and merge again (`qswitch merge "
             f"{path}`), or name {folder} itself to send it as it is."
@@ -104,7 +108,7 @@ def _stage(folder: Path, files: dict[str, int], staged: Path, repository: str) -
         path = staged / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if name == CARD:
-            text = (folder / name).read_text(encoding="utf-8")
+            text = read_text(folder / name)
             path.write_text(text.replace(PLACEHOLDER, repository), encoding="utf-8")
         else:
             path.symlink_to((folder / name).resolve())

@@ -155,6 +155,7 @@ def shrink_to_folder(
     refuse_non_empty(output_dir)
     resolved = resolve_reference(reference, revision)
     tokenizer = read_tokenizer(resolved, trust_remote_code)
+    copies = sentencepiece_files(resolved)  # before the minutes that the choice of layers takes: it may need the hub
     stored = source_dtype(resolved, trust_remote_code)
     narrow = stored == torch.bfloat16
     runtime = Runtime(device=torch.device("cpu"), compute_dtype=torch.bfloat16 if narrow else torch.float32)
@@ -175,7 +176,7 @@ def shrink_to_folder(
     )
     small.to(stored)
     text = json.dumps({**asdict(report), "output_dir": output_dir.name}, indent=1, ensure_ascii=False) + "\n"
-    write_model_folder(small, tokenizer, output_dir, {SHRINK_REPORT: text}, copies=sentencepiece_files(resolved))
+    write_model_folder(small, tokenizer, output_dir, {SHRINK_REPORT: text}, copies=copies)
     logger.info("%s: %s", resolved.name, report.summary())
     return report
 

@@ -110,7 +110,7 @@ def beside_a_desktop(plan: Plan) -> str | None:
     time = f"about {duration(then)}{'' if with_it.seconds else ' a step'}" if with_it.fits else "the run does not fit"
     # Rounded down, for the sum of the two must not be more than there is.
     budget = f"--vram {math.floor(10 * left / GIB) / 10:.1f}GiB"
-    return f"A desktop on the same card takes up to 1 GiB of it. With it: {time} ({budget} plans for that)."
+    return f"A desktop on the same card takes up to 1 GiB of it. With it: {time} ({budget} beside --gpu plans that)."
 
 
 def faster(plan: Plan) -> list[str]:

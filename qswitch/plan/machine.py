@@ -159,16 +159,14 @@ def parse_size(text: str | int | float) -> int:
 
 
 def find_budget(train: TrainSection, *, vram: str | None = None, gpu: str | None = None, num_gpus: int = 1) -> Budget:
-    """The named budget, else a named card's free memory, else what this machine has free.
+    """The named budget, else a named card's free memory, else what this machine has free; both: so much of that card.
 
     A named budget or card is a GPU's, also where this machine has none, unless train.device is cpu. Of `num_gpus` it is
     that of each, so of those here what the fullest has left.
 
     Raises:
-        ConfigError: both are named, the card is not in the table, or nothing can be found out.
+        ConfigError: the card is not in the table or has less than the budget, or nothing can be found out.
     """
-    if vram is not None and gpu is not None:
-        raise ConfigError("Give either --vram or --gpu.")
     if gpu is not None:
         card = GPUS.get(gpu.lower())
         if card is None:
@@ -178,6 +176,10 @@ def find_budget(train: TrainSection, *, vram: str | None = None, gpu: str | None
                 f"--gpu {gpu} is not in the table.{hint} Known: {', '.join(GPUS)}. Or give --vram; the hours are then "
                 "those of an RTX 3060."
             )
+        if vram is not None:
+            if (size := parse_size(vram)) > card.nominal_gib * GIB:
+                raise ConfigError(f"--vram {vram} is more than the {card.nominal_gib} GiB of {gpu}. Lower it.")
+            return Budget(size, f"--vram {vram} of {gpu}", "cuda", card)
         free = f"{card.free_bytes / GIB:.1f} of {card.nominal_gib} GiB are free to a program on {gpu}"
         return Budget(card.free_bytes, free, "cuda", card)
     if vram is not None:

@@ -171,3 +171,8 @@ class ModelShape:
                 state_values_per_row=self.state_values_per_row * num_layers // self.num_layers,
             )
         return replace(cut, cut_parameters=self.num_parameters - cut.num_parameters)
+
+
+def shared_context(*shapes: ModelShape) -> int | None:
+    """Tokens of prompt and response that all of these models take; None where none says how many."""
+    return min((shape.max_positions for shape in shapes if shape.max_positions), default=None)

@@ -340,9 +340,11 @@ def fidelity_tables(run_dir: RunDir) -> list[dict[str, Any]]:
         ]
         for one in result["precisions"]
     ]
-    title = f"The teacher quantised, against {result['reference']['precision']}, {result['prompts']} held-out prompts"
+    doubt = result.get("doubt")
+    prompts = f"{result['prompts']} {'prompts' if doubt else 'held-out prompts'}"
+    title = f"The teacher quantised, against {result['reference']['precision']}, {prompts}"
     header = ["", "GiB", "KL, nats/token", "top-1 agreement", "interventions", "changed writers"]
-    notes = [result["origin"]] if result["origin"] else []
+    notes = [note for note in (doubt, result["origin"]) if note]
     if "weights_counted" in result:
         notes.append(f"Weights are counted {result['weights_counted']}.")
     elif result.get("device") == "cpu":

@@ -125,6 +125,19 @@ def test_parallel_weighted_sets_hold_out_other_prompts_and_lose_a_fifth_at_most(
     assert [len(s) for s in found.train.sets] == [100 - held] * 2
 
 
+@pytest.mark.parametrize("small", [1, 2, 3, 30])
+def test_a_set_loses_a_fifth_at_most_also_to_a_set_after_it(tmp_path, small):
+    """A small set that a later, larger one contains: what the larger one holds out leaves the small one too."""
+    for draw in range(20):
+        own = [{"prompt": f"say {draw} {i}"} for i in range(small)]
+        more = [{"prompt": f"tell {draw} {i}"} for i in range(60)]
+        files = [write(tmp_path / "small.jsonl", own), write(tmp_path / "big.jsonl", [*own, *more])]
+        found = gathered([str(f) for f in files], weights=[1, 1], num_validation=20)
+        lost = [before - len(after) for before, after in zip((small, small + 60), found.train.sets, strict=True)]
+        assert lost[0] <= min(max(1, small // 5), small - 1) and lost[1] <= (small + 60) // 5
+        assert sum(p.example_id >= small for p in found.held_out) == 10, "the larger one gives its share all the same"
+
+
 def test_oddities_are_counted_and_said(tmp_path, caplog):
     odd = [
         *rows(8),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,12 @@ import torch
 
 import qswitch.evaluate.fidelity as module
 from qswitch.cli import run
-from qswitch.errors import ModelError, PlanError
+from qswitch.data.gather import load_prompts
+from qswitch.distill.answers import _without_template, doubt_of_held_out
+from qswitch.errors import ModelError, PlanError, RunDirError
 from qswitch.evaluate.fidelity import Decisions, Tokens, fidelity, origin_note, render, summarise
+from qswitch.manifest import write_manifest
+from qswitch.run_dir import RunDir
 from tests.evaluate.runs import make_run
 
 
@@ -67,7 +72,6 @@ def test_weights_are_counted_by_one_rule_for_every_precision(made):
     """
     from qswitch.models.pair import load_pair_tokenizer
     from qswitch.models.runtime import make_runtime
-    from qswitch.run_dir import RunDir
 
     config = RunDir.open(made).config
     result = fidelity(config, run_dir=RunDir.open(made), work_dir=made, precisions=["nf4", "int8"], num_prompts=1)
@@ -111,8 +115,6 @@ def test_the_page_counts_the_demos_teacher_in_the_same_way():
 
 
 def test_an_unquantised_teacher_differs_in_nothing(made, monkeypatch):
-    from qswitch.run_dir import RunDir
-
     run_dir = RunDir.open(made)
     real = module._teacher
     monkeypatch.setattr(
@@ -129,7 +131,6 @@ def test_kl_and_interventions_are_those_of_whole_logits(made):
     from qswitch.evaluate.subjects import find_subject
     from qswitch.models.pair import load_pair_tokenizer
     from qswitch.models.runtime import make_runtime
-    from qswitch.run_dir import RunDir
 
     config = RunDir.open(made).config
     pair, runtime = load_pair_tokenizer(config), make_runtime(config.train)
@@ -191,13 +192,11 @@ def test_another_cut_of_the_student_is_another_student(tmp_path):
         values["student"]["model"] = values["teacher"]["model"]
         config = build_config(values)
         pair, runtime = module.load_pair_tokenizer(config), module.make_runtime(config.train)
-        layers.append(module._student(config, runtime, pair, None, work).hf.config.num_hidden_layers)
+        layers.append(module._student(config, runtime, pair, None, work)[0].hf.config.num_hidden_layers)
     assert layers == [2, 1]
 
 
 def test_a_precision_that_does_not_run_is_named_and_left_out(made, monkeypatch):
-    from qswitch.run_dir import RunDir
-
     run_dir = RunDir.open(made)
     real = module._teacher
 
@@ -212,17 +211,61 @@ def test_a_precision_that_does_not_run_is_named_and_left_out(made, monkeypatch):
     assert "int8 does not run here: no int8 here" in render(result)
 
 
+def test_a_run_that_goes_on_meanwhile_is_measured_with_its_newest_weights(tmp_path, monkeypatch):
+    """Its checkpoints are replaced in the minutes in which a large teacher is read."""
+    run_dir = make_run(tmp_path, rollout__max_new_tokens=8)
+    older, newer = (run_dir.checkpoints_path / f"step-{step:06d}" for step in (1, 2))
+    older.mkdir(parents=True)
+    shutil.move(run_dir.adapter_path, older / "adapter")
+    write_manifest(older)
+    load = module._teacher
+
+    def slow(*arguments):
+        if older.exists():
+            older.rename(newer)
+        return load(*arguments)
+
+    monkeypatch.setattr(module, "_teacher", slow)
+    result = fidelity(run_dir.config, run_dir=run_dir, work_dir=tmp_path, precisions=["nf4"], num_prompts=1)
+    assert result["student_weights"]["step"] == 2
+    shutil.rmtree(newer)
+    monkeypatch.setattr(module, "_teacher", lambda *_: pytest.fail("the teacher was read"))
+    with pytest.raises(RunDirError, match="holds no adapter yet"):
+        fidelity(run_dir.config, run_dir=run_dir, work_dir=tmp_path, precisions=["nf4"], num_prompts=1)
+
+
+@pytest.mark.parametrize(
+    ("seed", "answered", "is_said"),
+    [(42, None, False), (7, None, True), (7, "its own", False), (42, "others", True), (7, "others", True)],
+)
+def test_prompts_that_a_run_did_not_hold_out_are_not_called_so(tmp_path, seed, answered, is_said):
+    """An earlier version drew them by the seed of the run; RUN/held_out.json, where it is, has the first of them."""
+    run_dir = make_run(tmp_path, rollout__max_new_tokens=4)
+    run_dir = RunDir(run_dir.path, run_dir.config.model_copy(update={"seed": seed}))
+    config = run_dir.config
+    encoder, training, held_out = load_prompts(config, module.load_pair_tokenizer(config))
+    if answered is not None:
+        texts = [p.text for p in (held_out if answered == "its own" else list(training))][:3]
+        answers = [{"prompt": _without_template(text, encoder, None), "before": None, "after": None, "reference": None}
+                   for text in texts]  # fmt: skip
+        run_dir.write_json("held_out.json", {"answers": answers})
+    text = render(fidelity(config, run_dir=run_dir, work_dir=tmp_path, precisions=[], num_prompts=3))
+    assert ("3 held-out prompts" in text) != is_said and ("may have been trained on some of these" in text) == is_said
+    given = config.data.model_copy(update={"validation": config.data.train})
+    with_file = RunDir(run_dir.path, config.model_copy(update={"data": given}))
+    assert doubt_of_held_out(with_file, held_out, encoder) is None, "a file of its own was never trained on"
+
+
 def test_a_teacher_that_host_memory_does_not_hold_is_refused_before_it_is_read(made, monkeypatch):
     from qswitch.models.pair import load_pair_tokenizer
     from qswitch.models.runtime import make_runtime
-    from qswitch.run_dir import RunDir
 
     run_dir = RunDir.open(made)
     runtime = make_runtime(run_dir.config.train)
     assert runtime.compute_dtype == torch.float32
     pair = load_pair_tokenizer(run_dir.config)
     teacher = module._teacher(run_dir.config, runtime, pair, "bf16")
-    student = module._student(run_dir.config, runtime, pair, None, made, None)
+    student, _ = module._student(run_dir.config, runtime, pair, None, made)
     held = sum(  # without what is added to the student
         4 * p.numel() for model in (teacher, student) for n, p in model.hf.named_parameters() if "lora_" not in n
     )
@@ -237,7 +280,6 @@ def test_a_teacher_that_host_memory_does_not_hold_is_refused_before_it_is_read(m
 
 def test_host_memory_that_runs_out_is_no_gpu_that_is_full(made, monkeypatch):
     """It would be told to use --device cpu, where it is."""
-    from qswitch.run_dir import RunDir
 
     def fail(*_):
         raise MemoryError
@@ -250,8 +292,6 @@ def test_host_memory_that_runs_out_is_no_gpu_that_is_full(made, monkeypatch):
 
 def test_weights_from_a_gguf_file_are_said_to_be_dequantised(made, monkeypatch):
     from types import SimpleNamespace
-
-    from qswitch.run_dir import RunDir
 
     def noted(references, name):
         config = RunDir.open(made).config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,10 +15,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from qswitch.cli import run
 from qswitch.config import RunConfig
 from qswitch.errors import ModelError, PlanError, RunDirError
 from qswitch.export.card import model_card
 from qswitch.export.merge import _exact_logits, _trained, merge_bytes, merge_run
+from qswitch.export.merge_report import _OF_THE_TRAINING, source_of
 from qswitch.layers import build_config
 from qswitch.manifest import write_manifest
 from qswitch.models.load import attention_kind
@@ -229,6 +232,71 @@ def test_a_finished_merge_is_left_as_it_is_and_another_adapter_is_not_mixed_with
     save_adapter(load_student(config, FP32), run_dir.adapter_path)
     with pytest.raises(ModelError, match="another merge of this run"):
         merge_run(run_dir.path, prompts=TEXTS)
+
+
+SUMMARY = {"steps": 9, "best_step": 6, "processes": 1, "kl_before_nats": 2.0, "kl_after_nats": 1.0, "seconds": 5.0,
+           "peak_gib": 2.5, "planned_gib": 3.0, "versions": {"torch": "2.13"}, "commit": "abc"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_another"),
+    [
+        ({"peak_gib": 2.51, "seconds": 6.0, "planned_gib": 3.1, "versions": {"torch": "3.0"}, "commit": "def"}, False),
+        ({"kl_after_nats": 0.9}, True),
+        ({"best_step": 9}, True),
+        ({"steps": 12}, True),
+    ],
+)
+def test_a_merge_is_known_by_what_the_training_decided(tmp_path, changes, is_another):
+    """A finished run that is resumed ends again at once, and writes its memory and the versions of today."""
+    run_dir, _ = trained_run(tmp_path)
+    GenerationConfig(eos_token_id=2).save_pretrained(run_dir.adapter_path)
+    run_dir.write_json(run_dir.summary_path.name, SUMMARY)
+    weights = run_dir.trained_weights()
+    source = source_of(run_dir, weights)
+    run_dir.write_json(run_dir.summary_path.name, SUMMARY | changes)
+    for name, key in (("generation_config.json", "transformers_version"), ("adapter_config.json", "peft_version")):
+        path = weights / name
+        path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), key: "9.9"}))
+    assert (source_of(run_dir, weights) != source) == is_another
+    run_dir.write_json(run_dir.summary_path.name, SUMMARY)
+    GenerationConfig(eos_token_id=[2, 7]).save_pretrained(weights)
+    assert source_of(run_dir, weights) != source, "of other end tokens"
+
+
+def test_the_mark_of_a_merge_covers_all_that_its_card_reads(tmp_path):
+    """But for time and memory, which every resume measures anew."""
+    _, config = trained_run(tmp_path)
+    read: set[str] = set()
+
+    class Watched(dict):
+        def get(self, key, default=None):
+            read.add(key)
+            return super().get(key, default)
+
+        def __getitem__(self, key):
+            read.add(key)
+            return super().__getitem__(key)
+
+    model_card(config, "name", Watched(SUMMARY | {"rollout_batches": 9}), 0.0, "bf16")
+    assert read == {*_OF_THE_TRAINING, "seconds", "peak_gib"}
+
+
+def test_a_merge_of_an_earlier_version_is_one_of_the_weights_it_names(tmp_path):
+    run_dir, config = trained_run(tmp_path)
+    first = merge_run(run_dir.path, prompts=TEXTS)
+    path = first.output_dir / "merge.json"
+    written = json.loads(path.read_text())
+    del written["source_sha256"]
+    weights = (run_dir.adapter_path / "adapter_model.safetensors").read_bytes()
+    path.write_text(json.dumps(written | {"adapter_sha256": hashlib.sha256(weights).hexdigest()}))
+    again = merge_run(run_dir.path, prompts=TEXTS)
+    assert again.output_dir == first.output_dir and again.merge_error == first.merge_error
+    assert run(["push", str(run_dir.path), "me/student", "--dry-run"]) == 0
+    save_adapter(load_student(config, FP32), run_dir.adapter_path)
+    with pytest.raises(ModelError, match="another merge of this run"):
+        merge_run(run_dir.path, prompts=TEXTS)
+    assert run(["push", str(run_dir.path), "me/student", "--dry-run"]) == 2
 
 
 def test_a_run_that_has_not_finished_is_merged_with_its_template_and_end_tokens(tmp_path):

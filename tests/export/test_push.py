@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qswitch.cli import run
-from qswitch.errors import ModelError
+from qswitch.errors import FileError, ModelError
 from qswitch.export.merge import merge_run
 from qswitch.export.push import push_run
 from qswitch.models.student import load_student, save_adapter
@@ -157,6 +158,22 @@ def test_a_push_that_was_stopped_goes_on(hub, merged_run, monkeypatch):
 def test_what_the_hub_refuses_is_explained(hub, merged_run):
     hub.denied = True
     with pytest.raises(ModelError, match="HF_TOKEN to a token that may write"):
+        push_run(merged_run, "me/student", private=True)
+
+
+def test_what_fails_on_this_machine_is_not_the_hubs_fault(hub, merged_run, monkeypatch):
+    def full(*_args, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/x")
+
+    for name in ("pathlib.Path.symlink_to", "huggingface_hub.HfApi.upload_folder"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(name, full)
+            push_run(merged_run, "me/student", private=True)
+    with monkeypatch.context() as patch, pytest.raises(ModelError, match="hub cannot be reached"):
+        patch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: int("no answer"))
+        push_run(merged_run, "me/student", private=True)
+    (merged_run / "merged" / "README.md").write_bytes("Schüler".encode("latin-1"))
+    with pytest.raises(FileError, match=r"README.md is not UTF-8"):
         push_run(merged_run, "me/student", private=True)
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qswitch.errors import ModelError
+from qswitch.models import shrink
 from qswitch.models.decoder_layers import find_layers
 from qswitch.models.shrink import keep_layers, shrink_to_folder
 from tests.tiny import ARCHITECTURES, save_tiny, tiny_model
@@ -86,3 +87,16 @@ def test_a_bf16_model_keeps_its_fp32_rotary_frequencies(tmp_path):
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     new = keep_layers(hf, [0, 1])
     assert new.dtype == torch.bfloat16 and torch.equal(new(IDS).logits, hf(IDS).logits)
+
+
+def test_what_the_hub_may_refuse_is_asked_before_the_layers_are_chosen(tmp_path, monkeypatch):
+    """The choice takes minutes, and would be lost."""
+
+    def breaks(_):
+        raise ModelError("the connection to the hub failed")
+
+    source = save_tiny(tmp_path / "m", "qwen2", layers=4)
+    monkeypatch.setattr(shrink, "sentencepiece_files", breaks)
+    monkeypatch.setattr(shrink, "choose_layers", lambda *_, **__: pytest.fail("layers were chosen"))
+    with pytest.raises(ModelError, match="the connection to the hub failed"):
+        shrink.shrink_to_folder(str(source), 2, tmp_path / "out")

@@ -311,10 +311,24 @@ def test_a_desktop_that_would_cost_much_of_the_time_is_named():
     whole, _ = plan_for(tight, gpu="rtx3060-12gb")
     less, _ = plan_for(tight, vram=f"{(whole.budget_bytes - GIB) / GIB:.6f}GiB")
     assert less.seconds > 1.25 * whole.seconds
-    assert f"With it: about {duration(less.seconds)} (--vram 10.6GiB plans for that)" in beside_a_desktop(whole)
+    said = f"With it: about {duration(less.seconds)} (--vram 10.6GiB beside --gpu plans that)"
+    assert said in beside_a_desktop(whole)
     assert beside_a_desktop(plan_for(tight, gpu="rtx4090-24gb")[0]) is None
     small = load_run_config("qwen3-4b-to-1.7b-t4")
     assert beside_a_desktop(plan_for(small, gpu="tesla-t4-15gb")[0]) is None, "no screen hangs on a T4"
+
+
+def test_a_part_of_a_cards_memory_is_planned_at_the_speed_of_that_card():
+    """As the remedy for a card beside a desktop says; --vram alone has the speed of the reference card."""
+    large = load_run_config("qwen2.5-32b-to-3b")
+    whole, _ = plan_for(large, gpu="rtx4090-24gb")
+    said = re.search(r"about ([\d.]+) h \(--vram ([\d.]+GiB) beside --gpu plans that\)", beside_a_desktop(whole))
+    part, origin = plan_for(large, vram=said[2], gpu="rtx4090-24gb")
+    assert duration(part.seconds) == f"{said[1]} h" and "rtx4090-24gb" in origin
+    assert part.machine == whole.machine and part.budget_bytes == parse_size(said[2])
+    assert plan_for(large, vram=said[2])[0].seconds > 1.2 * part.seconds
+    with pytest.raises(ConfigError, match="--vram 25GiB is more than the 24 GiB of rtx4090-24gb"):
+        find_budget(TrainSection(), vram="25GiB", gpu="rtx4090-24gb")
 
 
 def test_full_training_costs_weights_gradients_and_moments():

@@ -254,8 +254,12 @@ def test_fidelity_of_the_run_is_shown(tmp_path: Path):
     interval = {"mean": 0.25, "low": 0.2, "high": 0.3, "records": 9}
     one = {"precision": "nf4", "weights_gib": 1.5, "kl_nats": interval, "top1_agreement": interval,
            "reference_intervention_share": 0.5, "intervention_share": 0.6, "changed_decisions": interval}  # fmt: skip
-    run_dir.write_json("fidelity.json", {"precisions": [one], "reference": {"precision": "bf16"}, "prompts": 7,
-                                         "origin": "Dequantised from x.gguf."})  # fmt: skip
+    result = {"precisions": [one], "reference": {"precision": "bf16"}, "prompts": 7,
+              "origin": "Dequantised from x.gguf."}  # fmt: skip
+    run_dir.write_json("fidelity.json", result | {"doubt": "Others were held out."})
+    text = "".join(checked(write_report([run_dir.path])).text)
+    assert "against bf16, 7 prompts" in text and "Others were held out." in text
+    run_dir.write_json("fidelity.json", result)
     text = "".join(checked(write_report([run_dir.path])).text)
     assert "50.0% → 60.0%" in text and "against bf16, 7 held-out prompts" in text and "Dequantised from x.gguf." in text
 
