@@ -84,8 +84,8 @@ def merge_run(
     if done is not None:
         if done.dtype != dtype or not done.is_of(run_dir, adapter):
             raise ModelError(
-                f"{output_dir} holds another merge of this run: of other weights, of another tokenizer or template, or "
-                "with another --dtype. Remove it first, or name another --output-dir."
+                f"{output_dir} holds another merge of this run: of other weights or figures, another tokenizer or "
+                "template, or with another --dtype. Remove it first, or name another --output-dir."
             )
         logger.info("%s holds this merge already", output_dir)
         _warn_of(done)
