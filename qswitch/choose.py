@@ -21,6 +21,7 @@ from qswitch.data.sources import reference_path
 from qswitch.errors import ConfigError, FileError
 from qswitch.layers import Layer, build_config, by_section, flatten
 from qswitch.outside import read_json, user_path
+from qswitch.plan.cost import expected_steps
 from qswitch.plan.machine import Machine, describe_machine, find_budget
 from qswitch.plan.model_files import chat_template, shape_for
 from qswitch.plan.scheduler import plan_run, with_choices
@@ -34,6 +35,7 @@ from qswitch.plan.stored import (
 )
 from qswitch.plan.vocabulary import with_tokenizer
 from qswitch.presets import load_run_config, preset_names
+from qswitch.rules import has_step_limit
 from qswitch.run_dir import STORE
 from qswitch.state_files import StoreFile
 from qswitch.thinking import THINKING, THINKING_TOKENS, reads_thinking
@@ -203,26 +205,35 @@ def _of_the_data(config: RunConfig, teacher: ModelShape, student: ModelShape) ->
     yield Choice("data.max_prompt_tokens", min(prompt, most_prompt), because)
     yield Choice("rollout.max_new_tokens", min(response, most_response), because)
     yield Choice("data.num_validation", validation, because)
+    if "max_new_tokens" not in config.rollout.model_fields_set:
+        config = with_choices(config, {"rollout.max_new_tokens": min(response, most_response)})
     yield from _of_the_steps(config, training, because, is_whole=is_whole)
 
 
 def _of_the_steps(config: RunConfig, training: int | None, because: str, *, is_whole: bool) -> Iterator[Choice]:
     """For so many prompts to train on, as far as that is known: all of them, or the first."""
-    train = config.train
+    train, is_limited = config.train, has_step_limit(reader(config))
     yield Choice("train.warmup_steps", 0.05, "a twentieth of the training")
-    if "max_steps" in train.model_fields_set and train.step_limit is not None:
-        steps = train.step_limit
+    if not is_limited and train.max_seconds is not None:
+        return  # nobody knows how many steps that is
+    if "max_steps" in train.model_fields_set:
+        steps = train.max_steps
     elif train.num_epochs is not None and training is None:
-        return  # nobody knows yet how many steps that is
+        return  # nobody knows yet
     elif train.num_epochs is not None:
         steps = config.steps_of_epochs(train.num_epochs, training or 1)
     elif training is None or not is_whole:
         steps = MAX_STEPS
     else:
         steps = max(MIN_STEPS, min(MAX_STEPS, config.steps_of_epochs(EPOCHS, training)))
-    yield Choice("train.max_steps", steps, because)
+    if is_limited:
+        yield Choice("train.max_steps", steps, because)
+    steps, first = expected_steps(with_choices(config, {"train.max_steps": steps}), None)
+    tenth = "a tenth of the steps"
+    if first == "max_tokens":
+        tenth = f"a tenth of the {steps:,} steps that train.max_tokens is with responses of full length"
     for setting in ("train.eval_steps", "train.save_steps"):
-        yield Choice(setting, max(1, steps // 10), "a tenth of the steps")
+        yield Choice(setting, max(1, steps // 10), tenth)
 
 
 def _room(config: RunConfig, teacher: ModelShape, student: ModelShape) -> tuple[int, int]:

@@ -237,7 +237,7 @@ def distill(
             )
         changes = set_layer(overrides or [])
         if dry_run and resume is not None:
-            settings = RunDir.open(resume, changes).config
+            settings = RunDir.open(resume, changes, trains=True).config
             show_plan(runs.rehearse(settings, vram=vram, resumes=True), as_json, shown=processes.is_first)
         elif dry_run:
             settings = processes.each(lambda: load_settings(named, vram=vram))

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import cache, reduce
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from qswitch import methods, rules
 from qswitch.errors import ConfigError
@@ -372,14 +372,17 @@ class TrainSection(Section):
     """The optimiser, its schedule, and how often to look and to save."""
 
     max_steps: int = Field(default=200, ge=1, le=MAX_COUNT)
-    """Optimizer steps. Where max_tokens or max_seconds is written and this is not, no number of steps ends the run."""
+    """Optimizer steps. Where max_tokens or max_seconds is written and this is not, no number of steps ends the run; it
+    is 1000000 then, from where on it is no limit beside theirs. The highest place (a preset, a file, --set, what a run
+    is resumed with) that names max_steps, num_epochs, max_tokens or max_seconds says all of them."""
     num_epochs: float | None = Field(default=None, gt=0, le=10**6)
     """Instead of max_steps: how often the training prompts are gone through. Once the data is read, the config.yaml of
-    the run says how many steps that is."""
+    the run says how many steps that is. With data.adaptive_share it is an upper bound: steps that replay rollouts take
+    no new prompt, and how many will do so is not known before."""
     max_tokens: int | None = Field(default=None, ge=1, le=10**15)
     """End with the step that reaches this many response tokens, generated or (ground-truth batches) read from the data;
-    the learning rate follows the budget that is spent most. It takes the place of the steps or epochs of a preset or
-    file below; written beside max_steps or num_epochs, whichever is reached first ends the run."""
+    the learning rate follows the budget that is spent most. Written beside max_steps or num_epochs, whichever is
+    reached first ends the run."""
     max_seconds: float | None = Field(default=None, gt=0, le=10**10)
     """The same for seconds of training, validation apart; a resumed run is then not bit for bit the same."""
     per_device_train_batch_size: int = Field(default=4, ge=1, le=MAX_ROWS)
@@ -478,7 +481,8 @@ class RunConfig(Section):
     @property
     def prompts_per_step(self) -> float:
         """Prompts that an optimizer step takes from the data, in the mean: a step of ground truth takes one for each
-        sequence, one of rollouts one for each that trains for the first time."""
+        sequence, one of rollouts one for each that trains for the first time. With data.adaptive_share it is the most
+        that a step takes, since nobody knows beforehand how many steps replay rollouts alone."""
         mix = self.data.ground_truth_mix
         return self.train.sequences_per_step * (mix + (1 - mix) / self.rollout.reuse)
 
@@ -522,15 +526,15 @@ class RunConfig(Section):
         return rules.drafts_tokens(reader(self))
 
     @model_validator(mode="after")
-    def _refuse_settings_without_effect(self) -> RunConfig:
-        _refuse_what_nothing_reads(self)
+    def _refuse_settings_without_effect(self, info: ValidationInfo) -> RunConfig:
+        _refuse_what_nothing_reads(self, trains=(info.context or {}).get("trains", True))
         return self
 
 
-def _refuse_what_nothing_reads(config: RunConfig) -> None:
+def _refuse_what_nothing_reads(config: RunConfig, *, trains: bool = True) -> None:
     read = reader(config)
     changed = [key for key in known_keys() if read(key) != default_of(key, config.method)]
-    if problems := list(rules.problems(read, changed)):
+    if problems := list(rules.problems(read, changed, trains=trains)):
         raise ConfigError(problems)
 
 

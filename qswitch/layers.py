@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from qswitch import methods, rules
 from qswitch.config import RunConfig, default_of, known_keys, section_at
 from qswitch.errors import ConfigError
+from qswitch.units import UNLIMITED_STEPS
 from qswitch.yaml_file import parse_yaml
 
 Layer = Mapping[str, Any]
@@ -115,6 +116,8 @@ FROM_ELSEWHERE = {
 
 OF_THE_NAME = ("model", "revision", "trust_remote_code", "shape")
 """Settings of a section that say which model it is."""
+OF_THE_STUDENT = (*OF_THE_NAME, "tokenizer", "shrink_to_layers", "init_adapter")
+"""Settings of the student that say what it is; the others say how it learns."""
 OF_ONE_MODEL = {
     "teacher": ("shape", "revision", "trust_remote_code", "adapter"),
     "student": ("shape", "revision", "trust_remote_code", "init_adapter"),
@@ -126,8 +129,15 @@ LIKE_ENOUGH = 0.75
 """Similarity of two names above which the one is taken for a slip in the other."""
 
 
-def build_config(*layers: Layer, where: str | None = None) -> RunConfig:
+LIMITS = ("train.max_steps", "train.num_epochs", "train.max_tokens", "train.max_seconds")
+"""What ends a run: the highest layer that names one of them says all of them."""
+
+
+def build_config(*layers: Layer, where: str | None = None, trains: bool = True) -> RunConfig:
     """The checked configuration of layers, the lowest first.
+
+    Without `trains` it is of what has been done, so that settings that only make no run together are no error: an
+    earlier version may have allowed them.
 
     Raises:
         ConfigError: every problem found, each with the dotted key, and the nearest spelling for an unknown one.
@@ -136,7 +146,7 @@ def build_config(*layers: Layer, where: str | None = None) -> RunConfig:
     for layer in layers:
         values = stack(values, by_section(layer, where))
     try:
-        return RunConfig.model_validate(_resolved(values))
+        return RunConfig.model_validate(_resolved(values), context={"trains": trains})
     except ConfigError as error:
         raise ConfigError(error.problems, where) from None
     except ValidationError as error:
@@ -157,8 +167,8 @@ def stack(below: Layer, above: Layer) -> dict[str, Any]:
 
     What `above` makes meaningless is not inherited: another method takes away what says what the method below is,
     another model the shape, revision and adapter of the one below and the permission to run its code (but the ungated
-    twin of a preset is the same model), a budget of tokens or seconds the steps or epochs, and what the result would
-    not read, although `below` alone does, goes too.
+    twin of a preset is the same model), a limit of the run all limits below, and what the result would not read,
+    although `below` alone does, goes too.
     """
     method = above.get("method")
     gone = set(methods.OWNED) if method is not None and method != methods.method_of(below) else set()
@@ -166,8 +176,10 @@ def stack(below: Layer, above: Layer) -> dict[str, Any]:
         old, new = (_at(layer, f"{role}.model") for layer in (below, above))
         if new is not None and old not in (None, new) and not _is_twin(below, above):
             gone |= {f"{role}.{name}" for name in OF_ONE_MODEL[role]}
-    if any(_at(above, f"train.{name}") is not None for name in ("max_tokens", "max_seconds")):
-        gone |= {"train.max_steps", "train.num_epochs"}
+    if any(_at(above, limit) is not None for limit in LIMITS):
+        gone |= set(LIMITS)
+    elif not rules.ends_by_steps_alone(_reader(below)) and _at(below, "train.max_steps") == UNLIMITED_STEPS:
+        gone.add("train.max_steps")  # written by us where there was none, which it is no longer where the others go
     kept = _without(below, gone)
     merged = _merged(kept, above)
     stale = rules.unread(_reader(merged)).keys() - rules.unread(_reader(below)).keys()
@@ -272,7 +284,7 @@ def with_teacher_as_student(own: Layer) -> dict[str, Any]:
     for theirs, ours in (("precision", "precision"), ("adapter", "init_adapter")):
         if theirs in teacher:
             moved[ours] = teacher.pop(theirs)
-    learns = {name: value for name, value in student.items() if name not in OF_THE_NAME}
+    learns = {name: value for name, value in student.items() if name not in OF_THE_STUDENT}
     found = {**values, "teacher": teacher, "student": {**moved, **learns}}
     _refuse_to_train(found["student"])
     return found

@@ -3,7 +3,8 @@
 `UNREAD` says of every setting that is not always read when it is read, and what to tell somebody who changed it where
 it is not. `layers.stack` uses the same table to leave behind what a lower layer said and a higher one made meaningless.
 A condition sees a configuration through `read`, which maps a dotted setting to its value; conditions of `UNREAD`
-compare for equality only, so that they also work on values that have not been validated.
+compare for equality only, so that they also work on values that have not been validated. The file is long because every
+setting that is not always read, and every conflict, stands here once with what is said to the user.
 """
 
 from __future__ import annotations
@@ -279,14 +280,15 @@ UNREAD = (
 )  # fmt: skip
 
 
-def _ends_by_steps_alone(read: Read) -> bool:
+def ends_by_steps_alone(read: Read) -> bool:
+    """Whether the budget is one of steps or epochs, not of tokens or seconds."""
     return read("train.max_tokens") is None and read("train.max_seconds") is None
 
 
 def has_step_limit(read: Read) -> bool:
     """Whether steps or epochs end the run, if tokens or seconds have not done so before."""
     return (
-        _ends_by_steps_alone(read) or read("train.num_epochs") is not None or read("train.max_steps") < UNLIMITED_STEPS
+        ends_by_steps_alone(read) or read("train.num_epochs") is not None or read("train.max_steps") < UNLIMITED_STEPS
     )
 
 
@@ -410,7 +412,7 @@ CONFLICTS = (
     ),
     Conflict(
         lambda read: (
-            _ends_by_steps_alone(read)
+            ends_by_steps_alone(read)
             and read("train.num_epochs") is None
             and 1 <= read("train.warmup_steps") >= read("train.max_steps")
         ),
@@ -420,7 +422,7 @@ CONFLICTS = (
         ),
     ),
     Conflict(
-        lambda read: not _ends_by_steps_alone(read) and read("train.warmup_steps") >= 1,
+        lambda read: not ends_by_steps_alone(read) and read("train.warmup_steps") >= 1,
         lambda read: (
             f"train.warmup_steps={read('train.warmup_steps'):g} counts steps, but train.max_tokens or max_seconds ends "
             "the run, after nobody knows how many. Write a share of the training: train.warmup_steps=0.05."
@@ -456,12 +458,13 @@ def unread(read: Read) -> dict[str, str]:
     return found
 
 
-def problems(read: Read, changed: Iterable[str]) -> Iterator[str]:
+def problems(read: Read, changed: Iterable[str], *, trains: bool = True) -> Iterator[str]:
     """What is wrong with a configuration whose values are valid one by one.
 
     Args:
         read: a dotted setting's value.
         changed: the dotted settings that differ from their defaults.
+        trains: whether a run is to train by it; what goes together matters to no other.
     """
     own = dict(methods.bundle_values(read("method")))
     fixed = {setting for setting in methods.FIXED[read("method")] if read(setting) != own[setting]}
@@ -473,7 +476,8 @@ def problems(read: Read, changed: Iterable[str]) -> Iterator[str]:
     said = unread(read)
     blamed = [[name for name in said if _covers(name, setting)][:1] for setting in changed if setting not in fixed]
     yield from (said[name] for name in dict.fromkeys(chain.from_iterable(blamed)))
-    yield from (_filled(conflict.message, read) for conflict in CONFLICTS if conflict.when(read))
+    if trains:
+        yield from (_filled(conflict.message, read) for conflict in CONFLICTS if conflict.when(read))
 
 
 def _covers(name: str, setting: str) -> bool:

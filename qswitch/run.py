@@ -137,7 +137,7 @@ def resume(path: Path, *, vram: str | None = None, changes: Layer | None = None)
     """
     with joined() as processes:
         path = processes.from_first(lambda: user_path(path))
-        run_dir = processes.each(lambda: RunDir.open(path, changes, writes=processes.is_first))
+        run_dir = processes.each(lambda: RunDir.open(path, changes, writes=processes.is_first, trains=True))
         config = run_dir.config
         budget = smallest_budget(config, vram, processes)
         unequal = unequal_shares(config, processes.count)

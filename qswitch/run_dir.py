@@ -1,7 +1,7 @@
 """What a run leaves on disk, and how it is written so that a crash cannot spoil it.
 
 Files that are read as a whole are written beside their name, flushed and renamed; logs grow by whole lines. Cold: knows
-no torch and no model.
+no torch and no model. The file is long because every file of a run has its name here, and who may write there its rule.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from qswitch.aside import PARTIAL, append_text, file_aside, made_folder
 from qswitch.config import RunConfig
 from qswitch.errors import ConfigError, RunDirError
 from qswitch.layers import Layer, build_config, by_section, dump_config, flatten, reopened
+from qswitch.limits import lost_limits, shown
 from qswitch.manifest import MANIFEST, begins_as, entry_of, find_damage
 from qswitch.outside import is_kind, user_path
 from qswitch.state_files import MetricsLine, RolloutLine
@@ -107,12 +108,13 @@ class RunDir:
             shutil.rmtree(self.path, ignore_errors=True)
 
     @classmethod
-    def open(cls, path: Path, changes: Layer | None = None, *, writes: bool = True) -> RunDir:
-        """Open an existing run, to go on with its settings changed by `changes`.
+    def open(cls, path: Path, changes: Layer | None = None, *, writes: bool = True, trains: bool = False) -> RunDir:
+        """Open an existing run, to look at it, or with `trains` to go on, with its settings changed by `changes`.
 
         Raises:
             RunDirError: the folder or its config.yaml is missing.
-            ConfigError: its config.yaml is not valid, or a setting may not change in a run that has begun.
+            ConfigError: its config.yaml is not valid, or makes no run that could train where it is to; or a setting may
+                not change in a run that has begun.
         """
         path = user_path(path)
         config_path = path / "config.yaml"
@@ -125,7 +127,7 @@ class RunDir:
                 f"{path}; what is missing of it is written by `qswitch teach --resume {path}`."
             )
         written = reopened(read_yaml(config_path), str(config_path))
-        config = build_config(written, where=str(config_path))
+        config = build_config(written, where=str(config_path), trains=trains and not changes)
         if not changes:
             return cls(path, config, writes=writes)
         allowed = [f"train.{name}" for name in CHANGEABLE]
@@ -135,10 +137,13 @@ class RunDir:
                 f"{', '.join(refused)} cannot change in a run that has begun, because what it has learnt depends on "
                 f"it. Start a new run. What may change: {', '.join(allowed)}."
             )
-        changed = build_config(written, changes, where="--set")
+        changed = build_config(written, changes, where="--set", trains=trains)
         pairs = {f"train.{n}": [getattr(config.train, n), getattr(changed.train, n)] for n in CHANGEABLE}
         differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-        return cls(path, changed, differing, writes=writes)
+        run = cls(path, changed, differing, writes=writes)
+        if writes and (lost := lost_limits(config, changed, flatten(by_section(changes)))):
+            logger.warning("%s", lost)
+        return run
 
     def record_changes(self) -> None:
         """Make the changes those of the run: its config.yaml, and a line of changes.jsonl that says from where on."""
@@ -276,7 +281,7 @@ class RunDir:
                 f"{self.config_path} is not the one that the newest checkpoint was written with: {listed}. Write them "
                 "back; a run with other settings is a new run."
             )
-        said = [f"{key} is {now[key]} now, it was {before[key]}" for key in changed]
+        said = [f"{key} is {shown(key, now)} now, it was {shown(key, before)}" for key in changed]
         for name, entry in written.get("kept_files", {}).items():
             if not begins_as(self.path / name, entry):
                 said.append(f"{self.path / name} is not as it was written: what it says of earlier steps may be wrong")
@@ -402,8 +407,8 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise RunDirError(f"Another qswitch command is writing to {folder}. Wait until it ends, or stop it.") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
+    except (OSError, NotImplementedError) as error:  # filelock's own word for ENOSYS, before its 3.24
+        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
             raise
         yield  # a disk of a network without locks, where nobody can tell
         return

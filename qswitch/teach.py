@@ -22,7 +22,7 @@ from qswitch.plan.scheduler import with_choices
 from qswitch.plan.teacher_alone import TeachingPlan, plan_teaching
 from qswitch.plan.vocabulary import with_tokenizer
 from qswitch.preflight import check_settings, settings_problems
-from qswitch.rules import NO_STEP_LIMIT, why_teacher_is_asked
+from qswitch.rules import NO_STEP_LIMIT, has_step_limit, why_teacher_is_asked
 from qswitch.run import (
     free_path,
     locked_by_first,
@@ -100,7 +100,7 @@ def _own_config(path: Path) -> RunConfig:
             f"{path} is a run, no store of a teacher's work. It goes on with `qswitch distill --resume {path}`."
         )
     where = str(settings)
-    return build_config(reopened(read_yaml(settings), where), where=where)
+    return build_config(reopened(read_yaml(settings), where), where=where, trains=False)
 
 
 def _work(
@@ -182,7 +182,7 @@ def _require_teachable(config: RunConfig) -> None:
             "A store holds tokens of the teacher, which mean nothing to a student with another tokenizer. `qswitch "
             "distill` with method=seqkd lets the teacher write text first, by itself."
         )
-    if config.train.step_limit is None and config.train.num_epochs is None:
+    if not has_step_limit(reader(config)):
         raise ConfigError(f"A teacher works before the run, and {NO_STEP_LIMIT}")
     if (reason := why_teacher_is_asked(reader(config))) is not None:
         raise ConfigError(f"A teacher cannot work before this run: {reason}.")

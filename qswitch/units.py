@@ -10,8 +10,10 @@ MAX_TOKENS = 2**20
 MAX_ROWS = 65_536
 """Of a batch."""
 MAX_COUNT = 10**9
-UNLIMITED_STEPS = 10**6
 """Of steps, records and what is counted with them: more is a slip of the finger, and some loops would take for ever."""
+UNLIMITED_STEPS = 10**6
+"""Optimizer steps from which on train.max_steps is no limit beside one of tokens or seconds. Where nobody has written a
+number of steps, a configuration holds this one."""
 
 
 def bits_per_byte(nats_per_token: float | None, num_tokens: int | None, num_bytes: int | None) -> float | None:

@@ -147,7 +147,13 @@ def test_what_is_said_of_the_data_bounds_what_is_chosen_for_it(pair: Path, monke
     again_and_again = hub(**{"data.limit": 300, "rollout.reuse": 4})
     assert again_and_again["train.max_steps"] == 203, "three passes, of which each rollout trains 4 times: 3 x 270 / 4"
     night = hub(**{"data.limit": 300, "train.max_seconds": 28800})
-    assert "train.max_steps" not in night and night["train.eval_steps"] == 5, "it looks as often as without a limit"
+    assert not {"train.max_steps", "train.eval_steps", "train.save_steps"} & set(night), "nobody knows the steps"
+    for tokens, steps in ((10_000_000, 2442), (100_000, 25)):  # of 16 x 256
+        for more in ({}, {"train.max_steps": 5000}, {"train.num_epochs": 1000}):
+            found = hub(**{"data.limit": 300, "train.max_tokens": tokens, **more})
+            assert found["train.eval_steps"] == found["train.save_steps"] == steps // 10, more
+            assert "train.max_steps" not in found
+    assert hub(**{"train.max_tokens": 100_000, "rollout.max_new_tokens": 25})["train.eval_steps"] == 25
 
     for said, chosen in (("data.max_prompt_tokens", "rollout.max_new_tokens"),
                          ("rollout.max_new_tokens", "data.max_prompt_tokens")):  # fmt: skip
@@ -243,6 +249,17 @@ def test_its_precision_may_be_called_that_of_the_teacher_or_of_what_learns(pair:
     for options in ({}, mine):
         with pytest.raises(ConfigError, match="int8 cannot be fine-tuned"):
             fine_tuned_teacher("80GiB", "teacher.precision=int8", **options)
+
+
+def test_what_the_pairs_student_is_stays_with_the_student(pair: Path):
+    """The warm start gives both commands the same options."""
+    (pair / "my.yaml").write_text("extends: qwen2.5-7b-to-1.5b\nteacher: {adapter: runs/t}\n")
+    options = ["student.shrink_to_layers=16", "student.tokenizer=shared", "student.init_adapter=runs/s"]
+    trained = fine_tuned_teacher("80GiB", *options, "student.lora.r=3", config=Path("my.yaml")).student
+    assert (trained.model, trained.shrink_to_layers, trained.lora.r) == ("Qwen/Qwen2.5-7B-Instruct", None, 3)
+    assert (trained.tokenizer, trained.init_adapter) == ("auto", "runs/t")
+    chosen = fine_tuned_teacher("80GiB", *options).student
+    assert (chosen.model, chosen.shrink_to_layers, chosen.init_adapter) == ("teacher", None, None)
 
 
 def test_the_remedy_of_a_plan_for_a_fine_tuned_teacher_is_heard(pair: Path, capsys):

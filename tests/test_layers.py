@@ -17,6 +17,7 @@ from qswitch.config import RunConfig, known_keys
 from qswitch.errors import ConfigError
 from qswitch.layers import build_config, by_section, dump_config, set_layer, stack
 from qswitch.presets import load_preset, load_run_config
+from qswitch.units import UNLIMITED_STEPS
 from tests.test_rules import value_that_is_not
 
 MINIMAL = {"teacher": {"model": "big"}, "student": {"model": "small"}, "data": {"train": "prompts.jsonl"}}
@@ -151,6 +152,35 @@ def test_a_budget_of_tokens_or_seconds_takes_the_place_of_steps():
         assert load_run_config("qwen2.5-7b-to-1.5b", [f"train.{limit}=9", "train.max_steps=7"]).train.step_limit == 7
         again = build_config(yaml.safe_load(dump_config(night)))
         assert again == night and again.train.step_limit is None, "RUN/config.yaml says the same"
+
+
+LIMITS = {"max_steps": 40, "num_epochs": 2.0, "max_tokens": 5000, "max_seconds": 60.0}
+
+
+@pytest.mark.parametrize("below", LIMITS)
+@pytest.mark.parametrize("above", LIMITS)
+def test_the_highest_place_that_names_a_limit_says_all_of_them(below: str, above: str):
+    """Whatever a place below said, in a file or as a whole written configuration."""
+    file = {**MINIMAL, "train": {below: LIMITS[below]}}
+    alone = build_config(MINIMAL, {f"train.{above}": 7})
+    assert build_config(file, {f"train.{above}": 7}) == alone
+    assert build_config(yaml.safe_load(dump_config(build_config(file))), {f"train.{above}": 7}) == alone
+    assert build_config(file, {"train.save_steps": 9}).train.model_copy(update={"save_steps": 50}) == (
+        build_config(file).train
+    ), "who names none changes none"
+
+
+def test_no_limit_is_no_number_of_steps_where_the_budget_is_taken_back():
+    night = yaml.safe_load(dump_config(build_config(MINIMAL, {"train.max_tokens": 5000})))
+    assert night["train"]["max_steps"] == UNLIMITED_STEPS
+    for taken_back in ({"train": {"max_tokens": None}}, {"train": {"max_tokens": None, "save_steps": 50}}):
+        assert build_config(night, taken_back).train == build_config(MINIMAL).train, "the default ends it"
+    both = build_config(MINIMAL, {"train": {"max_tokens": 5000, "max_steps": 40}})
+    assert build_config(yaml.safe_load(dump_config(both)), {"train": {"max_tokens": None}}).train.max_steps == 40
+    other = build_config(night, {"train": {"max_tokens": None, "max_seconds": 60}}).train
+    assert (other.step_limit, other.max_tokens, other.max_seconds) == (None, None, 60)
+    texts = {**MINIMAL, "train": {"max_tokens": "5e3", "max_steps": "4e1"}}
+    assert build_config(texts, {"train.save_steps": 3}).train.max_steps == 40
 
 
 def test_temperature_is_two_settings_of_which_one_must_be_named():

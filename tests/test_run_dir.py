@@ -47,6 +47,50 @@ def test_a_run_opens_although_a_later_release_refuses_a_setting_that_it_does_not
         RunDir.open(run.path)
 
 
+@pytest.mark.parametrize(
+    ("train", "rollout", "data", "said"),
+    [
+        ({"warmup_steps": 50.0, "max_tokens": 100_000, "max_steps": 1000}, {}, {}, r"train\.warmup_steps=50 counts"),
+        ({}, {"reuse": 64}, {}, "is out of reach with 16 sequences"),
+        ({}, {"reuse": 16, "replay_max_age_steps": 20}, {"ground_truth_mix": 0.5}, "replay_max_age_steps=20 drops"),
+    ],
+)
+def test_a_run_of_before_opens_whatever_a_later_release_refuses_to_train(tmp_path: Path, train, rollout, data, said):
+    """As version 0197b5a wrote such a run: it may be looked at, merged and measured, and goes on only when mended."""
+    run = RunDir.create(tmp_path / "run", build_config(PAIR, {"method": "gkd"}))
+    written = yaml.safe_load(run.config_path.read_text())
+    for section, values in (("train", train), ("rollout", rollout), ("data", data)):
+        written[section] |= values
+    with pytest.raises(ConfigError, match=said):
+        build_config(written)
+    run.config_path.write_text(yaml.safe_dump(written))
+    opened = RunDir.open(run.path).config
+    assert opened.train.warmup_steps == written["train"]["warmup_steps"]
+    assert opened.rollout.reuse == written["rollout"]["reuse"] and _own_config(run.path) == opened
+    for changes in (None, {"train.save_steps": 7}):
+        with pytest.raises(ConfigError, match=said):
+            RunDir.open(run.path, changes, trains=True)
+    if "warmup_steps" in train:
+        mended = RunDir.open(run.path, {"train.warmup_steps": 0.05}, trains=True).config.train
+        assert (mended.warmup_steps, mended.max_tokens, mended.max_steps) == (0.05, 100_000, 1000)
+
+
+def test_a_limit_that_a_resumed_run_loses_is_said(tmp_path: Path, caplog):
+    both = {"train": {"max_steps": 2000, "max_tokens": 10**6}}
+    path = RunDir.create(tmp_path / "run", build_config(PAIR, both)).path
+    longer = RunDir.open(path, {"train.max_tokens": 2 * 10**6}, trains=True)
+    assert longer.config.train.step_limit is None
+    assert "train.max_steps=2000 no longer ends the run: --set names train.max_tokens" in caplog.text
+    before = {"settings": {"train.max_steps": 2000, "train.max_tokens": 10**6}}
+    assert "train.max_steps is no limit now, it was 2000" in longer.changed_since(before)
+    caplog.clear()
+    kept = RunDir.open(path, {"train": {"max_tokens": 2 * 10**6, "max_steps": 2000}}, trains=True)
+    taken_back = RunDir.open(path, {"train": {"max_tokens": None}}, trains=True)
+    assert (kept.config.train.step_limit, taken_back.config.train.step_limit) == (2000, 2000) and not caplog.text
+    RunDir.open(path, {"train.max_steps": 3000}, trains=True)
+    assert "train.max_tokens=1000000 no longer ends the run: --set names train.max_steps" in caplog.text
+
+
 def test_a_run_is_never_overwritten(tmp_path: Path, config):
     run = RunDir.create(tmp_path / "run", config)
     with pytest.raises(RunDirError, match=r"not empty.*--resume .*another --output-dir"):
@@ -255,7 +299,8 @@ def test_what_only_says_where_something_lies_may_be_edited(tmp_path: Path, confi
         RunDir(run.path, build_config(PAIR, {"teacher.precision": "bf16"})).changed_since(written)
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EIO])
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EIO])
 def test_a_disk_without_locks_locks_nothing_and_another_error_stays(tmp_path: Path, monkeypatch, number: int):
     def refuse(*_):
         raise OSError(number, os.strerror(number))

@@ -130,11 +130,10 @@ class Learner:
         return Learnt(loss, None if self.corpus is None else lm_loss, norm, overflows)
 
     def update(self, loss: float | None) -> None:
-        """Step the optimizer with the gradients of a step that had a loss, and the schedule always."""
+        """Step the optimizer with the gradients of a step that had a loss."""
         if loss is not None:
             self.loss_scale.step(self.optimizer)
         self.optimizer.zero_grad()
-        self.schedule.step()
 
     def accumulate(self, sequences: Sequence[TrainingSequence]) -> float:
         """Accumulate gradients over all micro-batches of this process; its part of the loss's token mean, nats.

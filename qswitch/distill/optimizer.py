@@ -119,7 +119,6 @@ class Schedule:
                 num_training_steps=train.max_steps,
             )
         else:
-            # Called before this step's tokens are counted: the rate lags the budget by one step.
             self._scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer, lambda _: learning_rate_factor(train, share=spent())
             )
@@ -130,7 +129,7 @@ class Schedule:
         return self._scheduler.get_last_lr()[0]
 
     def step(self) -> None:
-        """The step is over, whether or not the optimizer moved."""
+        """The step is over and counted in what is spent, whether or not the optimizer moved."""
         with warnings.catch_warnings():
             # A skipped step moves the schedule without the optimizer, which torch takes for a mistake.
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)

@@ -37,6 +37,7 @@ from qswitch.run_dir import STORE, write_atomically
 FORMAT = 1
 """Raised whenever a store of before could not be read as it was meant."""
 Kind = Literal["given", "written", "held_out"]
+SAME_DRAWS = "Write one for the same draws: qswitch teach with the seed, train.max_steps and batch sizes of this run."
 _ABOUT, _HEAD, _ROWS, _SEQUENCES = STORE, "head.safetensors", "rows.safetensors", "sequences.json"
 
 
@@ -240,7 +241,7 @@ class StoredTeacher:
             found.append(stored)
         return self._targets(found)
 
-    def _find(self, kind: Kind, example_id: int, visit: int) -> _Stored:
+    def _find(self, kind: Kind, example_id: int, visit: int, remedy: str = SAME_DRAWS) -> _Stored:
         """The data's responses are the same at every visit; written ones come round again."""
         asked = 0
         if kind == "written":
@@ -250,8 +251,7 @@ class StoredTeacher:
         if stored is None:
             what = {"given": "outputs for the response", "written": "response", "held_out": "held-out response"}[kind]
             raise RunDirError(
-                f"teacher.responses holds no {what} of example {example_id}, which this run draws. Write one for "
-                "the same draws: qswitch teach with the seed, train.max_steps and batch sizes of this run."
+                f"teacher.responses holds no {what} of example {example_id}, which this run draws. {remedy}"
             )
         return stored
 
@@ -260,14 +260,14 @@ class StoredTeacher:
         rows = [(s.fields, s.start, s.start + len(s.steps)) for s in found]
         return Targets.from_rows(self.about.rows, rows, self.head, self._dtype)
 
-    def covers(self, needed: Iterable[tuple[Kind, int, int]]) -> None:
-        """Nothing, or an error for the first of the sequences (kind, example, visit) that is not held.
+    def covers(self, needed: Iterable[tuple[Kind, int]], remedy: str = SAME_DRAWS) -> None:
+        """Nothing, or an error for the first (kind, example) that is not held, with what to do about it.
 
         Raises:
             RunDirError: names it.
         """
-        for kind, example_id, visit in needed:
-            self._find(kind, example_id, visit)
+        for kind, example_id in needed:
+            self._find(kind, example_id, 0, remedy)
 
     # ---------------------------------------------------------------- in the place of a cache, with nothing to keep
 

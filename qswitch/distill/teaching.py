@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qswitch.config import RunConfig
 from qswitch.data.gather import Prompts
-from qswitch.data.loader import PromptLoader
+from qswitch.data.loader import Mixture, PromptLoader
 from qswitch.data.template import Prompt
 from qswitch.distill.cache_format import encode_rows
 from qswitch.distill.processes import Processes
@@ -31,6 +31,7 @@ from qswitch.distill.progress import Progress
 from qswitch.distill.recovery import BatchRows
 from qswitch.distill.sequence import TrainingSequence, ground_truth_sequence
 from qswitch.distill.stored_teacher import (
+    SAME_DRAWS,
     About,
     Kind,
     StoredTeacher,
@@ -70,15 +71,46 @@ Item = tuple[Prompt, int]
 
 def items_of_a_run(config: RunConfig, prompts: Prompts) -> Iterator[tuple[Kind, Prompt, int]]:
     """What the steps of a run draw, in their order, each sequence once."""
-    loader, seen = PromptLoader(prompts, config.seed), set()
+    seen = set()
+    for kind, prompt, visit in _draws(config, prompts):
+        own = (kind, prompt.example_id, visit)
+        if own not in seen:
+            seen.add(own)
+            yield kind, prompt, visit
+
+
+def _draws(config: RunConfig, prompts: Prompts) -> Iterator[tuple[Kind, Prompt, int]]:
+    """The prompts of every step, with what is learnt of each; the data's response is the same at every visit."""
+    loader, mix = PromptLoader(prompts, config.seed), config.data.ground_truth_mix
     for step in range(config.train.max_steps):
-        mix = config.data.ground_truth_mix
         kind: Kind = "given" if mix == 1 or ground_truth_coin(config.seed, step) < mix else "written"
         for prompt, visit in loader.next(config.train.sequences_per_step):
-            own = (kind, prompt.example_id, 0 if kind == "given" else visit)
-            if own not in seen:
-                seen.add(own)
-                yield kind, prompt, own[2]
+            yield kind, prompt, 0 if kind == "given" else visit
+
+
+def needed_of_a_store(config: RunConfig, prompts: Prompts) -> Iterator[tuple[Kind, int]]:
+    """(kind, example) of what a run reads of its store, each once: visits of a prompt come round again there.
+
+    Where no number of steps ends the run it may draw every prompt.
+    """
+    mix = config.data.ground_truth_mix
+    kinds: list[Kind] = [*(["given"] if mix > 0 else []), *(["written"] if mix < 1 else [])]
+    if config.loss.objective != "divergence":
+        kinds = [kind for kind in kinds if kind == "written"]  # the data's responses need no teacher then
+    if not kinds:
+        return
+    seen: set[tuple[Kind, int]] = set()
+    if config.train.step_limit is None:
+        sets = prompts.sets if isinstance(prompts, Mixture) else [prompts]
+        drawn = ((kind, prompt) for some in sets for prompt in some for kind in kinds)
+    else:
+        drawn = ((kind, prompt) for kind, prompt, _ in _draws(config, prompts) if kind in kinds)
+    for kind, prompt in drawn:
+        if (kind, prompt.example_id) not in seen:
+            seen.add((kind, prompt.example_id))
+            yield kind, prompt.example_id
+            if len(seen) == len(kinds) * len(prompts):
+                return
 
 
 def about_run(config: RunConfig, pair: TokenizerPair, prompts: Prompts, held_out: Sequence[Prompt]) -> About:
@@ -86,7 +118,8 @@ def about_run(config: RunConfig, pair: TokenizerPair, prompts: Prompts, held_out
     resolved = resolve_reference(config.teacher.model, config.teacher.revision)
     is_of_hub = not Path(resolved.path).is_dir()
     sets = PromptLoader(prompts, config.seed).state_dict()["sets"]
-    texts = repr([(p.example_id, p.prompt_ids) for p in held_out]).encode()
+    # Whichever the first few are to be: a store's responses are read one by one, by the example.
+    texts = repr([(p.example_id, p.prompt_ids) for p in sorted(held_out, key=lambda p: p.example_id)]).encode()
     return About(
         teacher=resolved.name,
         weights=weights_fingerprint(resolved),
@@ -136,8 +169,13 @@ def require_store(config: RunConfig, prepared: Prepared) -> None:
             f"teacher.responses={folder} holds probabilities at temperature 1 (topk). Set loss.temperature=1, or write "
             "it with cache.format=hidden."
         )
-    stored.covers((kind, p.example_id, visit) for kind, p, visit in items_of_a_run(config, prompts.train)
-                  if imitates or kind == "written")  # fmt: skip
+    remedy = SAME_DRAWS
+    if config.train.step_limit is None:
+        remedy = (
+            "train.max_tokens or max_seconds does not say how many prompts that are. Set train.max_steps beside it, as "
+            f"{folder / 'config.yaml'} has it, or write a store of every prompt: qswitch teach with train.num_epochs."
+        )
+    stored.covers(needed_of_a_store(config, prompts.train), remedy)
     stored.held_out(prompts.held_out, [0] * len(prompts.held_out))
 
 

@@ -234,6 +234,7 @@ class Trainer:
                     text, role = f"{error} Step {self.step + 1} was not taken.", error.role
                     raise self.processes.from_first(lambda: self._not_finite(text, role)) from error  # noqa: B023
                 counters.count(report, self._compare_notes(time.perf_counter() - started))
+                self.learner.schedule.step()  # by what is spent now
                 self.log(report)
                 improved = False
                 if self.step % train.eval_steps == 0 or self.finished:

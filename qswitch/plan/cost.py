@@ -137,7 +137,7 @@ def run_seconds(
     trained = memory.trainable_parameters(student, config.student.adapter, config.student.lora)
     together = reduce_seconds(trained * machine.accumulate_bytes, processes)
     one_step = step_seconds(config, teacher, student, machine) + together
-    num_steps = expected_steps(whole, one_step)
+    num_steps, _ = expected_steps(whole, one_step)
     validations = 1 + -(-num_steps // train.eval_steps)
     seconds = num_steps * one_step
     seconds += validations * batches * pass_seconds(student, student_precision, rows * tokens, 0, machine)
@@ -148,15 +148,19 @@ def run_seconds(
     return seconds
 
 
-def expected_steps(config: RunConfig, seconds_of_a_step: float) -> int:
-    """Steps until the first limit of the run, where every response has its full length."""
+def expected_steps(config: RunConfig, seconds_of_a_step: float | None) -> tuple[int, str]:
+    """Steps until the first limit of the run, where every response has its full length, and that setting of train.
+
+    Without the seconds of a step max_seconds ends nothing.
+    """
     train = config.train
-    steps = [train.max_steps]
+    steps = {"max_steps": train.max_steps}
     if train.max_tokens is not None:
-        steps.append(math.ceil(train.max_tokens / (config.prompts_per_step * config.rollout.max_new_tokens)))
-    if train.max_seconds is not None:
-        steps.append(math.ceil(train.max_seconds / seconds_of_a_step))
-    return min(steps)
+        steps["max_tokens"] = math.ceil(train.max_tokens / (config.prompts_per_step * config.rollout.max_new_tokens))
+    if train.max_seconds is not None and seconds_of_a_step is not None:
+        steps["max_seconds"] = math.ceil(train.max_seconds / seconds_of_a_step)
+    first = min(steps, key=steps.__getitem__)
+    return steps[first], first
 
 
 def reduce_seconds(gradient_bytes: int, processes: int, bytes_per_s: float = PCIE_BYTES_PER_S) -> float:

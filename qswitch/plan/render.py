@@ -138,14 +138,13 @@ def _time(plan: Plan) -> str:
             f"1,000 training prompts are {per_thousand} steps, {duration(per_thousand * plan.step_seconds)}."
         )
     steps = f"{plan.num_steps} steps"
-    if train.num_epochs is not None:
+    if plan.first_limit == "max_seconds":
+        steps = f"about {steps}, until train.max_seconds={train.max_seconds:,g},"
+    elif plan.first_limit == "max_tokens":
+        at_most = f"responses of {plan.config.rollout.max_new_tokens} tokens, and more of shorter ones"
+        steps = f"about {steps}, until train.max_tokens={train.max_tokens:,} with {at_most},"
+    elif train.num_epochs is not None:
         steps = f"about {steps} (train.num_epochs={train.num_epochs:g} of the prompts that were counted)"
-    elif train.step_limit is None:
-        limits = [] if train.max_seconds is None else [f"train.max_seconds={train.max_seconds:,g}"]
-        if train.max_tokens is not None:
-            at_most = f"responses of {plan.config.rollout.max_new_tokens} tokens, and more of shorter ones"
-            limits.append(f"train.max_tokens={train.max_tokens:,} with {at_most}")
-        steps = f"about {steps}, until {' or '.join(limits)},"
     return f"Time: about {duration(plan.seconds)} for {steps} {origin}"
 
 

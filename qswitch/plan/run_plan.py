@@ -32,6 +32,9 @@ class Plan:
     num_steps: int | None = None
     """Of the run, where every response has its full length; None where train.num_epochs counts prompts that nobody has
     counted, and where tokens or seconds alone end a run on a CPU."""
+    first_limit: str | None = None
+    """The setting of train by which `num_steps` is counted, on a GPU: max_steps (num_epochs too), max_tokens or
+    max_seconds, whichever is reached first."""
     seconds: float | None = None
     """Of the whole run on `machine.gpu`, by arithmetic; None for a CPU, whose speed the plan does not know, and for
     steps that nobody knows."""

@@ -134,9 +134,9 @@ def plan_run(
             notes.append(f"As written it needs {asked.total_gib:.2f} GiB; changed {why}: {changes}.")
     is_timed = machine.device == "cuda"
     one_step = step_seconds(share_of(best.config, processes), teacher, student, machine) if is_timed else None
-    is_counted = config.train.num_epochs is None or num_steps is not None
+    is_counted, first_limit = config.train.num_epochs is None or num_steps is not None, None
     if one_step is not None and is_counted:
-        num_steps = expected_steps(best.config, one_step)
+        num_steps, first_limit = expected_steps(best.config, one_step)
     return replace(
         best,
         config=with_choices(asked_for, best.choices),
@@ -146,6 +146,7 @@ def plan_run(
         notes=tuple(notes),
         next_better=better,
         num_steps=num_steps,
+        first_limit=first_limit,
         seconds=run_seconds(best.config, teacher, student, machine, processes) if is_timed and is_counted else None,
         step_seconds=one_step,
     )

@@ -6,6 +6,7 @@ import gc
 import json
 import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qswitch import run, teach
 from qswitch.distill import session, teaching
+from qswitch.distill.budget import learning_rate_factor
 from qswitch.distill.stored_teacher import About, differs
 from qswitch.distill.teaching import PART_SEQUENCES, items_of_a_run
 from qswitch.errors import ConfigError, QSwitchError, RunDirError
@@ -190,6 +192,60 @@ def test_a_store_holds_each_sequence_of_the_run_once(kd, folders):
     _, prompts, _ = load_prompts(config, load_pair_tokenizer(config))
     drawn = [prompt.example_id for _, prompt, _ in items_of_a_run(config, prompts)]
     assert drawn == given
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5, 1.0])
+def test_a_run_by_tokens_needs_every_prompt_once_and_one_by_steps_what_it_draws(folders, mix):
+    """Known without walking the million steps that no limit is written as."""
+    custom = {**STEPS, "rollout__policy": "teacher", "loss__divergence": "forward_kl", "data__ground_truth_mix": mix}
+    if mix == 1:
+        custom = STEPS
+    steps = with_method(folders, "kd" if mix == 1 else "custom", **custom)
+    from qswitch.data.gather import load_prompts
+    from qswitch.models.pair import load_pair_tokenizer
+
+    _, prompts, _ = load_prompts(steps, load_pair_tokenizer(steps))
+    tokens = build_config(steps.model_dump(mode="json", exclude_unset=True), {"train.max_tokens": 10**6})
+    assert tokens.train.step_limit is None
+    kinds = {0.0: ["written"], 0.5: ["given", "written"], 1.0: ["given"]}[mix]
+    needed = list(teaching.needed_of_a_store(tokens, prompts))
+    assert sorted(needed) == sorted((kind, prompt.example_id) for kind in kinds for prompt in prompts)
+    drawn = {(kind, prompt.example_id) for kind, prompt, _ in items_of_a_run(steps, prompts)}
+    assert set(teaching.needed_of_a_store(steps, prompts)) == drawn and len(drawn) < len(needed)
+    longest = with_method(folders, steps.method, **custom | {"train__max_steps": 999_999})
+    assert set(teaching.needed_of_a_store(longest, prompts)) == set(needed), "and ends there"
+
+
+def test_a_run_by_tokens_learns_from_a_store_of_every_prompt_and_is_told_what_another_lacks(folders, tmp_path, kd):
+    by_steps, few = kd
+    values = by_steps.model_dump(mode="json", exclude_unset=True)
+    config = build_config(values, {"train": {"max_tokens": 120, "warmup_steps": 0.5}})
+    assert config.train.step_limit is None
+    with pytest.raises(RunDirError, match=r"does not say how many prompts that are\. Set train\.max_steps beside"):
+        run.distill(stored(config, few), tmp_path / "run")
+    teach.teach(build_config(values, {"train.num_epochs": 1}), tmp_path / "store")
+    run.distill(stored(config, tmp_path / "store"), tmp_path / "run")
+    lines = [line for line in RunDir.open(tmp_path / "run").read_metrics() if "loss" in line]
+    assert len(lines) > 2 and lines[0]["learning_rate"] > 0, "the first step alone is taken at rate 0"
+    for line in lines:  # what a step leaves to the next follows what is spent, that step included
+        factor = learning_rate_factor(config.train, share=line["spent"])
+        assert line["learning_rate"] == pytest.approx(config.train.learning_rate * factor, rel=1e-4, abs=1e-9)
+
+
+def test_a_store_is_of_its_held_out_prompts_in_whatever_order(folders):
+    """Before they were in the order of their rank they were in that of the data, which is what old stores say."""
+    config = with_method(folders, "kd", **STEPS)
+    from qswitch.data.gather import load_prompts
+    from qswitch.models.pair import load_pair_tokenizer
+
+    pair = load_pair_tokenizer(config)
+    _, prompts, held_out = load_prompts(config, pair)
+    in_order = sorted(held_out, key=lambda prompt: prompt.example_id)
+    assert [p.example_id for p in in_order] != [p.example_id for p in held_out], "the draw is by rank"
+    said = [teaching.about_run(config, pair, prompts, some).data for some in (held_out, in_order, held_out[::-1])]
+    then = zlib.crc32(repr([(p.example_id, p.prompt_ids) for p in in_order]).encode())
+    assert said[0] == said[1] == said[2] and said[0][-1] == then
+    assert teaching.about_run(config, pair, prompts, held_out[1:]).data != said[0]
 
 
 def test_a_teacher_that_passes_by_layer_for_layer_says_the_same(folders, tmp_path, monkeypatch):

@@ -202,6 +202,27 @@ def test_people_read_the_verdict_first_then_hours_then_advice_then_the_parts_tha
     assert "first step" in render(plan_run(config(train={"device": "cpu"})), [], "x").splitlines()[1]
 
 
+@pytest.mark.parametrize(
+    ("limits", "num_steps", "named"),
+    [
+        (
+            {"max_steps": 1000, "max_tokens": 100_000},
+            None,
+            "25 steps, until train.max_tokens=100,000 with responses of",
+        ),
+        ({"max_steps": 20, "max_tokens": 100_000}, None, "20 steps at the speed"),
+        ({"num_epochs": 100, "max_tokens": 100_000}, 2000, "25 steps, until train.max_tokens=100,000 with responses"),
+        ({"num_epochs": 1, "max_tokens": 100_000}, 20, "20 steps (train.num_epochs=1 of the prompts"),
+        ({"max_seconds": 1e-3, "max_tokens": 100_000}, None, "1 steps, until train.max_seconds=0.001,"),
+        ({"max_tokens": 100_000, "max_seconds": 1e9}, None, "25 steps, until train.max_tokens=100,000 with"),
+    ],
+)
+def test_the_time_is_that_of_the_limit_which_ends_the_run(limits, num_steps, named):
+    """Steps of 16 sequences and responses of 256 tokens: 100,000 tokens are 25 steps."""
+    plan = plan_run(config(train=limits), budget_bytes=80 * GIB, device="cuda", num_steps=num_steps)
+    assert named in render(plan, [], "x").splitlines()[1] and f"{plan.num_steps} steps" in named
+
+
 def test_every_part_of_a_plan_has_words_for_people():
     breakdown = plan_run(config(), budget_bytes=12 * GIB, device="cuda", processes=2).breakdown
     cut = plan_run(config(student={"shrink_to_layers": 4}), budget_bytes=12 * GIB, device="cuda").breakdown
