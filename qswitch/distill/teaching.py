@@ -93,12 +93,11 @@ def needed_of_a_store(config: RunConfig, prompts: Prompts) -> Iterator[tuple[Kin
 
     Where no number of steps ends the run it may draw every prompt.
     """
-    mix = config.data.ground_truth_mix
-    kinds: list[Kind] = [*(["given"] if mix > 0 else []), *(["written"] if mix < 1 else [])]
-    if config.loss.objective != "divergence":
-        kinds = [kind for kind in kinds if kind == "written"]  # the data's responses need no teacher then
-    if not kinds:
-        return
+    kinds: list[Kind] = []
+    if config.reads_responses and config.loss.objective == "divergence":
+        kinds.append("given")
+    if config.writes_rollouts:
+        kinds.append("written")
     seen: set[tuple[Kind, int]] = set()
     if config.train.step_limit is None:
         sets = prompts.sets if isinstance(prompts, Mixture) else [prompts]

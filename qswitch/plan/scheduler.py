@@ -134,7 +134,8 @@ def plan_run(
             notes.append(f"As written it needs {asked.total_gib:.2f} GiB; changed {why}: {changes}.")
     is_timed = machine.device == "cuda"
     one_step = step_seconds(share_of(best.config, processes), teacher, student, machine) if is_timed else None
-    is_counted, first_limit = config.train.num_epochs is None or num_steps is not None, None
+    is_counted = config.train.num_epochs is None or num_steps is not None
+    first_limit: str | None = None
     if one_step is not None and is_counted:
         num_steps, first_limit = expected_steps(best.config, one_step)
     return replace(
