@@ -96,7 +96,7 @@ def test_a_validation_that_is_no_number_ends_the_run_and_saves_nothing(folders, 
 
     def ruin(self: Learner, loss: float | None) -> None:
         original(self, loss)
-        if self.schedule.state_dict()["scheduler"]["last_epoch"] == 4:
+        if self.schedule.state_dict()["scheduler"]["last_epoch"] == 3:  # the fourth step
             with torch.no_grad():
                 self.trainable[-1].fill_(math.inf)
 
