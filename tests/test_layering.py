@@ -138,7 +138,7 @@ def test_the_architecture_page_has_this_list_and_a_line_for_every_file():
     stages = re.search(r"((?:^    [^\n]+ >\n)+    [^\n]+)\n\n", ARCHITECTURE, re.M)
     assert stages is not None
     assert [stage.strip().split(", ") for stage in " ".join(stages[1].split()).split(" >")] == LAYERS
-    cold = re.search(r"^(`.+?`) and the package's\s`__init__`\sare\s\*cold\*", ARCHITECTURE, re.M | re.S)
+    cold = re.search(r"^(`.+?`)\sand\sthe\spackage's\s`__init__`\sare\s\*cold\*", ARCHITECTURE, re.M | re.S)
     assert cold is not None and sorted([*cold[1].strip("`").split(), "__init__.py"]) == sorted(COLD_NAMES)
     described = set()
     for line in re.findall(r"^      (\S+\.py.*)$", ARCHITECTURE, re.M):
