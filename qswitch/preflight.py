@@ -105,7 +105,7 @@ def settings_problems(config: RunConfig, output_dir: Path | None = None, *, else
     if not elsewhere:
         problems += _machine(config)
     if output_dir is not None:
-        problems += _disk(config, output_dir)
+        problems += list(place_problems(output_dir)) or list(_disk(config, output_dir))
     return problems
 
 
@@ -290,18 +290,26 @@ def _store(folder: Path) -> Iterator[str]:
         yield f"teacher.responses={folder} is not finished. Go on with: qswitch teach --resume {folder}"
 
 
-def _disk(config: RunConfig, output_dir: Path) -> Iterator[str]:
-    """Checkpoints are written beside the old ones: one more than are kept, the best one, and RUN/adapter."""
-    from qswitch.plan import memory
-    from qswitch.plan.model_files import shape_for
-
+def place_problems(output_dir: Path) -> Iterator[str]:
+    """Why nothing can be written to a folder that is yet to be made."""
     parent = _existing_parent(output_dir)
     if not parent.is_dir():
         yield f"--output-dir {output_dir}: {parent} is a file. Choose another --output-dir."
         return
     if not os.access(parent, os.W_OK | os.X_OK):
         yield f"--output-dir {output_dir}: {parent} cannot be written. Choose another, or change its permissions."
-        return
+
+
+def free_bytes(output_dir: Path) -> int:
+    """What the disk of a folder that is yet to be made has left."""
+    return shutil.disk_usage(_existing_parent(output_dir)).free
+
+
+def _disk(config: RunConfig, output_dir: Path) -> Iterator[str]:
+    """Checkpoints are written beside the old ones: one more than are kept, the best one, and RUN/adapter."""
+    from qswitch.plan import memory
+    from qswitch.plan.model_files import shape_for
+
     student = config.student
     try:
         shape = shape_for(student)
@@ -313,7 +321,7 @@ def _disk(config: RunConfig, output_dir: Path) -> Iterator[str]:
     needed = checkpoint * (config.train.save_total_limit + 2) + weights
     if student.shrink_to_layers is not None:
         needed += shape.num_parameters * 2
-    free = shutil.disk_usage(parent).free
+    free = free_bytes(output_dir)
     if needed > free:
         yield (
             f"The disk of {output_dir} has {free / GIB:.1f} GiB free, but the checkpoints take up to "

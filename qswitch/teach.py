@@ -6,6 +6,7 @@ the others, and writes its share of the parts. Cold until data and models are re
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ from qswitch.plan.machine import Budget, Machine, describe_machine
 from qswitch.plan.scheduler import with_choices
 from qswitch.plan.teacher_alone import TeachingPlan, plan_teaching
 from qswitch.plan.vocabulary import with_tokenizer
-from qswitch.preflight import check_settings, settings_problems
+from qswitch.preflight import PreflightError, free_bytes, place_problems, settings_problems
 from qswitch.rules import NO_STEP_LIMIT, has_step_limit, why_teacher_is_asked
 from qswitch.run import (
     free_path,
@@ -34,10 +35,13 @@ from qswitch.run import (
     with_steps,
 )
 from qswitch.run_dir import RunDir, maker_of
+from qswitch.units import GIB
 from qswitch.yaml_file import read_yaml
 
 if TYPE_CHECKING:
     from qswitch.distill.stored_teacher import About
+
+logger = logging.getLogger(__name__)
 
 
 def rehearse(
@@ -54,13 +58,18 @@ def rehearse(
         free_path(path, "teach")
     config = with_tokenizer(config)
     _require_teachable(config)
-    check_settings(_that_stays(config), elsewhere=vram is not None)
+    problems = settings_problems(_that_stays(config), elsewhere=vram is not None)
+    if problems := [*problems, *(place_problems(path) if path is not None else ())]:
+        raise PreflightError(problems)
     num_prompts = counted_prompts(first_look(config))
     if num_prompts is not None:
         config = with_steps(config, num_prompts)
     with joined() as processes:
         budget = smallest_budget(config, vram, processes)
-        return _plan(config, budget, _machine_before(config, budget, vram), num_prompts, spread)
+        plan = _plan(config, budget, _machine_before(config, budget, vram), num_prompts, spread)
+    if path is not None:
+        _warn_of_disk(plan, path)
+    return plan
 
 
 def teach(config: RunConfig, path: Path, *, vram: str | None = None, spread: bool = False) -> About:
@@ -73,7 +82,7 @@ def teach(config: RunConfig, path: Path, *, vram: str | None = None, spread: boo
     """
     with joined() as processes:
         path = processes.from_first(lambda: free_path(path, "teach"))
-        problems = settings_problems(_that_stays(config), path) if processes.is_first else []
+        problems = [*settings_problems(_that_stays(config)), *place_problems(path)] if processes.is_first else []
         return _work(config, path, vram, spread, problems, processes, is_new=True)
 
 
@@ -128,6 +137,9 @@ def _work(
     require_same(config, prepared, processes)
     plan = processes.from_first(lambda: _plan(config, budget, machine_of(config, prepared, vram), num_prompts, spread))
 
+    if is_new and processes.is_first:
+        _warn_of_disk(plan, path)
+
     from qswitch.distill.recovery import device_memory_bounded
     from qswitch.distill.teaching import write_store
     from qswitch.models.runtime import make_runtime
@@ -149,6 +161,19 @@ def _work(
             if is_new and processes.is_first and not any(path.glob("part-*")):
                 RunDir(path, config).discard_unstarted()
             raise
+
+
+def _warn_of_disk(plan: TeachingPlan, path: Path) -> None:
+    """Says that a store may outgrow its disk, which nobody knows before the teacher has written."""
+    free = free_bytes(path)
+    if plan.disk_bytes > free:
+        logger.warning(
+            "The store may take up to %.1f GiB, and the disk of %s has %.1f free. Where it is full, free some: "
+            "`qswitch teach --resume` goes on.",
+            plan.disk_bytes / GIB,
+            path,
+            free / GIB,
+        )
 
 
 def _that_stays(config: RunConfig) -> RunConfig:

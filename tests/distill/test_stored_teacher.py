@@ -374,3 +374,20 @@ def test_a_folder_that_another_command_is_filling_stays(folders, tmp_path):
         with pytest.raises(RunDirError, match="Another qswitch command is writing to"):
             teach.teach(config, tmp_path / "store")
         assert (tmp_path / "store").is_dir()
+
+
+def test_a_disk_on_which_a_store_may_not_fit_is_said_and_one_for_checkpoints_is_not_asked_for(
+    folders, tmp_path, monkeypatch, caplog
+):
+    """How long responses become nobody knows, so the most that a store can take refuses nothing."""
+    config = with_method(folders, "kd", **STEPS)
+    monkeypatch.setattr("qswitch.preflight.free_bytes", lambda _: 0)  # not even a checkpoint has room
+    monkeypatch.setattr("qswitch.teach.free_bytes", lambda _: 1000)
+    plan = teach.rehearse(config, tmp_path / "store")
+    assert plan.disk_bytes > 1000 and "The store may take up to 0.0 GiB" in caplog.text
+    caplog.clear()
+    teach.teach(config, tmp_path / "store")
+    assert "The store may take up to" in caplog.text
+    (tmp_path / "file").touch()
+    with pytest.raises(PreflightError, match="is a file"):
+        teach.rehearse(config, tmp_path / "file" / "store")
