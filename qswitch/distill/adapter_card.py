@@ -70,16 +70,16 @@ def _licence_line(config: RunConfig, places: list[str]) -> str:
     known = known_licence(config, places)
     if known is not None:
         name, licence = known
-        return f"- {_shown(name)}: {licence}"
-    return f"- {' or '.join(map(_shown, places))}: {OWN if all(map(_is_local, places)) else UNKNOWN}"
+        return f"- {shown_reference(name)}: {licence}"
+    return f"- {' or '.join(map(shown_reference, places))}: {OWN if all(map(_is_local, places)) else UNKNOWN}"
 
 
 def _entries(reference: str | list[str] | None) -> list[str]:
     return [reference] if isinstance(reference, str) else list(reference or ())
 
 
-def _shown(reference: str) -> str:
-    """A file or folder by its last part only."""
+def shown_reference(reference: str) -> str:
+    """A reference for people: a file or folder by its last part only, since its path is of one machine."""
     return user_path(reference).resolve().name if _is_local(reference) else reference
 
 

@@ -6,13 +6,18 @@ The hub shows it as the model card. Knows no weights.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from qswitch.config import RunConfig
-from qswitch.distill.adapter_card import WORSE, got_worse, how_trained, known_licence, licence_lines
+from qswitch.distill.adapter_card import (
+    WORSE,
+    got_worse,
+    how_trained,
+    known_licence,
+    licence_lines,
+    shown_reference,
+)
 from qswitch.hub import is_hub_id
-from qswitch.outside import user_path
 
 HUB_LICENCES = ("Apache-2.0", "MIT")
 """Licences of the presets that the hub knows by name; it refuses a card with another one in its license field."""
@@ -94,6 +99,4 @@ def reference_names(reference: str | list[str]) -> list[str]:
 
 
 def _named(reference: str | list[str]) -> str:
-    """References for people: a local folder by its last part only."""
-    shown = [Path(name).name if user_path(name).is_dir() else name for name in reference_names(reference)]
-    return " or ".join(f"`{name}`" for name in shown)
+    return " or ".join(f"`{shown_reference(name)}`" for name in reference_names(reference))

@@ -409,7 +409,7 @@ def _optional(path: Path, kind: type[Any]) -> dict[str, Any] | None:
 def _reference(reference: str | list[str]) -> str:
     """A model for people: the first of its names, of a file or local folder the last part only."""
     name = reference if isinstance(reference, str) else reference[0]
-    return Path(name).name if name.startswith("package:") or user_path(name).is_dir() else name
+    return Path(name).name if name.startswith("package:") or user_path(name).exists() else name
 
 
 def duration(seconds: float) -> str:

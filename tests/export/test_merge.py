@@ -135,6 +135,16 @@ def test_a_card_says_what_was_done_and_nothing_else():
     assert "- package:x/y.gguf or small/student: licence not known" in tuned and "license" not in tuned.split("---")[1]
 
 
+def test_a_card_names_a_file_and_a_folder_of_this_machine_by_their_last_part(tmp_path):
+    file = tmp_path / "small.Q4_0.gguf"
+    file.touch()
+    config = build_config({"teacher": {"model": str(tmp_path)}, "student": {"model": str(file)},
+                           "data": {"train": "x.jsonl"}})  # fmt: skip
+    card = model_card(config, "s", {}, 0.0, "bf16")
+    assert "- Student: `small.Q4_0.gguf`" in card and f"- Teacher: `{tmp_path.name}`" in card
+    assert str(tmp_path) not in card and str(tmp_path.parent) not in card
+
+
 def test_the_base_cut_into_the_run_directory_is_merged(tmp_path):
     from qswitch.models.student import save_adapter as save
 
