@@ -1,7 +1,8 @@
 """How models that think before they answer are told not to: the word that their chat templates read. Cold.
 
-Qwen 3, Qwen 3.5, SmolLM 3 and others think unless the template is told otherwise. Knows nothing of models whose
-template offers no choice.
+Qwen 3, Qwen 3.5, SmolLM 3 and others think unless the template is told otherwise. The templates of DeepSeek's R1 and
+of Qwen 3's Thinking models offer no choice: their prompts end with a thought that is opened, which the model goes on
+with.
 """
 
 from __future__ import annotations
@@ -15,8 +16,22 @@ THINKING_TOKENS = 2048
 answer begins."""
 THOUGHT_MARK = "<think>"
 """What their thinking begins with."""
+THOUGHT_END = "</think>"
 
 
 def reads_thinking(template: str) -> bool:
     """Whether a Jinja template reads `enable_thinking`."""
     return re.search(rf"\b{THINKING}\b", template) is not None
+
+
+def opens_thought(prompt: str) -> bool:
+    """Whether the text of a prompt ends with a thought that is opened, so that the response begins inside of it."""
+    return prompt.rstrip().endswith(THOUGHT_MARK)
+
+
+def after_opened_thought(prompt: str, response: str) -> str:
+    """The response without the mark with which its thought begins, where the prompt has written it already."""
+    rest = response.lstrip()
+    if not opens_thought(prompt) or not rest.startswith(THOUGHT_MARK):
+        return response
+    return rest[len(THOUGHT_MARK) :].removeprefix(prompt.rpartition(THOUGHT_MARK)[2])

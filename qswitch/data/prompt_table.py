@@ -35,8 +35,8 @@ KEPT_BYTES = 20 * GIB
 """Tables used longest ago leave the cache where all together take more than this."""
 ABANDONED_AFTER_S = 24 * 3600
 """A table that is not whole and was not written to for this long was left by a process that ended."""
-_VERSION = 3
-"""Of a table's columns; raised when their meaning changes."""
+_VERSION = 4
+"""Of what a table holds; raised when a column changes its meaning, or a record may become other ids."""
 _BATCH_RECORDS = 1024
 
 

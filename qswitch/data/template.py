@@ -22,6 +22,7 @@ from qswitch.data.turns import Message
 from qswitch.errors import DataError, FileError
 from qswitch.models.vocab import PROBES
 from qswitch.outside import read_text, user_path
+from qswitch.thinking import after_opened_thought
 from qswitch.time_limit import time_limit
 
 if TYPE_CHECKING:
@@ -175,7 +176,8 @@ class PromptEncoder:
         """Token ids of the records, nothing cut.
 
         The response is what the tokenizer makes of the whole conversation after the prompt, so that it reads as the
-        model would have written it; where the whole does not begin with the prompt's ids, it is tokenised apart.
+        model would have written it; where the whole does not begin with the prompt's ids, it is tokenised apart: what
+        the template puts after the prompt's text or, where it renders the prompt otherwise too, the record's answer.
 
         Raises:
             DataError: the template refuses a record, or a response cannot be ended; names file and line.
@@ -198,16 +200,16 @@ class PromptEncoder:
             if len(whole) > len(start) and whole[: len(start)] == start:
                 responses[i] = self._ended(whole[len(start) :])
                 continue
-            apart = records[i].response or ""
-            if "tool_calls" in records[i].response_extra:
-                if not text.startswith(texts[i]):
-                    raise DataError(
-                        f"{records[i].source}: the chat template renders this conversation otherwise than its prompt, "
-                        "so where the answer with its tool calls begins is not to be told. Set data.template_kwargs "
-                        "so that both agree (enable_thinking, for example), or remove this record."
-                    )
+            if text.startswith(texts[i]):
                 apart = text[len(texts[i]) :]
+            elif "tool_calls" in records[i].response_extra:
+                raise DataError(
+                    f"{records[i].source}: the chat template renders this conversation otherwise than its prompt, "
+                    "so where the answer with its tool calls begins is not to be told. Set data.template_kwargs "
+                    "so that both agree (enable_thinking, for example), or remove this record."
+                )
             else:
+                apart = after_opened_thought(texts[i], records[i].response or "")
                 left_out[i] += tuple(f"turns.{key}" for key in records[i].response_extra if self.reads(key))
             responses[i] = self._ended(self.tokenizer(apart, add_special_tokens=False)["input_ids"])
         for i in answered:

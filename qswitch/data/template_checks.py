@@ -10,11 +10,11 @@ from qswitch.data.records import Record
 from qswitch.data.template import PromptEncoder
 from qswitch.data.turns import Message
 from qswitch.models.pair import TokenizerPair
-from qswitch.thinking import THINKING, THINKING_TOKENS
+from qswitch.thinking import THINKING, THINKING_TOKENS, THOUGHT_END, opens_thought
 
 logger = logging.getLogger(__name__)
 
-TEMPLATE_PROBE = "What is 2 + 2? It's four."
+PROBE = Record(0, (Message("user", "What is 2 + 2? It's four."),), None, "the template probe")
 MIN_MARKER_CHARACTERS = 5
 """Shorter special tokens, such as <s>, may be markup that a prompt is about."""
 
@@ -63,24 +63,52 @@ def warn_of_applied_template(config: RunConfig, pair: TokenizerPair, records: Se
 
 
 def warn_of_thinking(config: RunConfig, encoder: PromptEncoder, records: Sequence[Record]) -> None:
-    """Says where the models think before they answer, nobody has said whether they should, and few tokens are left."""
-    limit = config.rollout.max_new_tokens
-    if not config.writes_rollouts or limit >= THINKING_TOKENS or not encoder.reads(THINKING):
+    """Says where the models think before they answer, nobody has said whether they should, and few tokens are left; and
+    where answers that hold no thought would be learnt as one."""
+    always = opens_thought(encoder.render(PROBE))
+    if always and config.reads_responses:
+        _warn_of_answers_in_thoughts(encoder, records)
+    limit, has_choice = config.rollout.max_new_tokens, encoder.reads(THINKING)
+    if not config.writes_rollouts or limit >= THINKING_TOKENS or not (always or has_choice):
         return
     said = THINKING in encoder.template_kwargs or any(THINKING in record.template_kwargs for record in records)
     if said or (config.reads_responses and any(record.shows_thinking for record in records)):
         return
-    logger.warning(
-        "The chat template lets the models think before they answer, and rollout.max_new_tokens=%d may end before an "
-        "answer begins. Set data.template_kwargs.%s=false for answers alone, or rollout.max_new_tokens=%d to distil "
-        "the thinking as well; %s=true says that it is meant.",
-        limit, THINKING, THINKING_TOKENS, THINKING,
-    )  # fmt: skip
+    if has_choice:
+        logger.warning(
+            "The chat template lets the models think before they answer, and rollout.max_new_tokens=%d may end before "
+            "an answer begins. Set data.template_kwargs.%s=false for answers alone, or rollout.max_new_tokens=%d to "
+            "distil the thinking as well; %s=true says that it is meant.",
+            limit, THINKING, THINKING_TOKENS, THINKING,
+        )  # fmt: skip
+    else:
+        logger.warning(
+            "The chat template makes the models think before they answer, and rollout.max_new_tokens=%d may end before "
+            "an answer begins. Set rollout.max_new_tokens=%d, or take models that answer at once.",
+            limit, THINKING_TOKENS,
+        )  # fmt: skip
+
+
+def _warn_of_answers_in_thoughts(encoder: PromptEncoder, records: Sequence[Record]) -> None:
+    """Names the first record whose answer never ends the thought that its prompt opens."""
+    for record in records:
+        if not record.has_response or record.teacher_response is not None:
+            continue
+        prompt = encoder.encode(record)
+        response = encoder.tokenizer.decode(prompt.response_ids)
+        if opens_thought(prompt.text) and THOUGHT_END not in response:
+            logger.warning(
+                "%s: the chat template opens a thought before every answer, and this answer ends none, so the student "
+                "would learn to answer inside of its thought. Begin the answers with <think>...</think>, let the "
+                "models write them (method: switch, gkd or seqkd), or take models that answer at once.",
+                record.source,
+            )
+            return
 
 
 def template_problems(config: RunConfig, pair: TokenizerPair, encoder: PromptEncoder) -> list[str]:
     """The template's own text, special tokens included, must be the same ids to both."""
-    text = encoder.render(Record(0, (Message("user", TEMPLATE_PROBE),), None, "the template probe"))
+    text = encoder.render(PROBE)
     ids = {role: t(text, add_special_tokens=False)["input_ids"] for role, t in
            (("teacher", pair.teacher), ("student", pair.student))}  # fmt: skip
     if ids["teacher"] == ids["student"]:

@@ -15,12 +15,15 @@ from transformers import PreTrainedTokenizerFast
 from qswitch.config import DataSection
 from qswitch.data.records import load_records
 from qswitch.data.template import PromptEncoder, template_source
+from qswitch.data.template_checks import warn_of_thinking
 from qswitch.errors import DataError
+from qswitch.layers import build_config, by_section
 
 TEMPLATES = Path(__file__).parent / "templates"
-ENDS = {"qwen3": "<|im_end|>", "llama-3.1": "<|eot_id|>", "gemma-3": "<end_of_turn>", "smollm2": "<|im_end|>"}
+ENDS = {"qwen3": "<|im_end|>", "llama-3.1": "<|eot_id|>", "gemma-3": "<end_of_turn>", "smollm2": "<|im_end|>",
+        "deepseek-r1": "<|end_of_sentence|>", "qwen3-thinking": "<|im_end|>"}  # fmt: skip
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>",
-           "<end_of_turn>"]  # fmt: skip
+           "<end_of_turn>", "<|end_of_sentence|>"]  # fmt: skip
 
 
 def tokenizer_of(family, eos=None):
@@ -157,6 +160,54 @@ def test_thinking_switched_off_by_the_setting(tmp_path, name):
     assert learned(tokenizer, prompt)[-1] in ("Hello.<|im_end|>", "So.<|im_end|>")
     thinks = {**row, "chat_template_kwargs": {"enable_thinking": True}}
     assert encoder.encode(read(tmp_path, thinks)).prompt_ids == rendered(tokenizer, row["messages"][:-1], thinks, True)
+
+
+ANSWERS = {
+    "thought": turn("assistant", "<think>\nTwo and two.\n</think>\n\n4"),
+    "none": turn("assistant", "4"),
+    "apart": turn("assistant", "4", reasoning_content="Two and two."),
+}
+
+
+@pytest.mark.parametrize("merges", [[], ["\n\n"]])
+@pytest.mark.parametrize(
+    ("family", "answer", "expected"),
+    [
+        ("deepseek-r1", "thought", "Two and two.\n</think>\n\n4<|end_of_sentence|>"),
+        ("deepseek-r1", "none", "4<|end_of_sentence|>"),
+        ("qwen3-thinking", "thought", "Two and two.\n</think>\n\n4<|im_end|>"),
+        ("qwen3-thinking", "apart", "Two and two.\n</think>\n\n4<|im_end|>"),
+        ("qwen3-thinking", "none", "\n</think>\n\n4<|im_end|>"),
+    ],
+)
+def test_a_thought_that_the_prompt_opens_is_gone_on_with(tmp_path, family, answer, expected, merges):
+    """Also where two newlines are one token, so that the whole does not begin with the prompt's ids."""
+    tokenizer = tokenizer_of(family)
+    tokenizer.add_tokens(merges)
+    prompt = PromptEncoder(tokenizer).encode(read(tmp_path, {"messages": [turn("user", "2 + 2?"), ANSWERS[answer]]}))
+    assert prompt.text.endswith("<think>\n")
+    assert tokenizer.decode(prompt.response_ids) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "answer", "changes", "said"),
+    [
+        ("deepseek-r1", "none", {"method": "sft"}, "inside of its thought"),
+        ("deepseek-r1", "none", {"method": "kd"}, "inside of its thought"),
+        ("deepseek-r1", "thought", {"method": "sft"}, None),
+        ("qwen3-thinking", "none", {"method": "sft"}, None),
+        ("smollm2", "none", {"method": "sft"}, None),
+        ("deepseek-r1", "none", {"method": "gkd", "data.ground_truth_mix": 0.0}, "makes the models think"),
+        ("deepseek-r1", "none", {"method": "gkd", "data.ground_truth_mix": 0.0, "rollout.max_new_tokens": 2048}, None),
+        ("qwen3", "none", {"method": "gkd", "data.ground_truth_mix": 0.0}, "lets the models think"),
+        ("smollm2", "none", {"method": "gkd", "data.ground_truth_mix": 0.0}, None),
+    ],
+)
+def test_what_thinking_does_to_the_run_is_said(tmp_path, caplog, family, answer, changes, said):
+    pair = {"teacher": {"model": "big/one"}, "student": {"model": "small/one"}, "data": {"train": "x.jsonl"}}
+    record = read(tmp_path, {"messages": [turn("user", "2 + 2?"), ANSWERS[answer]]})
+    warn_of_thinking(build_config(pair, by_section(changes)), PromptEncoder(tokenizer_of(family)), [record])
+    assert not caplog.messages if said is None else said in " ".join(caplog.messages)
 
 
 def test_the_exported_template_keeps_what_the_setting_said(tmp_path):
