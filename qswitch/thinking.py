@@ -24,14 +24,17 @@ def reads_thinking(template: str) -> bool:
     return re.search(rf"\b{THINKING}\b", template) is not None
 
 
-def opens_thought(prompt: str) -> bool:
-    """Whether the text of a prompt ends with a thought that is opened, so that the response begins inside of it."""
-    return prompt.rstrip().endswith(THOUGHT_MARK)
+def opened_thought(prompt: str) -> str:
+    """The mark of a thought with which the text of a prompt ends, so that the response begins inside of it, and what
+    follows the mark; empty where it ends otherwise."""
+    _, mark, space = prompt.rpartition(THOUGHT_MARK)
+    return mark + space if mark and not space.strip() else ""
 
 
 def after_opened_thought(prompt: str, response: str) -> str:
     """The response without the mark with which its thought begins, where the prompt has written it already."""
     rest = response.lstrip()
-    if not opens_thought(prompt) or not rest.startswith(THOUGHT_MARK):
+    opened = opened_thought(prompt)
+    if not opened or not rest.startswith(THOUGHT_MARK):
         return response
-    return rest[len(THOUGHT_MARK) :].removeprefix(prompt.rpartition(THOUGHT_MARK)[2])
+    return rest.removeprefix(THOUGHT_MARK).removeprefix(opened.removeprefix(THOUGHT_MARK))

@@ -10,7 +10,7 @@ from qswitch.data.records import Record
 from qswitch.data.template import PromptEncoder
 from qswitch.data.turns import Message
 from qswitch.models.pair import TokenizerPair
-from qswitch.thinking import THINKING, THINKING_TOKENS, THOUGHT_END, opens_thought
+from qswitch.thinking import THINKING, THINKING_TOKENS, THOUGHT_END, opened_thought
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def warn_of_applied_template(config: RunConfig, pair: TokenizerPair, records: Se
 def warn_of_thinking(config: RunConfig, encoder: PromptEncoder, records: Sequence[Record]) -> None:
     """Says where the models think before they answer, nobody has said whether they should, and few tokens are left; and
     where answers that hold no thought would be learnt as one."""
-    always = opens_thought(encoder.render(PROBE))
+    always = bool(opened_thought(encoder.render(PROBE)))
     if always and config.reads_responses:
         _warn_of_answers_in_thoughts(encoder, records)
     limit, has_choice = config.rollout.max_new_tokens, encoder.reads(THINKING)
@@ -96,7 +96,7 @@ def _warn_of_answers_in_thoughts(encoder: PromptEncoder, records: Sequence[Recor
             continue
         prompt = encoder.encode(record)
         response = encoder.tokenizer.decode(prompt.response_ids)
-        if opens_thought(prompt.text) and THOUGHT_END not in response:
+        if opened_thought(prompt.text) and THOUGHT_END not in response:
             logger.warning(
                 "%s: the chat template opens a thought before every answer, and this answer ends none, so the student "
                 "would learn to answer inside of its thought. Begin the answers with <think>...</think>, let the "

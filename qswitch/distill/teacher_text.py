@@ -17,6 +17,7 @@ from typing import Any
 
 from qswitch.config import RunConfig
 from qswitch.data.records import Record, iter_records
+from qswitch.data.template import Prompt
 from qswitch.distill.recovery import BatchRows
 from qswitch.distill.stored_teacher import About, differs
 from qswitch.distill.teaching import Item, about_run, items_of_a_run
@@ -33,6 +34,7 @@ from qswitch.preflight import Prepared
 from qswitch.rollout.decode import RolloutRequest, rollout
 from qswitch.rollout.policy import TeacherPolicy
 from qswitch.run_dir import write_atomically
+from qswitch.thinking import opened_thought
 
 PART_RESPONSES = 128
 """Responses of a part: what a killed process loses at most."""
@@ -185,16 +187,19 @@ def _texts(
             temperature=temperature,
         ),
     )
-    return [as_text(pair, one.response_ids) for one in written]
+    return [as_text(pair, p, one.response_ids) for (p, _), one in zip(items, written, strict=True)]
 
 
-def as_text(pair: TokenizerPair, response_ids: Sequence[int]) -> tuple[str, bool]:
-    """A response as text without its special tokens, and whether it was ended."""
+def as_text(pair: TokenizerPair, prompt: Prompt, response_ids: Sequence[int]) -> tuple[str, bool]:
+    """A response as text without its special tokens, and whether it was ended; with the mark of a thought that its
+    prompt opens, which the student's template may not write."""
     ended = bool(response_ids) and response_ids[-1] in pair.eos_ids
     ids = response_ids[:-1] if ended else response_ids
     text = pair.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     # A limit may fall inside a character of several tokens.
-    return (text if ended else text.rstrip("\ufffd")), ended
+    if not ended:
+        text = text.rstrip("\ufffd")
+    return (opened_thought(prompt.text) + text if text.strip() else text), ended
 
 
 def _records(config: RunConfig, wanted: set[int]) -> dict[int, Record]:

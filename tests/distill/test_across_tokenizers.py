@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -384,6 +385,18 @@ def test_what_only_the_teachers_template_and_tokenizer_know_is_for_the_teacher(p
     half = prepare(student_half(config, files[:1], files[1:]))
     assert half.prompts.train[0].text == "<user>tell me train.jsonl<assistant>"
     assert half.pair.eos_ids == (student.eos_token_id,) and half.pair.tokenizer.get_vocab() == student.get_vocab()
+
+
+def test_a_thought_that_the_teachers_prompt_opens_is_part_of_its_text(pair, tmp_path):
+    shutil.copytree(pair / "teacher", tmp_path / "teacher")
+    thinks = TEACHER_TEMPLATE.replace("<|turn|>assistant\n{% endif %}", "<|turn|>assistant\n<think>\n{% endif %}")
+    (tmp_path / "teacher" / "chat_template.jinja").write_text(thinks)
+    config = settings(pair, **{"teacher.model": str(tmp_path / "teacher"), "student.tokenizer": "own"})
+    prepared = prepare(config)
+    own = prepared.pair.tokenizer("it is what it is<|end|>", add_special_tokens=False)["input_ids"]
+    asked = prepared.prompts.train[0]
+    assert teacher_text.as_text(prepared.pair, asked, own) == ("<think>\nit is what it is", True)
+    assert teacher_text.as_text(prepared.pair, asked, own[-1:]) == ("", True), "an empty response stays empty"
 
 
 @pytest.mark.parametrize(("said", "end"), [("whole", True), ("cut", False), (None, True)])
