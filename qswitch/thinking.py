@@ -1,4 +1,5 @@
-"""How models that think before they answer are told not to: the word that their chat templates read. Cold.
+"""Models that think before they answer: the word that tells their chat templates not to, and thoughts that a prompt
+opens. Cold.
 
 Qwen 3, Qwen 3.5, SmolLM 3 and others think unless the template is told otherwise. The templates of DeepSeek's R1 and
 of Qwen 3's Thinking models offer no choice: their prompts end with a thought that is opened, which the model goes on
@@ -17,6 +18,7 @@ answer begins."""
 THOUGHT_MARK = "<think>"
 """What their thinking begins with."""
 THOUGHT_END = "</think>"
+"""What it ends with, before the answer."""
 
 
 def reads_thinking(template: str) -> bool:

@@ -100,7 +100,7 @@ def _warn_of_answers_in_thoughts(encoder: PromptEncoder, records: Sequence[Recor
             logger.warning(
                 "%s: the chat template opens a thought before every answer, and this answer ends none, so the student "
                 "would learn to answer inside of its thought. Begin the answers with <think>...</think>, let the "
-                "models write them (method: switch, gkd or seqkd), or take models that answer at once.",
+                "models write them (method: switch or seqkd), or take models that answer at once.",
                 record.source,
             )
             return
