@@ -154,8 +154,9 @@ def test(last: Mapping[str, Any], results: Mapping[str, Any], declared: Mapping[
     control = {}
     if "rollout.reuse" in recipe:
         again = {**cells["gkd"], "rollout.reuse": recipe["rollout.reuse"]}
-        control[CONTROL] = {"about": "a control, in no test", "settings": again}
-    return {**declared, "cells": {**declared["cells"], **chosen, **own, **control}}
+        control[CONTROL] = {"about": "a control, in no test", "settings": again, "seeds": declared["seeds"][:1]}
+    declared_cells = {name: cell for name, cell in declared["cells"].items() if name != CONTROL}
+    return {**declared, "cells": {**declared_cells, **chosen, **own, **control}}
 
 
 def target(results: Mapping[str, Any], declared: Mapping[str, Any]) -> tuple[bool, list[str]]:
