@@ -291,3 +291,30 @@ def test_the_chain_stops_in_time_goes_on_and_repeats_no_choice(tmp_path, monkeyp
     ran.clear()
     chain.chain(tmp_path / "out", until="finals", deadline=None)
     assert [Path(c[4]).stem for c in ran] == ["search", "finals"], "what was chosen stays chosen"
+
+
+def test_parts_of_the_test_are_its_cells_and_go_together_again(tmp_path):
+    parts = script("parts")
+    whole = {c.label: c.settings for c in read_comparison(STUDY / "test.yaml").cells}
+    for number, (cells, seeds) in enumerate(((["sft", "recipe"], [4]), (["gkd", "sft"], [5, 6]))):
+        folder, file = tmp_path / f"part-{number}", tmp_path / f"part-{number}.yaml"
+        arguments = ["--cells", ",".join(cells), "--seeds", ",".join(map(str, seeds)), "--output", str(file)]
+        command = [sys.executable, str(STUDY / "parts.py"), "split", str(STUDY / "test.yaml"), *arguments]
+        subprocess.run(command, check=True)
+        part = read_comparison(file)
+        assert [c.label for c in part.cells] == [f"{name}-seed{seed}" for seed in seeds for name in cells]
+        for cell in part.cells:
+            assert cell.settings == whole[cell.label]
+            for path in (f"cells/{cell.label}.json", f"cells/{cell.label}.start.json", f"eval/models/{cell.label}/a"):
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_text(cell.label)
+            (folder / "runs" / cell.label).mkdir(parents=True)
+        (folder / "eval/teacher").mkdir()
+        (folder / "eval/teacher/test-dolly.jsonl").write_text("what the teacher says")
+    folders, target = [tmp_path / "part-0", tmp_path / "part-1"], tmp_path / "whole"
+    assert parts.join(folders, target) == 6 == parts.join(folders, target), "again is no harm"
+    assert (target / "eval/models/gkd-seed6/a").read_text() == "gkd-seed6"
+    assert (target / "runs/sft-seed4").resolve() == tmp_path / "part-0/runs/sft-seed4"
+    (folders[1] / "eval/teacher/test-dolly.jsonl").write_text("what another teacher says")
+    with pytest.raises(SystemExit, match="test-dolly"):
+        parts.join(folders, tmp_path / "other")

@@ -1,0 +1,86 @@
+"""Take a study file in parts, for several workers or machines, and put their finished cells together.
+
+    python benchmarks/study/parts.py split benchmarks/study/test.yaml --seeds 4 --cells sft,kd --output PART.yaml
+    qswitch compare PART.yaml --output-dir OUT/part-0
+    python benchmarks/study/parts.py join OUT/part-0 OUT/part-1 --output-dir OUT/test
+    qswitch compare benchmarks/study/test.yaml --output-dir OUT/test
+
+From the top of the checkout. The last call repeats no cell: it measures what is missing, and writes the table. A part
+that comes as an archive of its folders `cells` and `eval`, without the runs, is enough. Knows no model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qswitch.run_dir import write_atomically
+
+FOLDERS = ("cells", "eval")
+"""What a finished cell leaves: its file and its responses. Its run is needed only to measure it anew."""
+
+
+def split(path: Path, cells: list[str], seeds: list[int]) -> dict[str, Any]:
+    """The study file with these cells in this order, on these seeds, and without the test, which needs all of them."""
+    study = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if unknown := [name for name in cells if name not in study["cells"]]:
+        raise SystemExit(f"{path} has no cell {unknown[0]}. Cells: {', '.join(study['cells'])}")
+    kept = {name: {k: v for k, v in (study["cells"][name] or {}).items() if k != "seeds"} for name in cells}
+    part = {key: value for key, value in study.items() if key != "test"}
+    return {**part, "run": str((path.parent / study["run"]).resolve()), "cells": kept, "seeds": seeds,
+            "baseline": cells[0]}  # fmt: skip
+
+
+def join(parts: list[Path], target: Path) -> int:
+    """Copy what the parts finished, link their runs; how many cells there are.
+
+    Raises:
+        SystemExit: two parts have the same file with other content, for instance other responses of the teacher.
+    """
+    for part in parts:
+        for folder in FOLDERS:
+            for source in sorted((part / folder).rglob("*")):
+                copy = target / source.relative_to(part)
+                if source.is_dir() or source.name == ".lock":
+                    continue
+                if copy.is_file() and not filecmp.cmp(source, copy, shallow=False):
+                    raise SystemExit(
+                        f"{source} is not what another part has, and cells are compared only where it is."
+                    )
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, copy)
+        for run in sorted((part / "runs").glob("*")):
+            link = target / "runs" / run.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.exists():
+                link.symlink_to(run.resolve(), target_is_directory=True)
+    return sum(not path.name.endswith(".start.json") for path in (target / "cells").glob("*.json"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    one = commands.add_parser("split", help="write a study file with some cells")
+    one.add_argument("study", type=Path)
+    one.add_argument("--cells", required=True, help="names with commas between them, in the order of their turns")
+    one.add_argument("--seeds", required=True, help="numbers with commas between them")
+    one.add_argument("--output", type=Path, required=True)
+    all_of = commands.add_parser("join", help="put finished cells together")
+    all_of.add_argument("parts", type=Path, nargs="+", help="output folders of qswitch compare")
+    all_of.add_argument("--output-dir", type=Path, required=True)
+    arguments = parser.parse_args()
+    if arguments.what == "split":
+        part = split(arguments.study, arguments.cells.split(","), [int(s) for s in arguments.seeds.split(",")])
+        write_atomically(arguments.output, yaml.safe_dump(part, sort_keys=False, allow_unicode=True))
+        print(f"wrote {arguments.output}")
+    else:
+        print(f"{arguments.output_dir} has {join(arguments.parts, arguments.output_dir)} finished cells")
+
+
+if __name__ == "__main__":
+    main()
