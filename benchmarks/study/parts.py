@@ -49,9 +49,7 @@ def join(parts: list[Path], target: Path) -> int:
                 if source.is_dir() or source.name == ".lock":
                     continue
                 if copy.is_file() and not filecmp.cmp(source, copy, shallow=False):
-                    raise SystemExit(
-                        f"{source} is not what another part has, and cells are compared only where it is."
-                    )
+                    raise SystemExit(f"{source} is not what another part has, and cells are compared only where it is.")
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, copy)
         for run in sorted((part / "runs").glob("*")):
