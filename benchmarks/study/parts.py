@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from qswitch.run_dir import write_atomically
 
 FOLDERS = ("cells", "eval")
 """What a finished cell leaves: its file and its responses. Its run is needed only to measure it anew."""
+PER_PART = (".lock", "results.json", "results.md")
+"""Files of a part that are not its cells'; the tables are written anew from all of them."""
 
 
 def split(path: Path, cells: list[str], seeds: list[int]) -> dict[str, Any]:
@@ -36,6 +39,19 @@ def split(path: Path, cells: list[str], seeds: list[int]) -> dict[str, Any]:
             "baseline": cells[0]}  # fmt: skip
 
 
+def add_overlaps(source: Path, target: Path) -> None:
+    """Of a set's file, which names the models of its part, take over those of another part.
+
+    Raises:
+        SystemExit: they are not about the same records.
+    """
+    ours, theirs = (json.loads(path.read_text(encoding="utf-8")) for path in (target, source))
+    known, new = (content.pop("overlaps_with_training") for content in (ours, theirs))
+    if ours != theirs:
+        raise SystemExit(f"{source} has other records than another part. Cells are compared only on the same.")
+    write_atomically(target, json.dumps({**ours, "overlaps_with_training": {**known, **new}}) + "\n")
+
+
 def join(parts: list[Path], target: Path) -> int:
     """Copy what the parts finished, link their runs; how many cells there are.
 
@@ -46,12 +62,15 @@ def join(parts: list[Path], target: Path) -> int:
         for folder in FOLDERS:
             for source in sorted((part / folder).rglob("*")):
                 copy = target / source.relative_to(part)
-                if source.is_dir() or source.name == ".lock":
+                if source.is_dir() or source.name in PER_PART:
                     continue
-                if copy.is_file() and not filecmp.cmp(source, copy, shallow=False):
+                if source.parent.name == "sets" and copy.is_file():
+                    add_overlaps(source, copy)
+                elif copy.is_file() and not filecmp.cmp(source, copy, shallow=False):
                     raise SystemExit(f"{source} is not what another part has, and cells are compared only where it is.")
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(source, copy)
+                else:
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(source, copy)
         for run in sorted((part / "runs").glob("*")):
             link = target / "runs" / run.name
             link.parent.mkdir(parents=True, exist_ok=True)

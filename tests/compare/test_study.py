@@ -311,10 +311,20 @@ def test_parts_of_the_test_are_its_cells_and_go_together_again(tmp_path):
             (folder / "runs" / cell.label).mkdir(parents=True)
         (folder / "eval/teacher").mkdir()
         (folder / "eval/teacher/test-dolly.jsonl").write_text("what the teacher says")
+        (folder / "eval/results.json").write_text(f"the table of part {number}")
+        (folder / "eval/sets").mkdir()
+        overlaps = {f"{name}-seed{seed}": number for name in cells for seed in seeds}
+        (folder / "eval/sets/a.json").write_text(json.dumps({"ids": [0, 1], "overlaps_with_training": overlaps}))
     folders, target = [tmp_path / "part-0", tmp_path / "part-1"], tmp_path / "whole"
     assert parts.join(folders, target) == 6 == parts.join(folders, target), "again is no harm"
     assert (target / "eval/models/gkd-seed6/a").read_text() == "gkd-seed6"
+    assert not (target / "eval/results.json").exists(), "qswitch compare writes it anew"
     assert (target / "runs/sft-seed4").resolve() == tmp_path / "part-0/runs/sft-seed4"
+    overlaps = json.loads((target / "eval/sets/a.json").read_text())["overlaps_with_training"]
+    assert overlaps == {cell: int(not cell.endswith("4")) for cell in overlaps} and len(overlaps) == 6
     (folders[1] / "eval/teacher/test-dolly.jsonl").write_text("what another teacher says")
     with pytest.raises(SystemExit, match="test-dolly"):
         parts.join(folders, tmp_path / "other")
+    (folders[1] / "eval/sets/a.json").write_text(json.dumps({"ids": [0, 2], "overlaps_with_training": {}}))
+    with pytest.raises(SystemExit, match="other records"):
+        parts.join(folders, tmp_path / "third")
