@@ -52,8 +52,8 @@ def spread(records: list[dict], count: int) -> list[dict]:
 def round_teacher(source: Path, target: Path) -> None:
     """Write the model with its linear layers rounded to NF4, as bitsandbytes stores them, in bf16 again.
 
-    It computes what the teacher in NF4 does up to rounding, without the time in which a CPU takes every weight out of four bits. The
-    head stays as it is, as in every teacher in NF4.
+    It computes what the teacher in NF4 does up to rounding, without the time in which a CPU takes every weight out of
+    four bits. The head stays as it is, as in every teacher in NF4.
     """
     import torch
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
