@@ -4,9 +4,11 @@
     qswitch compare PART.yaml --output-dir OUT/part-0
     python benchmarks/study/parts.py join OUT/part-0 OUT/part-1 --output-dir OUT/test
     qswitch compare benchmarks/study/test.yaml --output-dir OUT/test
+    python benchmarks/study/parts.py publish OUT/test --output benchmarks/results/study-2-test.json
 
 From the top of the checkout. The last call repeats no cell: it measures what is missing, and writes the table. A part
-that comes as an archive of its folders `cells` and `eval`, without the runs, is enough. Knows no model.
+that comes as an archive of its folders `cells` and `eval`, without the runs, is enough. `publish` writes the figures
+that the page of the study quotes. Knows no model.
 """
 
 from __future__ import annotations
@@ -79,6 +81,18 @@ def join(parts: list[Path], target: Path) -> int:
     return sum(not path.name.endswith(".start.json") for path in (target / "cells").glob("*.json"))
 
 
+def without_details(results: Any) -> Any:
+    """The results of a comparison as the repository has them: five digits, no length classes, no list of overlaps."""
+    if isinstance(results, float):
+        return float(f"{results:.5g}")
+    if isinstance(results, list):
+        return [without_details(value) for value in results]
+    if not isinstance(results, dict):
+        return results
+    kept = {"all": results["all"]} if "all" in results else results
+    return {key: without_details(value) for key, value in kept.items() if key != "overlaps_with_training"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
@@ -90,8 +104,15 @@ def main() -> None:
     all_of = commands.add_parser("join", help="put finished cells together")
     all_of.add_argument("parts", type=Path, nargs="+", help="output folders of qswitch compare")
     all_of.add_argument("--output-dir", type=Path, required=True)
+    figures = commands.add_parser("publish", help="write the figures of a finished comparison")
+    figures.add_argument("folder", type=Path, help="output folder of qswitch compare")
+    figures.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    if arguments.what == "split":
+    if arguments.what == "publish":
+        results = json.loads((arguments.folder / "results.json").read_text(encoding="utf-8"))
+        write_atomically(arguments.output, json.dumps(without_details(results)) + "\n")
+        print(f"wrote {arguments.output}")
+    elif arguments.what == "split":
         part = split(arguments.study, arguments.cells.split(","), [int(s) for s in arguments.seeds.split(",")])
         write_atomically(arguments.output, yaml.safe_dump(part, sort_keys=False, allow_unicode=True))
         print(f"wrote {arguments.output}")

@@ -328,3 +328,14 @@ def test_parts_of_the_test_are_its_cells_and_go_together_again(tmp_path):
     (folders[1] / "eval/sets/a.json").write_text(json.dumps({"ids": [0, 2], "overlaps_with_training": {}}))
     with pytest.raises(SystemExit, match="other records"):
         parts.join(folders, tmp_path / "third")
+
+
+def test_published_figures_are_those_of_the_results_without_their_classes():
+    seen = {"all": {"mean": 0.123456789, "records": 96}, "1-10": {"mean": 1.0}}
+    results = {
+        "models": {"gkd": {"metrics": {"kl_nats": seen}}},
+        "overlaps_with_training": {},
+        "test": [{"by": [1e-7]}],
+    }
+    expected = {"models": {"gkd": {"metrics": {"kl_nats": {"all": {"mean": 0.12346, "records": 96}}}}}}
+    assert script("parts").without_details(results) == {**expected, "test": [{"by": [1e-7]}]}
