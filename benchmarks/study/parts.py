@@ -9,7 +9,7 @@
 From the top of the checkout. The second `compare` repeats no cell: it measures what is missing, and writes the table.
 A part that comes as an archive of its folders `cells` and `eval`, without the runs, is enough. The teacher's responses
 and the controls `teacher` and `untrained` are the same in every part: copy them from the first one's `eval`, or each
-part spends an hour on them. `publish` writes the figures that the page of the study quotes. Knows no model.
+part spends 75 minutes on them. `publish` writes the figures that the page of the study quotes. Knows no model.
 """
 
 from __future__ import annotations
