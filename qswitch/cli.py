@@ -37,6 +37,7 @@ from qswitch.cli_results import results_app
 from qswitch.cli_student import student_app
 from qswitch.errors import ConfigError, QSwitchError, is_out_of_memory, memory_reason, storage_problem
 from qswitch.launch import launched
+from qswitch.outside import user_path
 from qswitch.terminal import STDERR, STDOUT, complain, filter_log, lead_nowhere, tell
 
 
@@ -213,10 +214,14 @@ def distill(
     overrides: Overrides = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option(help="Run directory; default: runs/NAME-<date>-<time>. NAME is the preset, the file, or run."),
+        typer.Option(
+            parser=user_path,
+            help="Run directory; default: runs/NAME-<date>-<time>. NAME is the preset, the file, or run.",
+        ),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", "--resume-from-checkpoint", help="Go on with this run directory.")
+        Path | None,
+        typer.Option("--resume", "--resume-from-checkpoint", parser=user_path, help="Go on with this run directory."),
     ] = None,
     dry_run: DryRun = False,
     vram: Vram = None,
@@ -262,7 +267,7 @@ def sft(
     config: Config = None,
     overrides: Overrides = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Run directory; default: runs/NAME-sft-<model>-<date>-<time>.")
+        Path | None, typer.Option(parser=user_path, help="Run directory; default: runs/NAME-sft-<model>-<date>-<time>.")
     ] = None,
     dry_run: DryRun = False,
     vram: Vram = None,
@@ -299,9 +304,11 @@ def teach(
     config: Config = None,
     overrides: Overrides = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder to write; default: runs/NAME-teacher-<date>-<time>.")
+        Path | None, typer.Option(parser=user_path, help="Folder to write; default: runs/NAME-teacher-<date>-<time>.")
     ] = None,
-    resume: Annotated[Path | None, typer.Option("--resume", help="Write what is missing of this store.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", parser=user_path, help="Write what is missing of this store.")
+    ] = None,
     spread: Annotated[
         bool,
         typer.Option("--spread", help="Layers that do not fit the GPU wait in host memory: slow, for bf16 or fp32."),
@@ -417,7 +424,7 @@ def presets_page(as_json: AsJson = False) -> None:
 @presets_app.command("copy", epilog="Example: qswitch presets copy smollm2-demo my.yaml")
 def presets_copy(
     name: Annotated[str, typer.Argument(help="Name of a preset.")],
-    target: Annotated[Path, typer.Argument(help="File to write; must not exist.")],
+    target: Annotated[Path, typer.Argument(parser=user_path, help="File to write; must not exist.")],
 ) -> None:
     """Write the full configuration of a preset to a file of your own."""
     from qswitch.preset_info import copy_preset

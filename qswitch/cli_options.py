@@ -13,6 +13,7 @@ import typer
 from qswitch.errors import ConfigError
 from qswitch.launch import launched
 from qswitch.methods import METHODS
+from qswitch.outside import user_path
 from qswitch.terminal import printable, printable_json, tell
 from qswitch.units import MAX_TOKENS
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from qswitch.run import Rehearsal
 
 Preset = Annotated[str | None, typer.Option("--preset", help="Name of a preset; `qswitch presets list` shows them.")]
-Config = Annotated[Path | None, typer.Option("--config", help="YAML file instead of a preset.")]
+Config = Annotated[Path | None, typer.Option("--config", parser=user_path, help="YAML file instead of a preset.")]
 Teacher = Annotated[str | None, typer.Option("--teacher", help="teacher.model: hub id, folder or GGUF file.")]
 Student = Annotated[
     str | None, typer.Option("--student", help="student.model; or `shrink`, `shrink:N`: the teacher cut to N layers.")

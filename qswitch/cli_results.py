@@ -24,6 +24,7 @@ from qswitch.cli_options import (
     show,
 )
 from qswitch.errors import ConfigError
+from qswitch.outside import user_path
 from qswitch.units import MAX_TOKENS
 
 results_app = typer.Typer()
@@ -81,8 +82,9 @@ def evaluate(
     output_dir: Annotated[
         Path | None,
         typer.Option(
+            parser=user_path,
             help="Default: RUN/eval/<protocol>, or evals/<model>-<hash>-<protocol>. Goes on where it was; other sets "
-            "or settings need another folder."
+            "or settings need another folder.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -105,9 +107,11 @@ def evaluate(
 
 @results_app.command(epilog="Example: qswitch compare study.yaml --output-dir compare/study")
 def compare(
-    path: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file: cells, seeds, budget, test sets.")],
+    path: Annotated[
+        Path, typer.Argument(parser=user_path, metavar="CONFIG", help="YAML file: cells, seeds, budget, test sets.")
+    ],
     output_dir: Annotated[
-        Path | None, typer.Option(help="Default: compare/<name of the file>. Goes on where it was.")
+        Path | None, typer.Option(parser=user_path, help="Default: compare/<name of the file>. Goes on where it was.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every cell and list them; start nothing.")] = False,
     as_json: AsJson = False,
@@ -131,7 +135,8 @@ def compare(
 @results_app.command(epilog="Example: qswitch fidelity runs/my-run --prompts 32")
 def fidelity(
     run_path: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="Run directory; else name --preset or --config.")
+        Path | None,
+        typer.Argument(parser=user_path, metavar="[RUN]", help="Run directory; else name --preset or --config."),
     ] = None,
     teacher: Teacher = None,
     student: Student = None,
@@ -146,7 +151,8 @@ def fidelity(
     max_new_tokens: MaxNewTokens = None,
     device: Device = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Where fidelity.json goes; default: the run, or fidelity/<preset>.")
+        Path | None,
+        typer.Option(parser=user_path, help="Where fidelity.json goes; default: the run, or fidelity/<preset>."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -178,9 +184,14 @@ def fidelity(
 
 @results_app.command(epilog="Example: qswitch report runs/my-run")
 def report(
-    run_paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, finished or not.")],
+    run_paths: Annotated[
+        list[Path], typer.Argument(parser=user_path, metavar="RUN...", help="Run directories, finished or not.")
+    ],
     output: Annotated[
-        Path | None, typer.Option(help="File to write; default: report.html in the run, or in the current folder.")
+        Path | None,
+        typer.Option(
+            parser=user_path, help="File to write; default: report.html in the run, or in the current folder."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -196,7 +207,7 @@ def report(
 def shrink(
     model: Annotated[str, typer.Argument(help="Hub id, local folder or package: reference.")],
     layers: Annotated[int, typer.Option(min=1, help="Layers to keep.")],
-    output_dir: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
+    output_dir: Annotated[Path, typer.Option(parser=user_path, help="Folder to write; must not exist or be empty.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model.")] = False,
     as_json: AsJson = False,

@@ -9,10 +9,11 @@ import typer
 
 from qswitch.cli_options import AsJson, MaxNewTokens, say, show
 from qswitch.errors import ConfigError
+from qswitch.outside import user_path
 
 student_app = typer.Typer()
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+Run = Annotated[Path, typer.Argument(parser=user_path, metavar="RUN", help="Run directory.")]
 Temperature = Annotated[float | None, typer.Option(help="Sampling temperature; 0 is greedy. Default: the run's.")]
 Seed = Annotated[int, typer.Option(min=0, help="Another seed, another response.")]
 ShowWriters = Annotated[
@@ -24,7 +25,8 @@ ShowWriters = Annotated[
 def merge(
     run_path: Run,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder to write; must not exist or be empty. Default: RUN/merged.")
+        Path | None,
+        typer.Option(parser=user_path, help="Folder to write; must not exist or be empty. Default: RUN/merged."),
     ] = None,
     dtype: Annotated[Literal["bf16", "fp32"], typer.Option(help="Of the saved weights.")] = "bf16",
     gguf: Annotated[
@@ -51,7 +53,9 @@ def merge(
 
 @student_app.command(epilog="Example: qswitch push runs/my-run my-name/my-student --dry-run")
 def push(
-    run_path: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory that was merged, or a merged folder.")],
+    run_path: Annotated[
+        Path, typer.Argument(parser=user_path, metavar="RUN", help="Run directory that was merged, or a merged folder.")
+    ],
     repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hugging Face hub.")],
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public; it is private else.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files; send nothing.")] = False,
@@ -70,10 +74,13 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="What to ask.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="File of prompts instead: a line each, or records, read as the run read its own."),
+        typer.Option(
+            parser=user_path, help="File of prompts instead: a line each, or records, read as the run read its own."
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="JSON-lines file for the responses of --prompts; must not exist.")
+        Path | None,
+        typer.Option(parser=user_path, help="JSON-lines file for the responses of --prompts; must not exist."),
     ] = None,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,

@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 from typer.main import get_command
 
 from qswitch.cli import app, run
+from qswitch.outside import user_path
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,27 @@ def test_a_copied_preset_is_a_whole_configuration(tmp_path, capsys):
     assert "trains on package:qswitch/data/demo_prompts.jsonl" in capsys.readouterr().out
     assert run(["distill", "--config", str(target), "--dry-run"]) == 0
     assert run(["presets", "copy", "smollm2-demo", str(target)]) == 2
+
+
+def test_the_tilde_of_a_path_is_the_home_folder(tmp_path, monkeypatch):
+    """The shell leaves `--output-dir=~/x` as it is; a folder named `~` is one that somebody removes with `rm -r ~`."""
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert run(["presets", "copy", "smollm2-demo", "~/mine.yaml"]) == 0
+    assert run(["distill", "--config=~/mine.yaml", "--output-dir=~/run", "--dry-run"]) == 0
+    assert (tmp_path / "home" / "mine.yaml").is_file() and not (tmp_path / "~").exists()
+
+
+def test_every_path_of_every_command_is_read_as_a_user_writes_it():
+    commands = [
+        *app.registered_commands,
+        *(c for g in app.registered_groups for c in g.typer_instance.registered_commands),
+    ]
+    hints = [hint for c in commands for hint in get_type_hints(c.callback, include_extras=True).values()]
+    paths = [hint for hint in hints if "pathlib" in str(get_args(hint)[:1])]
+    assert len(paths) > 20
+    assert all(get_args(hint)[1].parser is user_path for hint in paths)
 
 
 def test_every_command_has_an_example_and_kebab_case_options(capsys):
