@@ -5,9 +5,10 @@
 
 From the top of the checkout, after benchmarks/study/prepare.py. Seconds stand beside trained tokens, those in the loss,
 and beside response tokens, which a budget counts: a cell that trains on interventions alone has fewer of the former.
-The cells are those of a study file (`--study`), and `default` is `method: switch` as it is without any setting. Their
-trainers take turns, step by step, so that a noisy machine disturbs all of them; seconds and tokens are summed over the
-counted steps, so a cell that trains several times on a rollout, or reads the data in some of its steps, has its mean.
+The cells are those of a study file (`--study`), and `default` is `method: switch` with nothing but what the file sets
+for all of them: the same models and arithmetic. Their trainers take turns, step by step, so that a noisy machine
+disturbs all of them; seconds and tokens are summed over the counted steps, so a cell that trains several times on a
+rollout, or reads the data in some of its steps, has its mean. Validation is timed once, on the trainer of `default`.
 On a busy machine only the ratios say anything.
 """
 
@@ -28,16 +29,20 @@ from qswitch.config import RunConfig, reader
 from qswitch.layers import build_config, set_layer
 from qswitch.presets import load_preset
 
-STUDY = Path(__file__).resolve().parent / "study"
+OWN_PROMPTS = 8
+"""Responses of its own that a validation reads, as by default; a study may have switched that off."""
 
 
 def configs(study: Path, names: list[str]) -> dict[str, RunConfig]:
     """Name -> configuration, of `default` and of the first seed of the cells."""
+    comparison = read_comparison(study)
+    section = comparison.section
     found: dict[str, RunConfig] = {}
-    for cell in read_comparison(study).cells:
+    for cell in comparison.cells:
         found.setdefault(cell.name, cell.config)
-    base = load_preset(STUDY / "base.yaml")
-    found["default"] = build_config(base, {"method": "switch"})
+    run = study.parent / section.run if section.run.endswith((".yaml", ".yml")) else section.run
+    own = {"method": "switch", "train.eval_own_prompts": OWN_PROMPTS}
+    found["default"] = build_config(load_preset(run), section.settings, own)
     if unknown := [name for name in names if name not in found]:
         raise SystemExit(f"{study} has no cell {unknown[0]}. Cells: {', '.join(found)}")
     return {name: found[name] for name in ["default", *names]}
