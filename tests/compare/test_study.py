@@ -15,6 +15,7 @@ import yaml
 
 from qswitch.compare.spec import Comparison, read_comparison
 from qswitch.config import known_keys, reader
+from qswitch.evaluate.score_table import estimate
 from qswitch.methods import OWNED
 from qswitch.presets import load_run_config
 
@@ -339,3 +340,30 @@ def test_published_figures_are_those_of_the_results_without_their_classes():
     }
     expected = {"models": {"gkd": {"metrics": {"kl_nats": {"all": {"mean": 0.12346, "records": 96}}}}}}
     assert script("parts").without_details(results) == {**expected, "test": [{"by": [1e-7]}]}
+
+
+def test_the_page_says_what_the_published_figures_of_the_test_say():
+    results = json.loads((ROOT / "benchmarks/results/study-2-test.json").read_text(encoding="utf-8"))
+    declared = yaml.safe_load((STUDY / "test.yaml").read_text(encoding="utf-8"))
+    assert {name: one["seeds"] for name, one in results["cells"].items()} == {
+        name: (cell or {}).get("seeds", declared["seeds"]) for name, cell in declared["cells"].items()
+    }
+    reached, against = script("choose").target(results, declared)
+    page = (ROOT / "docs/study.md").read_text(encoding="utf-8")
+    second = page[page.index("### Results of the test") :]
+    assert not reached and "**The target is not reached.**" in second
+    for reason in against:
+        assert reason in " ".join(second.split())
+    names = {
+        "kl_nats": "KL on the teacher's text",
+        "rouge_l_teacher": "ROUGE-L to teacher",
+        "own_reverse_kl_nats": "KL on own text",
+    }
+    expected = [
+        [names[v["metric"]], v["against"], estimate(v["difference"]), v["baseline_is"]]
+        for name in ("test-dolly", "test-selfinst", "test-vicuna")
+        for v in results["sets"][name]["test"]
+    ]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in second.splitlines()]
+    printed = [[*row[:3], row[-1]] for row in rows if len(row) == 7 and row[0] in names.values()]
+    assert printed == expected and len(printed) == 54
