@@ -25,12 +25,12 @@ from benchmarks.provenance import publish
 from benchmarks.step import make_trainer
 from qswitch import rules
 from qswitch.compare.spec import read_comparison
-from qswitch.config import RunConfig, reader
+from qswitch.config import RunConfig, TrainSection, reader
 from qswitch.layers import build_config, set_layer
 from qswitch.presets import load_preset
 
-OWN_PROMPTS = 8
-"""Responses of its own that a validation reads, as by default; a study may have switched that off."""
+OWN_PROMPTS = TrainSection.model_fields["eval_own_prompts"].default
+"""Responses of its own that a validation reads by default; a study may have switched that off."""
 
 
 def configs(study: Path, names: list[str]) -> dict[str, RunConfig]:
